@@ -1,0 +1,37 @@
+# One command sets up and trains, one command tests: `make fit`, `make test`. `make help` lists all.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/sine_maml.yaml
+
+.PHONY: help install fit test test-long lint tensorboard clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(BIN)/installed ## make .venv with everything, at the versions that were tested
+
+$(BIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+fit: install ## train CONFIG, test its best checkpoint, print the table of errors and where everything is
+	$(BIN)/metalit fit --config $(CONFIG)
+	$(BIN)/metalit test --config $(CONFIG) --ckpt_path best
+
+test: install ## run the test suite
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install ## run the tests that take minutes
+	$(BIN)/python -m pytest -m long
+
+lint: install ## check style and types of names
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tensorboard: install ## watch the runs in a browser
+	$(BIN)/tensorboard --logdir lightning_logs
+
+clean: ## remove the environment and what the tools cache; runs in lightning_logs stay
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""metalit: learning to learn on PyTorch Lightning.
+
+usage: metalit fit      --config configs/NAME.yaml [overrides]   train; logs go to lightning_logs/NAME/version_N
+       metalit validate --config configs/NAME.yaml [overrides]   errors on the validation tasks
+       metalit test     --config configs/NAME.yaml [overrides]   the table of test errors, with 95 % intervals
+       metalit predict  --config configs/NAME.yaml --data.predict_file points.csv
+                                                                 adapt to your own points and predict
+
+One config serves all four. Any value of it can be overridden by its path, and several --config files are merged:
+
+       metalit fit --config configs/sine_maml.yaml --trainer.max_steps 1000 --model.inner_optimizer.lr 0.02
+       metalit fit --config configs/sine_maml.yaml --print_config        show every value, and stop
+
+Checkpoints: --ckpt_path last | best | FILE. "last" and "best" mean the newest version of this experiment that has one;
+fit then goes on in that version's folder. validate, test and predict take the best one if none is named.
+
+       metalit fit --config configs/sine_maml.yaml --ckpt_path last       go on where the run stopped
+       tensorboard --logdir lightning_logs                                watch
+
+       metalit fit --help        every option of a subcommand
+       metalit --version
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for input that cannot be used, 1 for a loss that is NaN."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"metalit {version('metalit')}")
+        return 0
+    # imported late: help must not wait for torch
+    from metalit.cli import run
+    from metalit.errors import InputError, NonFiniteError
+
+    try:
+        run(args)
+    except InputError as error:
+        print(f"metalit: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"metalit: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

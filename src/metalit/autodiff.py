@@ -1,0 +1,102 @@
+"""Modules as functions of their parameters, and products with second derivatives."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vjp
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+
+from metalit.keys import fold, uniform
+from metalit.tree import Tree
+
+
+def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, key: Tensor | None = None) -> Tensor:
+    """Evaluate ``module`` with other parameters, leaving it exactly as it was.
+
+    Tied weights follow the name that is given; parameters that are not given keep the module's own values.
+    Normalisation layers use the statistics of the batch that they see: running buffers are neither read nor written.
+    Dropout draws from ``key`` alone, so a draw depends neither on what was drawn before nor on who draws beside it.
+
+    Args:
+        module: any network.
+        parameters: tensors by the module's parameter names.
+        inputs: what ``module.forward`` takes.
+        key: a key of :mod:`metalit.keys`; without one, active dropout draws from torch's global generator.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> call(layer, {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.zeros(1)}, torch.tensor([3.0, 4.0]))
+    tensor([11.])
+    """
+    state: dict[str, Tensor | None] = {**_without_running_statistics(module), **parameters}
+    if key is None:
+        return functional_call(module, state, inputs)
+    with _KeyedDropout(key):
+        return functional_call(module, state, inputs)
+
+
+def _without_running_statistics(module: nn.Module) -> dict[str, None]:
+    return {
+        f"{path}.{name}" if path else name: None
+        for path, layer in module.named_modules()
+        if isinstance(layer, _NormBase)
+        for name in layer._buffers
+    }
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether ``module`` holds active dropout, for which :func:`call` needs a key."""
+    return any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training for layer in module.modules())
+
+
+class _KeyedDropout(TorchFunctionMode):
+    """Replaces the random masks of dropout by masks drawn from a key."""
+
+    MASK_DIMS: ClassVar = {F.dropout: None, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key = key
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in self.MASK_DIMS:
+            return func(*args, **(kwargs or {}))
+        return self.dropout(self.MASK_DIMS[func], *args, **(kwargs or {}))
+
+    def dropout(
+        self, spatial: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Drop single entries, or whole channels of inputs with ``spatial`` trailing dimensions."""
+        if not training or p == 0.0:
+            return x
+        if p == 1.0:
+            return x * 0.0
+        self.calls += 1
+        shape = x.shape if spatial is None else (*x.shape[: x.dim() - spatial], *[1] * spatial)
+        keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32) >= p
+        return x * keep.to(x.dtype) / (1.0 - p)
+
+
+def hessian_products(fn: Callable[[Tree, Tree], Tensor], inner: Tree, outer: Tree, vector: Tree) -> tuple[Tree, Tree]:
+    """Multiply a vector with both blocks of second derivatives of ``f(inner, outer)`` in one reverse sweep.
+
+    With g = ∂f/∂inner, returns ``(Hv, Jᵀv)``: Hv = (∂g/∂inner)ᵀ v and Jᵀv = (∂g/∂outer)ᵀ v. Nothing is accumulated
+    anywhere: no ``.grad`` is read or written (Pearlmutter 1994, "Fast exact multiplication by the Hessian").
+
+    Args:
+        fn: a scalar function of two trees.
+        inner, outer: the point.
+        vector: a tree shaped like ``inner``.
+
+    >>> f = lambda x, y: (x @ y) ** 2
+    >>> hessian_products(f, torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    (tensor([2., 4.]), tensor([16.,  2.]))
+    """
+    _, pull_back = vjp(grad(fn), inner, outer)
+    return pull_back(vector)

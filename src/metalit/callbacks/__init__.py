@@ -1,0 +1,9 @@
+"""What happens around training: checkpoints, pictures, progress, tables."""
+
+from metalit.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from metalit.callbacks.figures import FitFigures
+from metalit.callbacks.predictions import PredictionWriter
+from metalit.callbacks.progress import Progress
+from metalit.callbacks.report import TestReport
+
+__all__ = ["BestCheckpoint", "FitFigures", "LastCheckpoint", "PredictionWriter", "Progress", "TestReport"]

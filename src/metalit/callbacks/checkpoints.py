@@ -1,0 +1,70 @@
+"""Checkpoints: the best learner by validation, and the last one, never more than a minute old."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``best.ckpt``: the learner with the lowest value of a validation metric.
+
+    Args:
+        monitor: the metric.
+    """
+
+    def __init__(self, monitor: str = "val/loss") -> None:
+        super().__init__(filename="best", monitor=monitor, enable_version_counter=False, save_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Recall the best score, also where the folder of the run was moved in the meantime.
+
+        ModelCheckpoint forgets it then, and would replace a better checkpoint by the next one.
+        """
+        here = Path(str(self.dirpath)) / "best.ckpt"
+        if here.exists() and state_dict["best_model_score"] is not None:
+            score = state_dict["best_model_score"]
+            state_dict = {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_model_path": str(here),
+                "kth_best_model_path": str(here),
+                "best_k_models": {str(here): score},
+            }
+        super().load_state_dict(state_dict)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: the learner at the last validation, or later: at most ``seconds`` ago.
+
+    Args:
+        seconds: the time between two saves while no validation comes.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=False)
+        self.seconds = seconds
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save when it is time: ModelCheckpoint's own interval does not count under manual optimisation."""
+        due = time.monotonic() - self._saved_at >= self.seconds
+        if trainer.world_size > 1:
+            due = trainer.strategy.broadcast(due)
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was trained after the last validation."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()

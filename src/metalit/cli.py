@@ -1,0 +1,188 @@
+"""The command line: LightningCLI with the folders, the checkpoints and the messages that its users expect."""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, PredictionWriter, Progress, TestReport
+from metalit.data import TaskDataModule, TaskDistribution
+from metalit.errors import InputError
+from metalit.hypergradients import Hypergradient
+from metalit.inner import InnerOptimizer
+from metalit.messages import explain
+from metalit.modules import MetaLearner
+from metalit.modules.base import OuterLearner
+from metalit.problem import Problem
+from metalit.problems import FewShot
+from metalit.runs import find_checkpoint, version_folder
+
+# importing them is what lets configs name them by their short names
+SHORT_NAMES = (MetaLearner, TaskDataModule, FewShot)
+_FAMILIES = (OuterLearner, TaskDataModule, TaskDistribution, Problem, InnerOptimizer, Hypergradient)
+
+
+class MetalitCLI(LightningCLI):
+    """``metalit fit | validate | test | predict``: a configuration is parsed, built and run.
+
+    Runs lie in ``lightning_logs/<experiment>/version_N/``. The configuration alone decides what is built: unlike
+    LightningCLI's, a checkpoint's hyperparameters never override it.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self._args = args
+        # with subcommands, ${…} must hold below the subcommand's own root
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        own = {"exit_on_error": False}
+        super().__init__(
+            model_class=OuterLearner,
+            subclass_mode_model=True,
+            trainer_class=Trainer,
+            parser_kwargs={"parser_mode": "omegaconf+", **own, **{name: dict(own) for name in self.subcommands()}},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            args=list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, less what is not the user's to choose here: loading is safe, and tables are our own."""
+        own = {"weights_only", "verbose", "return_predictions"}
+        return {name: skipped | own for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the name of the experiment, and the callbacks that every run has."""
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="The folder of the runs in lightning_logs/; the name of the first config file if not given.",
+        )
+        parser.add_lightning_class_args(FitFigures, "figures")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 50})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, or explain in one line why not.
+
+        Raises:
+            InputError: an unknown key, a value of the wrong type, no such class or file.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as cause:
+            known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()}  # noqa: SIM118
+            raise InputError(explain(str(cause), known, _class_names())) from None
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: see the class."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint, before anything is built."""
+        config = self.config[self.subcommand]
+        name = config.experiment or self._first_config_name()
+        self.experiment = Path(config.trainer.default_root_dir or ".") / "lightning_logs" / name
+        asked = config.ckpt_path
+        if asked is None and self.subcommand != "fit":
+            asked = "best"
+        self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
+        config.ckpt_path = None if asked is None else str(self.checkpoint)
+        self.version = None
+        if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
+            self.version = version_folder(self.checkpoint, self.experiment)
+
+    def _first_config_name(self) -> str:
+        # the parsed configuration no longer knows which files it came from
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-c", "--config", action="append", default=[])
+        files = parser.parse_known_args(self._args)[0].config
+        return Path(files[0]).stem if files else "default"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with our logger and callbacks, unless the configuration names others."""
+        config = self.config_init[self.subcommand].trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(
+                self.experiment.parent, self.experiment.name, self.version, default_hp_metric=False
+            )
+        elif config.logger is False:
+            self.save_config_callback = None
+        if self.subcommand != "fit":
+            self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+        callbacks = [TestReport(), PredictionWriter()]
+        if config.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            callbacks += [Progress()] if sys.stdout.isatty() else []
+        kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, and say where everything is."""
+        folder = self.trainer.logger.log_dir if self.trainer.logger else None
+        going_on = f", going on from {self.checkpoint}" if self.checkpoint else ""
+        _say(f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}; logs: {folder}")
+        self.trainer.fit(**kwargs, weights_only=True)
+        best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
+        if best.best_model_path:
+            _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4f})")
+        if folder:
+            _say(f"figures:         {Path(folder) / 'figures'}")
+            _say(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate on the validation tasks."""
+        _say(f"validating {self.checkpoint}")
+        self.trainer.validate(**kwargs, weights_only=True)
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate on the test tasks; the table is the report's."""
+        _say(f"testing {self.checkpoint}")
+        self.trainer.test(**kwargs, weights_only=True, verbose=False)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Answer for the user's points."""
+        _say(f"predicting with {self.checkpoint}")
+        self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
+
+
+def run(args: Sequence[str]) -> None:
+    """Run the command line with settings that suit a terminal.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+        NonFiniteError: training became NaN or infinite.
+    """
+    torch.set_float32_matmul_precision("high")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # a run that is continued writes into its own folder
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # Lightning's own calls, none of the user's doing
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+        MetalitCLI(args)
+
+
+def _class_names() -> set[str]:
+    def below(family: type) -> Iterator[type]:
+        for member in family.__subclasses__():
+            yield member
+            yield from below(member)
+
+    return {member.__name__ for family in _FAMILIES for member in (family, *below(family))}
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,204 @@
+"""Tasks from the user's own table of curves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.scaling import Scaling
+from metalit.data.table import Columns, check_columns, numbers, read_table
+from metalit.errors import InputError
+from metalit.keys import fold, permutation, uniform
+from metalit.problem import Points, Task
+
+_DEGREES = range(6)  # of the polynomials among which the baselines choose
+_CHOICE_TASKS = 1024  # drawn from the validation split to choose them by
+
+
+_Fit = Callable[[Task, int], Tensor]  # (tasks, degree) -> predictions at their query points
+
+
+class _Curves(NamedTuple):
+    names: list[str]
+    x: Tensor  # [tasks, longest, inputs], padded with zeros
+    y: Tensor  # [tasks, longest, outputs]
+    length: Tensor  # [tasks]
+
+
+@dataclass(frozen=True)
+class Curves(TaskDistribution):
+    """Each task is one curve of a table: few of its rows are support, the rest are query.
+
+    Tasks are split into train, val and test by task, never by row; means and standard deviations of the columns come
+    from the training tasks alone. A training task is drawn with replacement; validation and test tasks come in turn.
+    The rows of the support set are drawn anew for every index.
+
+    Args:
+        file: a CSV file with a header.
+        task: the column that tells the curves apart.
+        x: the columns of the inputs.
+        y: the columns of the outputs.
+        val, test: the fractions of tasks held out for validation and test.
+        split_seed: the seed of the split.
+
+    Raises:
+        InputError: from :meth:`prepare` and :meth:`check`, with the way out: no such file or column, an empty table,
+            a cell that is no number, fractions that leave a split without a task, a task with too few rows.
+    """
+
+    file: str
+    task: str
+    x: Sequence[str]
+    y: Sequence[str]
+    val: float = 0.2
+    test: float = 0.2
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.x or not self.y:
+            raise InputError(f"data.tasks: x={list(self.x)} and y={list(self.y)} must each name a column at least")
+        for name in ("val", "test"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"data.tasks.{name}={getattr(self, name)} must be a fraction between 0 and 1")
+
+    @property
+    def columns(self) -> Columns:
+        """The user's own."""
+        return Columns(self.task, list(self.x), list(self.y))
+
+    def prepare(self) -> None:
+        """Read the table."""
+        self.splits  # noqa: B018
+
+    def check(self, split: Split, shots: int, queries: int | None) -> None:
+        """Every curve needs ``shots`` rows and one to be judged on."""
+        curves = self.splits[split]
+        shortest = int(curves.length.argmin())
+        rows = int(curves.length[shortest])
+        if rows < shots + 1:
+            raise InputError(
+                f"data.{split}.shots={shots}: the task {curves.names[shortest]!r} of {self.file!r} has only {rows} "
+                f"row(s), and {shots + 1} are needed: lower the shots or leave that task out"
+            )
+
+    def count(self, split: Split) -> int | None:
+        """Training tasks never end, as they are drawn; the others are as many as were held out."""
+        return None if split == "train" else len(self.splits[split].names)
+
+    @cached_property
+    def _raw(self) -> dict[Split, _Curves]:
+        frame = read_table(self.file, "data.tasks.file")
+        owner = f"data.tasks.file={self.file!r}"
+        check_columns(frame, [self.task, *self.x, *self.y], owner)
+        if frame[self.task].isna().any():
+            row = int(np.flatnonzero(frame[self.task].isna())[0])
+            raise InputError(f"{owner}: column {self.task!r} holds an empty cell in line {row + 2}; name the task")
+        x, y = numbers(frame, self.x, owner), numbers(frame, self.y, owner)
+        rows = frame.groupby(frame[self.task].astype(str)).indices
+        names = sorted(rows)
+        held = {split: round(len(names) * getattr(self, split)) for split in ("val", "test")}
+        if min(held.values()) < 1 or sum(held.values()) >= len(names):
+            raise InputError(
+                f"{owner}: {len(names)} task(s) cannot be split into train, val and test with val={self.val} and "
+                f"test={self.test}: each split needs one at least; change the fractions or add tasks"
+            )
+        order = permutation(fold(torch.tensor(self.split_seed), len(get_args(Split))), len(names)).tolist()
+        cuts = {
+            "test": order[: held["test"]],
+            "val": order[held["test"] : sum(held.values())],
+            "train": order[sum(held.values()) :],
+        }
+        return {split: _gather([names[i] for i in sorted(chosen)], rows, x, y) for split, chosen in cuts.items()}
+
+    @cached_property
+    def _scaling(self) -> Scaling:
+        curves = self._raw["train"]
+        real = _real_rows(curves)
+        return Scaling.of(curves.x[real], curves.y[real])
+
+    @cached_property
+    def splits(self) -> dict[Split, _Curves]:
+        """The normalised curves of each split."""
+        return {
+            split: curves._replace(x=self._scaling.normalise_x(curves.x), y=self._scaling.normalise_y(curves.y))
+            for split, curves in self._raw.items()
+        }
+
+    def scaling(self) -> Scaling:
+        """The scaling of the training tasks."""
+        return self._scaling
+
+    def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
+        """Choose a curve, shuffle its rows, and cut them into support and query; padding is masked."""
+        curves = self.splits[split]
+        tasks, longest = curves.x.shape[:2]
+        chosen = (uniform(fold(key, 0)) * tasks).long() if split == "train" else index % tasks
+        length = curves.length[chosen].unsqueeze(-1)
+        real = torch.arange(longest) < length
+        order = permutation(fold(key, 1), longest, allowed=real)
+        asked = longest - shots if queries is None else min(queries, longest - shots)
+        order = order[:, : shots + asked].unsqueeze(-1)
+        x = curves.x[chosen].take_along_dim(order, dim=1)
+        y = curves.y[chosen].take_along_dim(order, dim=1)
+        mask = None
+        if bool((curves.length < shots + asked).any()):
+            mask = torch.arange(shots, shots + asked) < length
+        query = Points(x[:, shots:], y[:, shots:], mask)
+        return Task(Points(x[:, :shots], y[:, :shots]), query, fold(key, 2))
+
+    def baselines(self, tasks: Task) -> dict[str, Tensor]:
+        """A polynomial through all training rows, and one through each task's support; degrees chosen on val."""
+        shots = tasks.support.x.shape[1]
+        val = self._choice_tasks(shots)
+
+        def best(fit: _Fit) -> Tensor:
+            return fit(tasks, min(_DEGREES, key=lambda degree: _error(fit(val, degree), val.query)))
+
+        return {
+            "one polynomial for all tasks": best(self._global_fit),
+            "a polynomial for each support set": best(_support_fit),
+        }
+
+    def _choice_tasks(self, shots: int) -> Task:
+        index = torch.arange(_CHOICE_TASKS)
+        return self.sample("val", index, task_keys(self.split_seed, "val", index), shots, None)
+
+    def _global_fit(self, tasks: Task, degree: int) -> Tensor:
+        curves = self.splits["train"]
+        real = _real_rows(curves)
+        solution = torch.linalg.lstsq(_powers(curves.x[real], degree), curves.y[real]).solution
+        return _powers(tasks.query.x, degree) @ solution
+
+
+def _support_fit(tasks: Task, degree: int) -> Tensor:
+    # gelsd: the smallest solution where the support set is smaller than the polynomial
+    features = _powers(tasks.support.x, degree)
+    solution = torch.linalg.lstsq(features, tasks.support.y, driver="gelsd").solution
+    return _powers(tasks.query.x, degree) @ solution
+
+
+def _powers(x: Tensor, degree: int) -> Tensor:
+    return torch.cat([torch.ones_like(x[..., :1]), *(x**power for power in range(1, degree + 1))], dim=-1)
+
+
+def _error(prediction: Tensor, points: Points) -> float:
+    squares = (prediction - points.y).square().mean(-1)
+    return float(squares.mean() if points.mask is None else squares[points.mask].mean())
+
+
+def _real_rows(curves: _Curves) -> Tensor:
+    return torch.arange(curves.x.shape[1]) < curves.length.unsqueeze(-1)
+
+
+def _gather(names: list[str], rows: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> _Curves:
+    length = torch.tensor([len(rows[name]) for name in names])
+    padded = [torch.zeros(len(names), int(length.max()), values.shape[1], dtype=torch.float64) for values in (x, y)]
+    for task, name in enumerate(names):
+        for target, values in zip(padded, (x, y), strict=True):
+            target[task, : length[task]] = torch.from_numpy(values[rows[name]])
+    return _Curves(names, *padded, length)

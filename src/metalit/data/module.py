@@ -1,0 +1,167 @@
+"""The DataModule: draws the tasks of every split, and reads the user's points for prediction."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.stream import EvalStream, TrainStream
+from metalit.data.table import Asked, read_asked
+from metalit.errors import InputError
+from metalit.problem import Task
+
+_PICTURED_QUERIES = 200
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The tasks of one split.
+
+    Args:
+        tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``None`` stands for
+            every task that there is, where they are finitely many.
+        shots: rows to adapt to.
+        queries: rows to be judged on; ``None`` for all the others.
+    """
+
+    tasks: int | None = None
+    shots: int = 5
+    queries: int | None = None
+
+
+class TaskDataModule(LightningDataModule):
+    """Tasks for training, validation and test, a pure function of (seed, split, index).
+
+    Args:
+        tasks: where they come from.
+        train, val, test: how many tasks, of how many rows.
+        seed: the seed of every draw; independent of ``seed_everything``, which seeds the network's initial weights.
+        predict_file: for prediction: a CSV file of new tasks with the columns of the distribution; rows with y are
+            support, rows without are asked.
+
+    Raises:
+        InputError: a number that is not positive or that the tasks cannot give; ``train.tasks`` that the ranks do not
+            divide; no ``max_steps``; no ``predict_file`` in prediction.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskDistribution,
+        train: Episodes = Episodes(tasks=25, shots=10, queries=10),
+        val: Episodes = Episodes(tasks=200, shots=5, queries=100),
+        test: Episodes = Episodes(tasks=600, shots=5, queries=100),
+        seed: int = 0,
+        predict_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
+        self.seed = seed
+        self.predict_file = predict_file
+        for split, episodes in self.episodes.items():
+            for name in ("tasks", "shots", "queries"):
+                value = getattr(episodes, name)
+                if value is not None and value < 1:
+                    raise InputError(f"data.{split}.{name}={value} must be at least 1")
+        if train.tasks is None:
+            raise InputError("data.train.tasks: give the number of tasks of one outer step, such as 25")
+
+    def setup(self, stage: str) -> None:
+        """Check everything before anything is trained."""
+        if stage == "predict":
+            if self.predict_file is None:
+                raise InputError("data.predict_file: predict needs a CSV file of points; add --data.predict_file FILE")
+            self.asked: Asked = read_asked(self.predict_file, self.tasks.columns)
+            return
+        self.tasks.prepare()
+        splits: Sequence[Split] = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+        for split in splits:
+            episodes = self.episodes[split]
+            self.tasks.check(split, episodes.shots, episodes.queries)
+            if episodes.tasks is None and self.tasks.count(split) is None:
+                raise InputError(f"data.{split}.tasks: {type(self.tasks).__name__} has no last task, so give a number")
+        ranks, train = self._ranks[1], self.episodes["train"]
+        if stage == "fit" and train.tasks % ranks:
+            raise InputError(
+                f"data.train.tasks={train.tasks} tasks in each outer step cannot be shared by {ranks} processes; "
+                f"choose a multiple of {ranks}"
+            )
+
+    def draw(self, split: Split, index: Tensor) -> Task:
+        """Return the tasks with these global indices, normalised, in ``float64``."""
+        episodes = self.episodes[split]
+        key = task_keys(self.seed, split, index)
+        return self.tasks.sample(split, index, key, episodes.shots, episodes.queries)
+
+    def train_dataloader(self) -> TrainStream:
+        """The stream of training tasks, from the step that the trainer is at."""
+        steps = self.trainer.max_steps
+        if steps < 1:
+            raise InputError(
+                f"trainer.max_steps={steps}: tasks have no last one, so give the number of outer steps, such as 10000"
+            )
+        return TrainStream(
+            partial(self.draw, "train"),
+            self.episodes["train"].tasks,
+            steps,
+            lambda: self.trainer.global_step,
+            *self._ranks,
+        )
+
+    def val_dataloader(self) -> EvalStream:
+        """The validation tasks: the same ones every time."""
+        return self._eval_stream("val")
+
+    def test_dataloader(self) -> EvalStream:
+        """The test tasks: the same ones every time."""
+        return self._eval_stream("test")
+
+    def predict_dataloader(self) -> "UserTasks":
+        """The user's tasks, one by one; every rank gets all of them."""
+        return UserTasks(self.asked)
+
+    def pictured(self, split: Split, count: int) -> Task:
+        """The first tasks of a split, with enough query points to draw the truth by."""
+        index = torch.arange(count)
+        queries = _PICTURED_QUERIES if self.tasks.count(split) is None else None
+        return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
+
+    def _eval_stream(self, split: Split) -> EvalStream:
+        tasks = self.episodes[split].tasks or self.tasks.count(split)
+        return EvalStream(partial(self.draw, split), tasks, self.episodes["train"].tasks, *self._ranks)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class UserTask(NamedTuple):
+    """A new task of the user's, in the user's units and in ``float64``."""
+
+    name: str
+    support_x: Tensor
+    support_y: Tensor
+    x: Tensor  # of all its rows, support first
+    grid: Tensor  # inputs by which to draw the fit, where there is one input column; else none
+
+
+@dataclass(frozen=True)
+class UserTasks:
+    """Iterates over the user's tasks."""
+
+    asked: Asked
+
+    def __len__(self) -> int:
+        return len(self.asked.rows)
+
+    def __iter__(self) -> Iterator[UserTask]:
+        all_x, all_y = torch.tensor(self.asked.x), torch.tensor(self.asked.y)
+        for name, rows in self.asked.rows.items():
+            x, support = all_x[rows], slice(self.asked.shots[name])
+            grid = torch.linspace(float(x.min()), float(x.max()), _PICTURED_QUERIES, dtype=x.dtype).unsqueeze(-1)
+            yield UserTask(name, x[support], all_y[rows][support], x, grid if x.shape[1] == 1 else x[:0])

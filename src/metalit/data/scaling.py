@@ -1,0 +1,70 @@
+"""Normalisation of inputs and outputs, and the way back to the user's units."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Each column's mean and standard deviation: ``normalised = (value − mean) / std``, in ``float64``.
+
+    >>> scaling = Scaling(x_mean=[10.0], x_std=[2.0], y_mean=[0.0], y_std=[1.0])
+    >>> scaling.normalise_x(torch.tensor([[14.0]]))
+    tensor([[2.]], dtype=torch.float64)
+    """
+
+    x_mean: Sequence[float]
+    x_std: Sequence[float]
+    y_mean: Sequence[float]
+    y_std: Sequence[float]
+
+    @classmethod
+    def identity(cls, inputs: int, outputs: int) -> "Scaling":
+        """The scaling that changes nothing."""
+        return cls([0.0] * inputs, [1.0] * inputs, [0.0] * outputs, [1.0] * outputs)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is not the identity."""
+        return self != Scaling.identity(len(self.x_mean), len(self.y_mean))
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "Scaling":
+        """The scaling of ``[rows, columns]`` values; a constant column is only centred."""
+
+        def spread(values: Tensor) -> list[float]:
+            std = values.std(0, correction=0)
+            return torch.where(std > 0, std, torch.ones_like(std)).tolist()
+
+        return cls(x.mean(0).tolist(), spread(x), y.mean(0).tolist(), spread(y))
+
+    def normalise_x(self, x: Tensor) -> Tensor:
+        """From the user's units, ``[..., inputs]``."""
+        return (x.double() - x.new_tensor(self.x_mean, dtype=torch.float64)) / x.new_tensor(
+            self.x_std, dtype=torch.float64
+        )
+
+    def normalise_y(self, y: Tensor) -> Tensor:
+        """From the user's units, ``[..., outputs]``."""
+        return (y.double() - y.new_tensor(self.y_mean, dtype=torch.float64)) / y.new_tensor(
+            self.y_std, dtype=torch.float64
+        )
+
+    def restore_x(self, x: Tensor) -> Tensor:
+        """To the user's units, ``[..., inputs]``."""
+        return x.double() * x.new_tensor(self.x_std, dtype=torch.float64) + x.new_tensor(
+            self.x_mean, dtype=torch.float64
+        )
+
+    def restore_y(self, y: Tensor) -> Tensor:
+        """To the user's units, ``[..., outputs]``."""
+        return y.double() * y.new_tensor(self.y_std, dtype=torch.float64) + y.new_tensor(
+            self.y_mean, dtype=torch.float64
+        )
+
+    def state(self) -> dict[str, list[float]]:
+        """Plain lists of numbers, safe to keep in a checkpoint; ``Scaling(**state)`` is the way back."""
+        return {name: [float(value) for value in values] for name, values in asdict(self).items()}

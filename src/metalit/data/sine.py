@@ -1,0 +1,86 @@
+"""Sine tasks: the regression benchmark of meta-learning."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metalit.data.base import Split, TaskDistribution
+from metalit.data.table import Columns
+from metalit.errors import InputError
+from metalit.keys import fold, normal, uniform
+from metalit.problem import Points, Task
+
+Range = tuple[float, float]
+_FREQUENCIES = 257  # midpoints of the average over frequencies in `mean_curve`
+
+
+@dataclass(frozen=True)
+class Sine(TaskDistribution):
+    """Tasks y = A · sin(ωx − p) + noise; every draw is uniform on its range.
+
+    The defaults are Finn et al. 2017, section 5.1. The family of Meta-SGD (Li et al. 2017, section 4.1),
+    A · sin(ωx + b), is ``frequency=[0.8, 1.2]`` with ``phase=[-π, 0]``.
+
+    Args:
+        amplitude, phase, frequency: the ranges of A, p and ω.
+        x: the range of the inputs.
+        noise: the standard deviation of the noise on every observed y, of support and query points alike.
+
+    Raises:
+        InputError: a range that is empty or not finite, or a negative noise.
+    """
+
+    amplitude: Range = (0.1, 5.0)
+    phase: Range = (0.0, math.pi)
+    frequency: Range = (1.0, 1.0)
+    x: Range = (-5.0, 5.0)
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("amplitude", "phase", "frequency", "x"):
+            low, high = getattr(self, name)
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise InputError(f"Sine: {name}={[low, high]} must be two finite numbers, the lower one first")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise InputError(f"Sine: noise={self.noise} must be a finite standard deviation, at least 0")
+
+    @property
+    def columns(self) -> Columns:
+        """``task``, ``x``, ``y``."""
+        return Columns("task", ["x"], ["y"])
+
+    def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
+        """Draw the curve of each task, then its points."""
+        assert queries is not None
+        curve = uniform(fold(key, 0), 3, 1, 1)
+        amplitude, phase, frequency = (
+            _between(curve[:, i], bounds) for i, bounds in enumerate((self.amplitude, self.phase, self.frequency))
+        )
+        x = _between(uniform(fold(key, 1), shots + queries, 1), self.x)
+        y = amplitude * torch.sin(frequency * x - phase)
+        if self.noise:
+            y = y + self.noise * normal(fold(key, 2), shots + queries, 1)
+        return Task(Points(x[:, :shots], y[:, :shots]), Points(x[:, shots:], y[:, shots:]), fold(key, 3))
+
+    def baselines(self, tasks: Task) -> dict[str, Tensor]:
+        """The best predictor that knows no task."""
+        return {"one curve for all tasks": self.mean_curve(tasks.query.x)}
+
+    def mean_curve(self, x: Tensor) -> Tensor:
+        """The mean of y over tasks at ``x``; for Finn's ranges −(5.1/π) cos x."""
+        low, high = self.frequency
+        fractions = (torch.arange(_FREQUENCIES, dtype=x.dtype, device=x.device) + 0.5) / _FREQUENCIES
+        angle = x.unsqueeze(-1) * (low + (high - low) * fractions)
+        first, last = self.phase
+        if last > first:
+            wave = (torch.cos(angle - last) - torch.cos(angle - first)) / (last - first)
+        else:
+            wave = torch.sin(angle - first)
+        return sum(self.amplitude) / 2 * wave.mean(-1)
+
+
+def _between(fraction: Tensor, bounds: Range) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * fraction

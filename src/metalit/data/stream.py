@@ -1,0 +1,76 @@
+"""The order in which tasks come: decided by the global index alone, whoever draws them and whenever."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from metalit.problem import Task
+
+_BLOCK = 64  # steps drawn in one call: a call costs as much for 64 steps as for one
+
+Draw = Callable[[Tensor], Task]
+
+
+class TrainStream:
+    """The tasks of every outer step: step s takes the indices s·T … (s+1)·T − 1, and each rank its share of them.
+
+    Args:
+        draw: maps ``[n]`` indices to n tasks.
+        tasks: T, the tasks of one outer step, over all ranks.
+        steps: the number of outer steps; the length of the stream.
+        first_step: tells, when iteration starts, at which step to go on.
+        rank, ranks: which share is ours.
+    """
+
+    def __init__(
+        self, draw: Draw, tasks: int, steps: int, first_step: Callable[[], int], rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.draw = draw
+        self.share = tasks // ranks
+        self.stride = tasks
+        self.offset = rank * self.share
+        self.steps = steps
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Task]:
+        step = self.first_step()
+        while True:
+            # blocks start at multiples of their length, so that a resumed run makes the very same calls
+            start = step - step % _BLOCK
+            steps = torch.arange(start, start + _BLOCK).unsqueeze(-1)
+            index = steps * self.stride + self.offset + torch.arange(self.share)
+            block = self.draw(index.flatten())
+            for position in range(step - start, _BLOCK):
+                yield take(block, slice(position * self.share, (position + 1) * self.share))
+            step = start + _BLOCK
+
+
+class EvalStream:
+    """A fixed number of tasks, in batches; the ranks take turns.
+
+    Args:
+        draw: maps ``[n]`` indices to n tasks.
+        tasks: how many tasks there are, over all ranks.
+        batch: how many come at once on each rank.
+        rank, ranks: which share is ours.
+    """
+
+    def __init__(self, draw: Draw, tasks: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+        self.draw = draw
+        self.chunks = torch.arange(rank, tasks, ranks).split(batch)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return map(self.draw, self.chunks)
+
+
+def take(tasks: Task, which: slice | Tensor) -> Task:
+    """Choose tasks out of a batch."""
+    return tree_map(lambda leaf: None if leaf is None else leaf[which], tasks)

@@ -1,0 +1,52 @@
+"""The exact hypergradient: differentiate through every inner step (second order)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad_and_value
+
+from metalit.adapt import Outer, iterates
+from metalit.errors import InputError
+from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.inner.base import InnerOptimizer
+from metalit.problem import Problem
+from metalit.tree import Tree
+
+
+@dataclass(frozen=True)
+class Unrolled(Hypergradient):
+    """MAML's gradient: d/dφ Σₖ wₖ · outer_loss(θₖ(φ), φ), through all inner steps (Finn et al. 2017, eq. 1).
+
+    Args:
+        steps: the number of inner steps.
+        weights: w₁ … w_steps, that sum to 1: how much the loss after each inner step counts (the multi-step loss of
+            Antoniou et al. 2019, eq. 4). If not given, only the last step counts.
+
+    Raises:
+        InputError: no inner step, or weights of another number or another sum.
+    """
+
+    steps: int = 1
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_steps("Unrolled", self.steps)
+        if self.weights is not None and (len(self.weights) != self.steps or abs(sum(self.weights) - 1) > 1e-6):
+            raise InputError(f"Unrolled: weights={list(self.weights)} must be steps={self.steps} numbers that sum to 1")
+
+    def __call__(
+        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+    ) -> Estimate:
+        """Differentiate the weighted outer loss through the inner loop."""
+
+        def loss(outer: Outer) -> tuple[Tensor, Tree]:
+            path = list(iterates(problem, optimizer, outer, task, self.steps, start))
+            if self.weights is None:
+                return problem.outer_loss(path[-1], outer["problem"], task), path[-1]
+            losses = [problem.outer_loss(inner, outer["problem"], task) for inner in path[1:]]
+            return sum(w * value for w, value in zip(self.weights, losses, strict=True)), path[-1]
+
+        gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
+        return Estimate(value, gradient, inner)

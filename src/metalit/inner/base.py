@@ -1,0 +1,33 @@
+"""The protocol of an inner optimiser."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from metalit.tree import Tree
+
+GradFn: TypeAlias = Callable[[Tree], Tree]
+
+
+class InnerOptimizer(ABC):
+    """A pure pair of functions: state goes in and comes out, so every step can be differentiated."""
+
+    def outer(self, inner: Tree) -> dict[str, Tree]:
+        """The outer parameters that the optimiser brings, such as learned step sizes, with their initial values."""
+        return {}
+
+    def init(self, inner: Tree) -> Any:
+        """Return the state before the first step."""
+        return None
+
+    @abstractmethod
+    def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
+        """Take one step.
+
+        Args:
+            grad_fn: maps an inner variable to the gradient of the inner loss there.
+            inner: the inner variable.
+            state: what :meth:`init` or the last step returned.
+            outer: the present values of the parameters that :meth:`outer` brought.
+            step: the number of the step, from 0.
+        """

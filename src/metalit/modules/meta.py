@@ -1,0 +1,262 @@
+"""The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_map as pytree_map
+from torchmetrics.aggregation import CatMetric
+
+from metalit.adapt import Outer, adapt, iterates, outer_variable
+from metalit.data.module import UserTask
+from metalit.data.scaling import Scaling
+from metalit.errors import InputError
+from metalit.hypergradients.base import Hypergradient, over_tasks, task_dims
+from metalit.inner.base import InnerOptimizer
+from metalit.modules.base import OuterLearner, ParameterTree
+from metalit.modules.interval import Interval, mean_with_interval
+from metalit.problem import FewShotProblem, Points, Task
+from metalit.tree import Tree, tree_map
+
+
+class MetaLearner(OuterLearner):
+    """Learns to learn: each outer step draws a batch of tasks and descends the mean hypergradient over them.
+
+    φ ← outer optimiser(φ, 1/T Σ_tasks d outer_loss(θ_k(φ)) / dφ)
+
+    Validation and test adapt to every task and log ``loss_step_k``, the mean query loss after k inner steps, for every
+    k from 0 (before adaptation) to ``eval_steps``; ``val/loss`` is that after as many steps as are trained.
+
+    Args:
+        problem: what is learned: a few-shot problem, that adapts to a :class:`~metalit.problem.Task`.
+        inner_optimizer: how a task is adapted to.
+        hypergradient: how the outer variable learns from it, and in how many inner steps.
+        eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones.
+        optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
+
+    Raises:
+        InputError: negative ``eval_steps``, or fewer than are trained.
+    """
+
+    def __init__(
+        self,
+        problem: FewShotProblem,
+        inner_optimizer: InnerOptimizer,
+        hypergradient: Hypergradient,
+        eval_steps: int = 10,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        lr_by_name: dict[str, float] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler, lr_by_name, clip_norm)
+        if eval_steps < hypergradient.steps:
+            raise InputError(
+                f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
+                "trained: val/loss is the loss after those"
+            )
+        self.save_given_hyperparameters()
+        self.problem = problem
+        self.inner_optimizer = inner_optimizer
+        self.hypergradient = hypergradient
+        self.eval_steps = eval_steps
+        self.learned = ParameterTree(outer_variable(problem, inner_optimizer)["optimizer"])
+        self.scaling: Scaling | None = None
+        self.losses = CatMetric(nan_strategy="disable")
+        self.intervals: list[Interval] = []
+
+    def outer(self) -> Outer:
+        """``{"problem": …, "optimizer": …}``"""
+        return {"problem": self.problem.outer(), "optimizer": self.learned.tree}
+
+    # ---- training
+
+    def setup(self, stage: str) -> None:
+        """Take over the data's normalisation, which belongs to what is learned."""
+        source = getattr(self.trainer.datamodule, "tasks", None)
+        if stage != "predict" and source is not None:
+            self.scaling = source.scaling()
+
+    def training_step(self, tasks: Task, batch_idx: int) -> None:
+        """Take one outer step."""
+        estimate = over_tasks(
+            self.hypergradient, self.problem, self.inner_optimizer, self._constants(), self._cast(tasks)
+        )
+        self.step_outer(estimate.loss, estimate.gradient)
+
+    # ---- evaluation
+
+    def validation_step(self, tasks: Task, batch_idx: int) -> None:
+        """Adapt, and collect the query losses."""
+        self.losses.update(self.query_losses(tasks))
+
+    def test_step(self, tasks: Task, batch_idx: int) -> None:
+        """Adapt, and collect the query losses."""
+        self.losses.update(self.query_losses(tasks))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss after every inner step."""
+        means = {f"val/loss_step_{k}": interval.mean for k, interval in enumerate(self._collect())}
+        means["val/loss"] = means[f"val/loss_step_{self.hypergradient.steps}"]
+        for name, mean in means.items():
+            self.log(name, mean, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
+        if not self.trainer.sanity_checking:
+            self.write_scalars(means)
+            self.log_hyperparameters("val/loss", means["val/loss"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean loss after every inner step, with its interval."""
+        self._collect()
+        scalars = {}
+        for k, interval in enumerate(self.intervals):
+            scalars[f"test/loss_step_{k}"] = interval.mean
+            scalars[f"test/loss_step_{k}_ci95"] = interval.half_width
+        self.log_dict(scalars, logger=False, sync_dist=True, batch_size=1)
+        self.write_scalars(scalars)
+
+    def predict_step(self, task: UserTask, batch_idx: int) -> tuple[str, Tensor, Tensor]:
+        """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid."""
+        adapted = self.adapt(task.support_x, task.support_y)
+        return task.name, adapted(task.x), adapted(task.grid)
+
+    def query_losses(self, tasks: Task) -> Tensor:
+        """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
+
+        def one(outer: Outer, task: Task) -> Tensor:
+            path = self._iterates(outer, task)
+            return torch.stack([self.problem.outer_loss(inner, outer["problem"], task) for inner in path])
+
+        return self._each(one, tasks)
+
+    def query_predictions(self, tasks: Task) -> Tensor:
+        """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
+
+        def one(outer: Outer, task: Task) -> Tensor:
+            path = self._iterates(outer, task)
+            return torch.stack([self.problem.predict(inner, outer["problem"], task.query.x) for inner in path])
+
+        return self._each(one, tasks)
+
+    def judge(self, predictions: Tensor, tasks: Task) -> Tensor:
+        """The mean query loss of anybody's ``[tasks, queries, outputs]`` predictions, ``[tasks]``."""
+        query = self._cast(tasks.query)
+        return vmap(self.problem.judge, in_dims=(0, task_dims(query)))(self._cast(predictions), query)
+
+    # ---- use
+
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> "Adapted":
+        """Adapt what was learned to a few points of a new task.
+
+        Args:
+            x: ``[shots, inputs]``, in the units of the data that was trained on.
+            y: ``[shots, outputs]``, likewise.
+            steps: the number of inner steps; ``eval_steps`` if not given.
+
+        Returns:
+            A function from ``[rows, inputs]`` to ``[rows, outputs]``, in the same units.
+
+        Raises:
+            InputError: tensors of other shapes, no point, or values that are not finite.
+        """
+        for name, value in (("x", x), ("y", y)):
+            columns = len(getattr(self.scaling, f"{name}_mean")) if self.scaling else None
+            if value.dim() != 2 or len(value) == 0 or columns not in (None, value.shape[1]):
+                raise InputError(
+                    f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {columns or 'columns'}] with a "
+                    "point at least (a single column: value.unsqueeze(-1))"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"adapt: {name} holds values that are not finite; leave those points out")
+        if len(x) != len(y):
+            raise InputError(f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x")
+        support = self._cast(Points(self._normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
+        task = Task(support, support, torch.tensor(0, device=self.device))
+        steps = self.eval_steps if steps is None else steps
+        with torch.inference_mode(False), torch.no_grad(), self._evaluating():
+            inner = adapt(self.problem, self.inner_optimizer, self._constants(), task, steps)
+        return Adapted(self, inner)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the normalisation with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["scaling"] = self.scaling.state() if self.scaling else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check network and normalisation.
+
+        Raises:
+            InputError: the checkpoint is of another network, or was trained on data of another scaling.
+        """
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint["scaling"]
+        if self.scaling is not None and kept != self.scaling.state():
+            raise InputError(
+                f"ckpt_path: the checkpoint was trained on data with the scaling {kept}, and the present data has "
+                f"{self.scaling.state()}; give the table and the split that it was trained on"
+            )
+        self.scaling = Scaling(**kept) if kept else None
+
+    # ---- helpers
+
+    def _collect(self) -> list[Interval]:
+        losses = self.losses.compute()
+        self.losses.reset()
+        self.intervals = [mean_with_interval(column) for column in losses.unbind(1)]
+        return self.intervals
+
+    def _iterates(self, outer: Outer, task: Task) -> Iterator[Tree]:
+        return iterates(self.problem, self.inner_optimizer, outer, task, self.eval_steps)
+
+    def _each(self, one: Any, tasks: Task) -> Tensor:
+        tasks = self._cast(tasks)
+        return vmap(one, in_dims=(None, task_dims(tasks)))(self._constants(), tasks)
+
+    def _constants(self) -> Outer:
+        # detached: autograd would otherwise record every operation a second time, outside torch.func
+        return {level: tree_map(Tensor.detach, branch) for level, branch in self.outer().items()}
+
+    def _cast(self, tree: Any) -> Any:
+        def cast(leaf: Any) -> Any:
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None) if leaf is not None else None
+
+        return pytree_map(cast, tree)
+
+    def _normalise_x(self, x: Tensor) -> Tensor:
+        return self.scaling.normalise_x(x) if self.scaling else x
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A network adapted to one task: call it with inputs in the user's units.
+
+    Attributes:
+        learner: where it comes from.
+        inner: the adapted parameters by name.
+    """
+
+    learner: MetaLearner
+    inner: Tree
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``."""
+        learner = self.learner
+        with torch.no_grad(), learner._evaluating():
+            x = learner._cast(learner._normalise_x(x))
+            prediction = learner.problem.predict(self.inner, learner._constants()["problem"], x)
+        return learner.scaling.restore_y(prediction) if learner.scaling else prediction

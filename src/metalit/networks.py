@@ -1,0 +1,39 @@
+"""Small networks that configs name; any other ``torch.nn.Module`` serves as well."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from metalit.errors import InputError
+
+
+class MLP(nn.Sequential):
+    """A multi-layer perceptron with layers named ``hidden1``, ``hidden2``, …, ``out``.
+
+    Args:
+        sizes: widths from the input to the output, at least two: ``[1, 40, 40, 1]`` is the network of Finn et al. 2017.
+        activation: the name of an activation module of ``torch.nn``, put after every hidden layer.
+        dropout: the rate of dropout after every hidden layer.
+
+    Raises:
+        InputError: fewer than two sizes, or an activation that ``torch.nn`` does not have.
+
+    >>> [name for name, _ in MLP([1, 40, 1]).named_parameters()]
+    ['hidden1.weight', 'hidden1.bias', 'out.weight', 'out.bias']
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: str = "ReLU", dropout: float = 0.0) -> None:
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise InputError(f"MLP: sizes={list(sizes)} must hold at least an input and an output width, all positive")
+        make_activation = getattr(nn, activation, None)
+        if not (isinstance(make_activation, type) and issubclass(make_activation, nn.Module)):
+            raise InputError(f"MLP: activation={activation!r} is no module of torch.nn; try 'ReLU' or 'Tanh'")
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for index in range(1, len(sizes) - 1):
+            layers[f"hidden{index}"] = nn.Linear(sizes[index - 1], sizes[index])
+            layers[f"activation{index}"] = make_activation()
+            if dropout:
+                layers[f"dropout{index}"] = nn.Dropout(dropout)
+        layers["out"] = nn.Linear(sizes[-2], sizes[-1])
+        super().__init__(layers)

@@ -1,0 +1,70 @@
+"""What is optimised: the protocol of a problem, and the task that a few-shot problem is posed on."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from metalit.tree import Tree
+
+
+class Points(NamedTuple):
+    """Rows of a table: ``x`` of shape ``[rows, inputs]``, ``y`` of shape ``[rows, outputs]`` (or ``[rows]`` classes).
+
+    ``mask`` of shape ``[rows]`` is true for real rows and false for padding; without one, every row is real.
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None = None
+
+
+class Task(NamedTuple):
+    """One few-shot task: adapt to ``support``, be judged on ``query``; ``key`` seeds every draw (:mod:`metalit.keys`).
+
+    A batch of tasks is the same tuple with a leading task dimension on every tensor.
+    """
+
+    support: Points
+    query: Points
+    key: Tensor
+
+
+class Problem(nn.Module, ABC):
+    """A bilevel problem: an inner variable θ that a task sets, and an outer variable φ that is learned over tasks.
+
+    φ* = argmin_φ E_task [ outer_loss(θ*(φ), φ) ],  θ*(φ) = the inner optimiser's answer to inner_loss(θ, φ).
+
+    Papers on MAML write θ for the initialisation; that is our outer variable φ, and their adapted weights are our θ.
+
+    A problem is a module, so that its frozen parameters, buffers and data follow it to a device and into checkpoints;
+    its methods are pure functions all the same: every variable is an argument, nothing is changed in place.
+    """
+
+    def outer(self) -> dict[str, Tensor]:
+        """The outer parameters that the problem brings, with their present values: its trainable parameters."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    @abstractmethod
+    def init(self, outer: dict[str, Tensor], task: Any) -> Tree:
+        """Return the inner variable before the first inner step."""
+
+    @abstractmethod
+    def inner_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any, step: int) -> Tensor:
+        """Return the scalar that inner step number ``step`` descends."""
+
+    @abstractmethod
+    def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
+        """Return the scalar that judges an inner variable."""
+
+
+class FewShotProblem(Problem):
+    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
+
+    @abstractmethod
+    def predict(self, inner: Tree, outer: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return what an inner variable says of ``[rows, inputs]``: ``[rows, outputs]``."""
+
+    @abstractmethod
+    def judge(self, prediction: Tensor, points: Points) -> Tensor:
+        """Return the mean loss of ``[rows, outputs]`` predictions over the real rows of ``points``."""

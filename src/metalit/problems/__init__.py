@@ -1,0 +1,5 @@
+"""Problems: what is optimised. One file for each."""
+
+from metalit.problems.few_shot import FewShot
+
+__all__ = ["FewShot"]

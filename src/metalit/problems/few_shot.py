@@ -1,0 +1,99 @@
+"""Few-shot learning with any network: its weights are the outer variable, adapted copies of them the inner one."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from metalit.autodiff import call, draws
+from metalit.errors import InputError
+from metalit.keys import fold
+from metalit.problem import FewShotProblem, Points, Task
+
+_OUTER_DRAW = -1  # the dropout key of the outer loss; inner step k uses k
+
+
+class FewShot(FewShotProblem):
+    """Learn an initialisation φ of a network from which a few inner steps fit a task (Finn et al. 2017).
+
+    inner_loss(θ) = mean loss on the support set,  outer_loss(θ) = mean loss on the query set,  init: θ₀ = φ[adapt].
+
+    The parameters that ``adapt`` names are copied and adapted to each task; the other trainable parameters are learned
+    over all tasks and stay as they are within one. So ``adapt=["*"]`` is MAML, the head alone ANIL (Raghu et al. 2020),
+    the body alone BOIL (Oh et al. 2021). Frozen parameters are never touched.
+
+    Args:
+        network: any module that maps ``[rows, inputs]`` to ``[rows, outputs]``. Tied weights, unused and frozen
+            parameters are fine. BatchNorm uses the statistics of the set before it, in both levels.
+        loss: any criterion of ``torch.nn`` with ``reduction="none"``, or a module of your own that returns one value
+            for each row (trailing dimensions are averaged). The mean squared error if not given.
+        adapt: shell-style patterns of the names of the parameters that are adapted.
+
+    Raises:
+        InputError: a pattern that matches no trainable parameter, a network without any; when a loss is computed:
+            predictions and real-valued targets of different shapes, a loss that does not return a value for each row.
+    """
+
+    def __init__(self, network: nn.Module, loss: nn.Module | None = None, adapt: Sequence[str] = ("*",)) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = nn.MSELoss(reduction="none") if loss is None else loss
+        self.adapted = _matching(self.outer(), adapt)
+
+    def outer(self) -> dict[str, Tensor]:
+        """The network's trainable parameters by their own names."""
+        return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+
+    def init(self, outer: dict[str, Tensor], task: Task | None = None) -> dict[str, Tensor]:
+        """Hand over the adapted part of the outer variable."""
+        return {name: outer[name] for name in self.adapted}
+
+    def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
+        """The mean loss on the support set."""
+        return self._mean_loss({**outer, **inner}, task.support, task.key, step)
+
+    def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
+        """The mean loss on the query set."""
+        return self._mean_loss({**outer, **inner}, task.query, task.key, _OUTER_DRAW)
+
+    def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The adapted network's outputs at ``x``."""
+        return call(self.network, {**outer, **inner}, x)
+
+    def judge(self, prediction: Tensor, points: Points) -> Tensor:
+        """The mean of the row losses over the real rows."""
+        target = points.y
+        # a criterion would broadcast [rows, 1] against [rows] to [rows, rows] without a word
+        if target.is_floating_point() and prediction.shape != target.shape:
+            raise InputError(
+                f"network: its predictions have shape {tuple(prediction.shape)} and the targets "
+                f"{tuple(target.shape)}; they must be equal, so give the network {target.shape[-1]} output(s)"
+            )
+        values = self.loss(prediction, target)
+        if values.shape[:1] != target.shape[:1]:
+            raise InputError(
+                f"loss: {self.loss} returned shape {tuple(values.shape)} for {len(target)} rows; it must return one "
+                'value for each row, so set reduction="none"'
+            )
+        rows = values.flatten(1).mean(1) if values.dim() > 1 else values
+        if points.mask is None:
+            return rows.mean()
+        weights = points.mask.to(rows.dtype)
+        return (rows * weights).sum() / weights.sum()
+
+    def _mean_loss(self, parameters: dict[str, Tensor], points: Points, key: Tensor, draw: int) -> Tensor:
+        key = fold(key, draw) if draws(self.network) else None
+        return self.judge(call(self.network, parameters, points.x, key=key), points)
+
+
+def _matching(parameters: dict[str, Tensor], patterns: Sequence[str]) -> list[str]:
+    names = list(parameters)
+    if not names:
+        raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"adapt: the pattern {pattern!r} matches no trainable parameter; there are {names}")
+    adapted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not adapted:
+        raise InputError(f"adapt: no pattern is given, so nothing would adapt; name some of {names}")
+    return adapted

@@ -1,0 +1,64 @@
+"""Where runs lie on disk, ``<root>/<experiment>/version_N/``, and the checkpoints in them."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from metalit.errors import InputError
+
+
+def version_folder(checkpoint: Path, experiment: Path) -> str | None:
+    """The name ``version_N`` of the run that a checkpoint belongs to, if it is one of this experiment's."""
+    folder = checkpoint.resolve().parent.parent
+    return folder.name if folder.parent == experiment.resolve() and folder.name.startswith("version_") else None
+
+
+def find_checkpoint(name: str, experiment: Path) -> Path:
+    """Return the checkpoint that a user means.
+
+    Args:
+        name: ``last`` or ``best`` for the newest version of the experiment that has one; else a path.
+        experiment: the folder of the experiment.
+
+    Raises:
+        InputError: there is none, or it is damaged, or it holds code.
+    """
+    if name not in ("last", "best"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"ckpt_path={name!r}: there is no such file (looked in {Path.cwd()}); or say best or last")
+    else:
+        versions = [
+            folder for folder in experiment.glob("version_*") if (folder / "checkpoints" / f"{name}.ckpt").is_file()
+        ]
+        if not versions:
+            raise InputError(
+                f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"
+            )
+        newest = max(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
+        path = newest / "checkpoints" / f"{name}.ckpt"
+    check_checkpoint(path)
+    return path
+
+
+def check_checkpoint(path: Path) -> None:
+    """Try to load a checkpoint, tensors and plain values only.
+
+    Raises:
+        InputError: it is damaged or no checkpoint, or it holds anything else than plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as cause:
+        raise InputError(
+            f"ckpt_path={str(path)!r} holds more than tensors and plain values, and is not loaded: a pickle can run "
+            f"any code. The loader says: {str(cause).splitlines()[-1]}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as cause:
+        raise InputError(
+            f"ckpt_path={str(path)!r} is damaged or no checkpoint ({str(cause).splitlines()[0]}); use another one of "
+            f"{str(path.parent)!r}"
+        ) from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(f"ckpt_path={str(path)!r} holds no state_dict: it is no checkpoint of a learner")

@@ -1,0 +1,62 @@
+"""Parameter dictionaries: a tree is a tensor or a dictionary of trees, and these are its vector-space operations.
+
+>>> import torch
+>>> a, b = {"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 4.0])}
+>>> axpy(2.0, a, b)
+{'w': tensor([7., 4.])}
+>>> float(dot(a, b)), float(norm(a))
+(3.0, 3.0)
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Tensor | dict[str, Any]
+
+
+def tree_map(fn: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
+    """Apply ``fn`` leaf by leaf to trees of equal structure.
+
+    Raises:
+        ValueError: the trees have different keys.
+    """
+    if isinstance(first, dict):
+        for other in rest:
+            if not isinstance(other, dict) or other.keys() != first.keys():
+                keys = list(other) if isinstance(other, dict) else type(other).__name__
+                raise ValueError(f"trees differ: {list(first)} and {keys}")
+        return {key: tree_map(fn, first[key], *(other[key] for other in rest)) for key in first}
+    return fn(first, *rest)
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(dotted name, tensor)`` for every leaf, in insertion order."""
+    if isinstance(tree, dict):
+        for key, branch in tree.items():
+            yield from leaves(branch, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def axpy(scale: float | Tensor, x: Tree, y: Tree) -> Tree:
+    """``scale · x + y``, leaf by leaf."""
+    return tree_map(lambda a, b: scale * a + b, x, y)
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """``Σ xᵢ yᵢ`` over all entries of all leaves."""
+    products = tree_map(lambda a, b: (a * b).sum(), x, y)
+    return torch.stack([value for _, value in leaves(products)]).sum()
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all entries of all leaves."""
+    return dot(tree, tree).sqrt()
+
+
+def flatten(tree: Tree) -> Tensor:
+    """All entries as one vector, in the order of :func:`leaves`."""
+    return torch.cat([leaf.reshape(-1) for _, leaf in leaves(tree)])
