@@ -71,7 +71,10 @@ class MetalitCLI(LightningCLI):
         parser.add_lightning_class_args(FitFigures, "figures")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 50})
+        parser.set_defaults(
+            # max_steps alone decides when training ends
+            {"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 50, "trainer.max_epochs": -1}
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, or explain in one line why not.
@@ -101,6 +104,20 @@ class MetalitCLI(LightningCLI):
         self.version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
             self.version = version_folder(self.checkpoint, self.experiment)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; an input error comes out as it was raised, not wrapped by the parser.
+
+        Raises:
+            InputError: from any constructor.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
 
     def _first_config_name(self) -> str:
         # the parsed configuration no longer knows which files it came from

@@ -17,7 +17,7 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _KEY = re.compile(r"Parser key \"([^\"]+)\":?")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _NOISE = re.compile(
-    r"^(Does not validate against|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value|- Expected a path but)"
+    r"^(- )?(Does not validate against|Subtypes:|Errors|Expected a <class 'NoneType'>|Given value|Expected a path but)"
 )
 
 
@@ -35,15 +35,17 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> str:
     owner = (_CLASS.findall(message) or [None])[-1]
     where = ".".join(_KEY.findall(message))
     unknown = _UNKNOWN.search(message)
+    if unknown and owner and unknown["flag"]:
+        # an option below a dataclass inside a class: "--train.shts=3"
+        unknown = _UNKNOWN.search("Group '{}' does not accept option '{}'".format(*unknown["flag"].rsplit(".", 1)))
     if unknown:
         return _unknown_key(unknown, where, owner, known)
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [_KEY.sub("", line).strip() for line in lines if line and not _NOISE.match(line)]
-    told = " ".join(line.removeprefix("- ") for line in lines if line and not _CLASS.match(line))
+    lines = [_CLASS.sub("", _KEY.sub("", line)).strip(" :") for line in message.splitlines()]
+    told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.match(line) and line.strip("- "))
     no_class = _NO_CLASS.search(told)
     if no_class:
         told = f"there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
-    told = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", told)
+    told = re.sub(r"[Ee]xpected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected a value of type \1", told)
     return f"{where}: {told}" if where else told
 
 

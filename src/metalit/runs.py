@@ -1,11 +1,14 @@
 """Where runs lie on disk, ``<root>/<experiment>/version_N/``, and the checkpoints in them."""
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
 
 from metalit.errors import InputError
+
+_CODE = re.compile(r"(?:GLOBAL|Unsupported class) (?P<name>[\w.]+)")
 
 
 def version_folder(checkpoint: Path, experiment: Path) -> str | None:
@@ -50,15 +53,15 @@ def check_checkpoint(path: Path) -> None:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as cause:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as cause:
+        code = _CODE.search(str(cause))
+        if code:
+            raise InputError(
+                f"ckpt_path={str(path)!r} holds more than tensors and plain values ({code['name']}), and is not "
+                "loaded: a pickle can run any code"
+            ) from None
         raise InputError(
-            f"ckpt_path={str(path)!r} holds more than tensors and plain values, and is not loaded: a pickle can run "
-            f"any code. The loader says: {str(cause).splitlines()[-1]}"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as cause:
-        raise InputError(
-            f"ckpt_path={str(path)!r} is damaged or no checkpoint ({str(cause).splitlines()[0]}); use another one of "
-            f"{str(path.parent)!r}"
+            f"ckpt_path={str(path)!r} is damaged, or no checkpoint at all; use another one of {str(path.parent)!r}"
         ) from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"ckpt_path={str(path)!r} holds no state_dict: it is no checkpoint of a learner")

@@ -78,7 +78,7 @@ def draw_fits(
     predictions = learner.query_predictions(tasks)[:, steps].double().cpu()
     scaling = learner.scaling
     count = len(tasks.support.x)
-    figure = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * count, 3.6), layout="constrained")
     colours = colormaps["viridis"](np.linspace(0.85, 0.1, len(steps)))
     for index, axes in enumerate(np.atleast_1d(figure.subplots(1, count))):
         real = slice(None) if tasks.query.mask is None else tasks.query.mask[index]
@@ -95,7 +95,8 @@ def draw_fits(
                 axes.plot(y[:, 0], fit[:, 0], ".", color=colour, label=_label(step))
             axes.set_xlabel(f"true {columns[2][0]}")
             axes.set_ylabel(f"predicted {columns[2][0]}")
-    figure.axes[0].legend(fontsize="small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 

@@ -65,7 +65,9 @@ class TestReport(Callback):
             for name, intervals in losses.items()
             for step, loss in enumerate(intervals)
         ]
-        Console().print(_table(rows, outputs, _protocol(data, learner)))
+        console = Console()
+        console.print(_protocol(data, learner))
+        console.print(_table(rows, outputs))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write(Path(logger.log_dir) / "test.csv", rows, outputs)
@@ -94,22 +96,23 @@ def _protocol(data: Any, learner: MetaLearner) -> str:
     if not isinstance(data, TaskDataModule):
         return f"{count} test tasks"
     episodes = data.episodes["test"]
-    queries = "all other rows" if episodes.queries is None else f"{episodes.queries} points"
-    return f"{count} test tasks: adapted to {episodes.shots} points, judged on {queries}"
+    queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
+    return (
+        f"{count} test tasks, adapted to {episodes.shots} points each and judged on {queries}; "
+        "mean ± 95 % interval over tasks"
+    )
 
 
-def _table(rows: list[_Row], outputs: Sequence[str], protocol: str) -> Table:
-    table = Table(title=f"{protocol}\nmean ± 95 % interval over tasks", title_style="", title_justify="left")
+def _table(rows: list[_Row], outputs: Sequence[str]) -> Table:
+    table = Table()
     table.add_column("inner steps")
     table.add_column("loss", justify="right")
     for output in outputs:
         table.add_column(f"error in {output}", justify="right")
-    for name, step, loss, errors in rows:
-        first = name != "learner" and step == 0
+    for position, (name, step, loss, errors) in enumerate(rows):
+        ends_section = name == "learner" and position + 1 < len(rows) and rows[position + 1][0] != name
         label = str(step) if name == "learner" else name
-        if first:
-            table.add_section()
-        table.add_row(label, str(loss), *map(str, errors))
+        table.add_row(label, str(loss), *map(str, errors), end_section=ends_section)
     return table
 
 

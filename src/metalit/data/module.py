@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from metalit.errors import InputError
 from metalit.problem import Task
 
 _PICTURED_QUERIES = 200
+Count = int | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Episodes:
     """The tasks of one split.
 
     Args:
-        tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``None`` stands for
-            every task that there is, where they are finitely many.
+        tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``"all"`` stands for
+            each task once, where they are finitely many.
         shots: rows to adapt to.
-        queries: rows to be judged on; ``None`` for all the others.
+        queries: rows to be judged on; ``"all"`` for all the others.
     """
 
-    tasks: int | None = None
+    tasks: Count = "all"
     shots: int = 5
-    queries: int | None = None
+    queries: Count = "all"
 
 
 class TaskDataModule(LightningDataModule):
@@ -52,9 +53,9 @@ class TaskDataModule(LightningDataModule):
     def __init__(
         self,
         tasks: TaskDistribution,
-        train: Episodes = Episodes(tasks=25, shots=10, queries=10),
-        val: Episodes = Episodes(tasks=200, shots=5, queries=100),
-        test: Episodes = Episodes(tasks=600, shots=5, queries=100),
+        train: Episodes = Episodes(tasks=25),
+        val: Episodes = Episodes(tasks=200),
+        test: Episodes = Episodes(tasks=600),
         seed: int = 0,
         predict_file: str | None = None,
     ) -> None:
@@ -66,9 +67,9 @@ class TaskDataModule(LightningDataModule):
         for split, episodes in self.episodes.items():
             for name in ("tasks", "shots", "queries"):
                 value = getattr(episodes, name)
-                if value is not None and value < 1:
+                if value != "all" and value < 1:
                     raise InputError(f"data.{split}.{name}={value} must be at least 1")
-        if train.tasks is None:
+        if train.tasks == "all":
             raise InputError("data.train.tasks: give the number of tasks of one outer step, such as 25")
 
     def setup(self, stage: str) -> None:
@@ -82,8 +83,8 @@ class TaskDataModule(LightningDataModule):
         splits: Sequence[Split] = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
         for split in splits:
             episodes = self.episodes[split]
-            self.tasks.check(split, episodes.shots, episodes.queries)
-            if episodes.tasks is None and self.tasks.count(split) is None:
+            self.tasks.check(split, episodes.shots, _rows(episodes))
+            if episodes.tasks == "all" and self.tasks.count(split) is None:
                 raise InputError(f"data.{split}.tasks: {type(self.tasks).__name__} has no last task, so give a number")
         ranks, train = self._ranks[1], self.episodes["train"]
         if stage == "fit" and train.tasks % ranks:
@@ -96,7 +97,7 @@ class TaskDataModule(LightningDataModule):
         """Return the tasks with these global indices, normalised, in ``float64``."""
         episodes = self.episodes[split]
         key = task_keys(self.seed, split, index)
-        return self.tasks.sample(split, index, key, episodes.shots, episodes.queries)
+        return self.tasks.sample(split, index, key, episodes.shots, _rows(episodes))
 
     def train_dataloader(self) -> TrainStream:
         """The stream of training tasks, from the step that the trainer is at."""
@@ -132,12 +133,17 @@ class TaskDataModule(LightningDataModule):
         return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
 
     def _eval_stream(self, split: Split) -> EvalStream:
-        tasks = self.episodes[split].tasks or self.tasks.count(split)
+        tasks = self.episodes[split].tasks
+        tasks = self.tasks.count(split) if tasks == "all" else tasks
         return EvalStream(partial(self.draw, split), tasks, self.episodes["train"].tasks, *self._ranks)
 
     @property
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _rows(episodes: Episodes) -> int | None:
+    return None if episodes.queries == "all" else episodes.queries
 
 
 class UserTask(NamedTuple):

@@ -1,0 +1,127 @@
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import metalit
+
+ROOT = Path(metalit.__file__).parent
+FLOORS = {
+    **dict.fromkeys(("__init__", "tree", "keys", "errors"), 0),
+    **dict.fromkeys(("autodiff", "networks", "linsolve"), 1),
+    **dict.fromkeys(("problem", "inner"), 2),
+    **dict.fromkeys(("adapt", "problems"), 3),
+    **dict.fromkeys(("hypergradients", "data"), 4),
+    **dict.fromkeys(("modules", "callbacks", "runs"), 5),
+    **dict.fromkeys(("cli", "messages", "__main__"), 6),
+}
+SAME_FLOOR = {("modules", "callbacks"), ("callbacks", "modules"), ("cli", "messages"), ("__main__", "cli")}
+TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data"}
+
+
+def imported_modules(file: str, source: str) -> Iterator[str]:
+    """Absolute dotted names of all that a file of metalit imports, wherever in it."""
+    package = ["metalit", *Path(file).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"metalit.{alias.name}" for alias in node.names) if module == "metalit" else [module]
+
+
+def offences(file: str, source: str) -> list[str]:
+    """``file -> imported module: why not`` for each import that the floors forbid."""
+    part = Path(file).parts[0].removesuffix(".py")
+    if part not in FLOORS:
+        return [f"{file}: has no floor"]
+    reasons = ((name, _reason(part, name)) for name in imported_modules(file, source))
+    return [f"{file} -> {name}: {reason}" for name, reason in reasons if reason]
+
+
+def _reason(part: str, name: str) -> str | None:
+    top, *inside = name.split(".")
+    if top != "metalit":
+        foreign = part in TORCH_ALONE and top != "torch" and top not in sys.stdlib_module_names
+        return f"floor {FLOORS[part]} knows torch and the standard library alone" if foreign else None
+    other = inside[0] if inside else "nothing in particular"
+    if other not in FLOORS:
+        return f"{other} has no floor"
+    if other == part or FLOORS[other] < FLOORS[part] or (part, other) in SAME_FLOOR:
+        return None
+    return f"{part} is on floor {FLOORS[part]}, {other} on floor {FLOORS[other]}"
+
+
+def test_every_file_imports_from_the_floors_below_alone():
+    files = sorted(ROOT.rglob("*.py"))
+    found = [offence for file in files for offence in offences(str(file.relative_to(ROOT)), file.read_text("utf-8"))]
+    assert found == []
+
+
+def test_the_walk_sees_the_whole_package_and_its_imports():
+    files = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in ROOT.rglob("*.py")}
+    assert {Path(file).parts[0].removesuffix(".py") for file in files} >= FLOORS.keys() - {"linsolve"}
+    assert "metalit.tree" in imported_modules("adapt.py", files["adapt.py"])
+    assert "metalit.cli" in imported_modules("__main__.py", files["__main__.py"])
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "module"),
+    [
+        ("tree.py", "import metalit.autodiff", "metalit.autodiff"),
+        ("tree.py", "from metalit.keys import fold", "metalit.keys"),
+        ("autodiff.py", "from metalit import problem", "metalit.problem"),
+        ("adapt.py", "from metalit.problems import FewShot", "metalit.problems"),
+        ("inner/sgd.py", "def f():\n    from metalit.adapt import adapt", "metalit.adapt"),
+        ("inner/sgd.py", "from ..adapt import adapt", "metalit.adapt"),
+        ("inner/sgd.py", "from .. import adapt", "metalit.adapt"),
+        ("hypergradients/base.py", "from metalit.data import Sine", "metalit.data"),
+        ("data/sine.py", "import metalit.hypergradients.base as b", "metalit.hypergradients.base"),
+        ("runs.py", "from metalit.modules import MetaLearner", "metalit.modules"),
+        ("modules/meta.py", "from metalit.cli import run", "metalit.cli"),
+        ("messages.py", "from metalit.cli import run", "metalit.cli"),
+        ("networks.py", "import numpy as np", "numpy"),
+        ("problem.py", "if x:\n    import lightning.pytorch", "lightning.pytorch"),
+        ("hypergradients/unrolled.py", "from pandas import read_csv", "pandas"),
+        ("adapt.py", "import math, torchvision", "torchvision"),
+        ("adapt.py", "import metalit", "metalit"),
+        ("adapt.py", "from metalit.novelty import x", "metalit.novelty"),
+    ],
+)
+def test_the_checker_names_an_offending_import(file, source, module):
+    innocent = "from __future__ import annotations\nimport math\nfrom torch import Tensor\n"
+    found = offences(file, innocent + source)
+    assert [offence.split(": ")[0] for offence in found] == [f"{file} -> {module}"]
+
+
+def test_the_checker_says_why():
+    assert offences("inner/sgd.py", "import numpy\nfrom metalit.adapt import adapt") == [
+        "inner/sgd.py -> numpy: floor 2 knows torch and the standard library alone",
+        "inner/sgd.py -> metalit.adapt: inner is on floor 2, adapt on floor 3",
+    ]
+
+
+def test_the_checker_names_a_file_without_a_floor():
+    assert offences("novelty/new.py", "") == ["novelty/new.py: has no floor"]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "hypergradients/unrolled.py",
+            "from metalit.hypergradients.base import Estimate\nfrom .base import Hypergradient",
+        ),
+        ("hypergradients/unrolled.py", "from metalit import adapt, tree\nfrom ..inner.base import InnerOptimizer"),
+        ("modules/meta.py", "from metalit.callbacks import Progress\nimport lightning"),
+        ("callbacks/report.py", "from metalit.modules import MetaLearner\nfrom metalit.data import Sine\nimport rich"),
+        ("data/table.py", "import numpy as np\nimport pandas as pd\nfrom metalit.problem import Task"),
+        ("cli.py", "from metalit.messages import explain\nfrom metalit.runs import find_checkpoint"),
+        ("inner/__init__.py", "from metalit.inner.sgd import SGD\nfrom .base import GradFn"),
+    ],
+)
+def test_the_checker_lets_imports_from_below_and_beside_pass(file, source):
+    assert offences(file, source) == []
