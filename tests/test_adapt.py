@@ -139,3 +139,9 @@ def test_outer_variable_holds_what_problem_and_optimizer_bring():
     assert outer["problem"]["weight"] is network.weight
     assert_close(outer["optimizer"], {"lr": {"weight": torch.full((1, 2), 0.3)}})
     assert outer_variable(FewShot(network), SGD(0.3))["optimizer"] == {}
+
+
+def test_frozen_parameters_of_a_problem_are_no_part_of_the_outer_variable():
+    problem = Quadratic(draw(4, seed=4))
+    problem.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    assert problem.outer().keys() == {"theta"}

@@ -8,7 +8,8 @@ from torch.func import grad, hessian, jacrev, vmap
 from torch.testing import assert_close
 
 from metalit.autodiff import call, draws, hessian_products
-from metalit.hypergradients import Unrolled, over_tasks
+from metalit.errors import InputError
+from metalit.hypergradients import Unrolled, for_each_task, over_tasks
 from metalit.inner import SGD
 from metalit.keys import fold
 from metalit.networks import MLP
@@ -134,11 +135,13 @@ def test_call_uses_the_given_parameters_and_the_modules_own_for_the_rest():
     assert_close(call(module, {"weight": weight}, x), x @ weight.T + module.bias, rtol=1e-13, atol=0)
 
 
-def test_call_ties_weights_and_uses_frozen_parameters_and_buffers():
+@pytest.mark.parametrize("key", [None, KEY])
+def test_call_ties_weights_and_uses_frozen_parameters_and_buffers(key):
     module, x, weight = filled(Everything()).eval(), draw(5, 3, seed=8), draw(3, 3, seed=9)
     module.norm = nn.Identity()
     hidden = (x + module.position) @ weight.T + module.first.bias
-    assert_close(call(module, {"first.weight": weight}, x), hidden @ weight.T + module.second.bias, rtol=1e-12, atol=0)
+    found = call(module, {"first.weight": weight}, x, key=key)
+    assert_close(found, hidden @ weight.T + module.second.bias, rtol=1e-12, atol=0)
 
 
 def test_gradients_reach_tied_weights_once_for_each_use_and_unused_parameters_not_at_all():
@@ -268,7 +271,6 @@ def test_dropout_in_place_leaves_its_input():
         (nn.Dropout2d(0.5), (300, 4), (3, 2)),
         (nn.Dropout3d(0.5), (300, 4), (2, 2, 2)),
         (nn.Dropout1d(0.5), (1200,), (6,)),
-        (nn.Dropout2d(0.5), (1200,), (3, 2)),
     ],
     ids=str,
 )
@@ -320,3 +322,45 @@ def test_dropout_differs_between_inner_steps_and_from_the_outer_loss():
     assert len(set(losses)) == 4
     problem.eval()
     assert len({problem.inner_loss({}, outer, task, step).item() for step in (0, 1)}) == 1
+
+
+class FunctionalDropout(nn.Linear):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), FunctionalDropout(6, 6), Attention(6, 2, dropout=0.5)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_draws_that_cannot_follow_a_key_are_refused(layer):
+    def run(_, key):
+        return call(layer, {}, torch.ones(4, 6), key=key if draws(layer) else None)
+
+    with pytest.raises(InputError, match="draws random numbers by other means"):
+        for_each_task(run, {}, torch.arange(3))
+
+
+def test_instance_norm_with_running_statistics_is_refused():
+    layer = nn.InstanceNorm1d(3, track_running_stats=True)
+    with pytest.raises(InputError, match="track_running_stats=False"):
+        call(layer, {}, torch.randn(2, 3, 5))
+
+
+def test_call_refuses_unknown_names():
+    with pytest.raises(InputError, match="wieght"):
+        call(nn.Linear(2, 1), {"wieght": torch.zeros(1, 2)}, torch.ones(2))
+
+
+def test_dropout2d_reads_three_dimensions_as_a_batch_of_channels_as_torch_does():
+    dropped = call(nn.Dropout2d(0.5), {}, torch.ones(40, 5, 7), key=torch.tensor(1))
+    per_channel = dropped[:, :, 0]
+    assert torch.equal(dropped, per_channel.unsqueeze(-1).expand(40, 5, 7))
+    assert int((per_channel.sum(1) > 0).sum()) > 0
+    assert int((per_channel == 0).any(1).sum()) > 30

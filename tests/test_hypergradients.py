@@ -282,3 +282,16 @@ def test_valid_arguments_are_kept():
         "Dropout",
         "Linear",
     ]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Unrolled(2, [float("nan"), 0.5]), "weights"),
+        (lambda: MLP([1, 2, 1], dropout=1.5), "dropout=1.5"),
+        (lambda: MLP([1, 2, 1], activation="Linear"), "activation='Linear'"),
+    ],
+)
+def test_values_that_only_look_like_numbers_or_names_raise(make, told):
+    with pytest.raises(InputError, match=told):
+        make()

@@ -127,11 +127,19 @@ def unmix(word):
     return unshift(word, 30)
 
 
+def key_of_first_word(word):
+    return torch.tensor(signed((unmix(word) - GAMMA) & WORD))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_extremes_of_uniform_are_0_and_just_below_1(dtype):
-    lowest, highest = (torch.tensor(signed((unmix(word) - GAMMA) & WORD)) for word in (0, WORD))
-    assert uniform(lowest, 1, dtype=dtype).item() == 0
-    assert uniform(highest, 1, dtype=dtype).item() == 1 - torch.finfo(dtype).eps / 2
+    assert uniform(key_of_first_word(0), 1, dtype=dtype).item() == 0
+    assert uniform(key_of_first_word(WORD), 1, dtype=dtype).item() == 1 - torch.finfo(dtype).eps / 2
+
+
+def test_normal_is_finite_where_uniform_is_0():
+    assert uniform(key_of_first_word(0), 1) == 0
+    assert -9 < normal(key_of_first_word(0), 1) < -8
 
 
 COUNT = 200_000
@@ -246,3 +254,13 @@ def test_every_order_is_equally_likely_within_5_sigma(allowed):
     shares = [(orders == torch.tensor(order)).all(1).double().mean().item() for order in permutations(free)]
     assert sum(shares) == pytest.approx(1, abs=1e-12)
     assert max(abs(share - 1 / 6) for share in shares) < 5 * math.sqrt(1 / 6 * 5 / 6 / 60_000)
+
+
+def test_uniform_draws_one_number_for_a_scalar_key():
+    keys = torch.arange(3)
+    assert uniform(torch.tensor(5)).shape == ()
+    assert torch.equal(vmap(uniform)(keys), uniform(keys))
+
+
+def test_normal_is_finite_where_uniform_is_just_below_1():
+    assert 8 < normal(key_of_first_word(WORD), 1) < 9

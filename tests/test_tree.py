@@ -109,3 +109,15 @@ def test_mismatched_structures_raise(first, other, told, operation):
 
     with pytest.raises(ValueError, match=told):
         operation(tensors(first), tensors(other))
+
+
+@pytest.mark.parametrize("first", [torch.ones(2), {"a": torch.ones(2)}])
+def test_a_tensor_against_a_dictionary_raises(first):
+    other = {"b": torch.ones(2)} if isinstance(first, torch.Tensor) else {"a": {"b": torch.ones(2)}}
+    with pytest.raises(ValueError, match="trees differ"):
+        tree_map(torch.add, first, other)
+
+
+def test_dot_does_not_broadcast():
+    with pytest.raises(ValueError, match="trees differ"):
+        dot(torch.ones(4, 1), torch.ones(4))

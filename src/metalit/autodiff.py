@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
+from metalit.errors import InputError
 from metalit.keys import fold, uniform
 from metalit.tree import Tree
 
@@ -27,10 +29,16 @@ def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, k
         inputs: what ``module.forward`` takes.
         key: a key of :mod:`metalit.keys`; without one, active dropout draws from torch's global generator.
 
+    Raises:
+        InputError: a name that is no parameter of the module; ``InstanceNorm`` with running statistics.
+
     >>> layer = torch.nn.Linear(2, 1)
     >>> call(layer, {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.zeros(1)}, torch.tensor([3.0, 4.0]))
     tensor([11.])
     """
+    unknown = parameters.keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if unknown:
+        raise InputError(f"parameters: {sorted(unknown)} are no parameters of {type(module).__name__}")
     state: dict[str, Tensor | None] = {**_without_running_statistics(module), **parameters}
     if key is None:
         return functional_call(module, state, inputs)
@@ -39,17 +47,23 @@ def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, k
 
 
 def _without_running_statistics(module: nn.Module) -> dict[str, None]:
-    return {
-        f"{path}.{name}" if path else name: None
-        for path, layer in module.named_modules()
-        if isinstance(layer, _NormBase)
-        for name in layer._buffers
-    }
+    state: dict[str, None] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
+            raise InputError(f"network: the running statistics of {path!r} cannot adapt; set track_running_stats=False")
+        if isinstance(layer, _BatchNorm):
+            state |= {f"{path}.{name}" if path else name: None for name in layer._buffers}
+    return state
 
 
 def draws(module: nn.Module) -> bool:
     """Whether ``module`` holds active dropout, for which :func:`call` needs a key."""
     return any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training for layer in module.modules())
+
+
+def sees_other_rows(module: nn.Module) -> bool:
+    """Whether ``module`` holds BatchNorm, by which what it says of one row depends on the others."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 class _KeyedDropout(TorchFunctionMode):
@@ -78,7 +92,11 @@ class _KeyedDropout(TorchFunctionMode):
         if p == 1.0:
             return x * 0.0
         self.calls += 1
-        shape = x.shape if spatial is None else (*x.shape[: x.dim() - spatial], *[1] * spatial)
+        shape = x.shape
+        if spatial is not None:
+            # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
+            kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2
+            shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
         keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32) >= p
         return x * keep.to(x.dtype) / (1.0 - p)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -68,6 +69,12 @@ class MetalitCLI(LightningCLI):
             default=None,
             help="The folder of the runs in lightning_logs/; the name of the first config file if not given.",
         )
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt | None,
+            default=None,
+            help="The CPU threads of torch. Small networks run fastest, and undisturbed by other programs, with 1.",
+        )
         parser.add_lightning_class_args(FitFigures, "figures")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
@@ -94,6 +101,8 @@ class MetalitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, before anything is built."""
         config = self.config[self.subcommand]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         name = config.experiment or self._first_config_name()
         self.experiment = Path(config.trainer.default_root_dir or ".") / "lightning_logs" / name
         asked = config.ckpt_path
@@ -181,7 +190,8 @@ def run(args: Sequence[str]) -> None:
         NonFiniteError: training became NaN or infinite.
     """
     torch.set_float32_matmul_precision("high")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # a run that is continued writes into its own folder
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

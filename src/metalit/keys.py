@@ -58,13 +58,12 @@ def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Ten
     bits = _mix(key.unsqueeze(-1) + counter * _GAMMA)
     kept = 24 if dtype == torch.float32 else 53
     fraction = ((bits >> (64 - kept)) & ((1 << kept) - 1)).to(dtype) * 2.0**-kept
-    return fraction.reshape(*key.shape, *shape)
+    return fraction.reshape((*key.shape, *shape))
 
 
 def normal(key: Tensor, *shape: int) -> Tensor:
     """Draw from the standard normal distribution by inversion, in ``float64``; shapes as in :func:`uniform`."""
-    centred = uniform(key, *shape) + 2.0**-54  # never 0: its quantile is −∞
-    return torch.special.ndtri(centred)
+    return torch.special.ndtri(uniform(key, *shape).clamp(min=2.0**-54))  # the quantile of 0 is −∞
 
 
 def permutation(key: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:

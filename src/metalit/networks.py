@@ -17,7 +17,7 @@ class MLP(nn.Sequential):
         dropout: the rate of dropout after every hidden layer.
 
     Raises:
-        InputError: fewer than two sizes, or an activation that ``torch.nn`` does not have.
+        InputError: fewer than two sizes, an activation that ``torch.nn`` does not have, or a rate out of range.
 
     >>> [name for name, _ in MLP([1, 40, 1]).named_parameters()]
     ['hidden1.weight', 'hidden1.bias', 'out.weight', 'out.bias']
@@ -27,8 +27,12 @@ class MLP(nn.Sequential):
         if len(sizes) < 2 or min(sizes) < 1:
             raise InputError(f"MLP: sizes={list(sizes)} must hold at least an input and an output width, all positive")
         make_activation = getattr(nn, activation, None)
-        if not (isinstance(make_activation, type) and issubclass(make_activation, nn.Module)):
-            raise InputError(f"MLP: activation={activation!r} is no module of torch.nn; try 'ReLU' or 'Tanh'")
+        try:
+            make_activation()
+        except TypeError:
+            raise InputError(f"MLP: activation={activation!r} is no activation of torch.nn; try 'ReLU'") from None
+        if not 0 <= dropout <= 1:
+            raise InputError(f"MLP: dropout={dropout} must be a rate between 0 and 1")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index in range(1, len(sizes) - 1):
             layers[f"hidden{index}"] = nn.Linear(sizes[index - 1], sizes[index])

@@ -11,7 +11,8 @@ from metalit.tree import Tree
 class Points(NamedTuple):
     """Rows of a table: ``x`` of shape ``[rows, inputs]``, ``y`` of shape ``[rows, outputs]`` (or ``[rows]`` classes).
 
-    ``mask`` of shape ``[rows]`` is true for real rows and false for padding; without one, every row is real.
+    ``mask`` of shape ``[rows]`` is true for real rows and false for padding, which must be finite; without one, every
+    row is real.
     """
 
     x: Tensor

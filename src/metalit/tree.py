@@ -18,18 +18,21 @@ Tree: TypeAlias = Tensor | dict[str, Any]
 
 
 def tree_map(fn: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
-    """Apply ``fn`` leaf by leaf to trees of equal structure.
+    """Apply ``fn`` leaf by leaf to trees of equal keys and shapes.
 
     Raises:
-        ValueError: the trees have different keys.
+        ValueError: the trees have different keys or leaves of different shapes; nothing is ever broadcast.
     """
+    for other in rest:
+        if _form(other) != _form(first):
+            raise ValueError(f"trees differ: {_form(first)} and {_form(other)}")
     if isinstance(first, dict):
-        for other in rest:
-            if not isinstance(other, dict) or other.keys() != first.keys():
-                keys = list(other) if isinstance(other, dict) else type(other).__name__
-                raise ValueError(f"trees differ: {list(first)} and {keys}")
         return {key: tree_map(fn, first[key], *(other[key] for other in rest)) for key in first}
     return fn(first, *rest)
+
+
+def _form(tree: Tree) -> str:
+    return str(sorted(tree)) if isinstance(tree, dict) else f"Tensor{list(tree.shape)}"
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

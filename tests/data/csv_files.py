@@ -38,7 +38,9 @@ def told(call, *fragments):
 
 def ragged_rows(lengths=(4, 6, 9, 5, 7, 8, 4, 6, 9, 5)):
     """Curves y = x² of task t at x = 100t, 100t + 1, …: x tells the task and the row."""
-    return [(f"t{task}", 100 * task + row, (100 * task + row) ** 2) for task, n in enumerate(lengths) for row in range(n)]
+    return [
+        (f"t{task}", 100 * task + row, (100 * task + row) ** 2) for task, n in enumerate(lengths) for row in range(n)
+    ]
 
 
 def curves_of(folder, rows, x=("x",), y=("y",), **options):

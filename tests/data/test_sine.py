@@ -150,16 +150,16 @@ def test_inputs_of_support_and_query_are_uniform_on_their_range():
     assert_uniform(tasks.query.x.flatten(), -2.0, 7.0)
 
 
-def test_amplitude_phase_and_frequency_are_drawn_independently():
+def test_amplitude_phase_frequency_and_inputs_are_drawn_independently():
     count = 50_000
     sine = Sine(amplitude=(1.0, 2.0), phase=(-0.5, 0.5), frequency=(0.5, 1.0))
     before, middle, after = (values_at(sine, x, count) for x in (-1.0, 0.0, 1.0))
-    cosine = ((before + after) / (2 * middle)).clamp(-1, 1)
-    frequency = torch.acos(cosine)
+    frequency = torch.acos(((before + after) / (2 * middle)).clamp(-1, 1))
     cos_part = (after - before) / (2 * torch.sin(frequency))
-    sound = middle.abs() > 1e-6
-    found = torch.stack([torch.hypot(cos_part, middle), torch.atan2(-middle, cos_part), frequency])[:, sound]
-    correlation = torch.corrcoef(found)[~torch.eye(3, dtype=torch.bool)]
+    curve = torch.stack([torch.hypot(cos_part, middle), torch.atan2(-middle, cos_part), frequency])
+    tasks = sampled(sine, "train", count, 2, 3)
+    drawn = torch.cat([curve, tasks.support.x[..., 0].T, tasks.query.x[..., 0].T])[:, middle.abs() > 1e-6]
+    correlation = torch.corrcoef(drawn)[~torch.eye(8, dtype=torch.bool)]
     assert correlation.abs().max() < SIGMAS / count**0.5
 
 
@@ -189,7 +189,9 @@ def test_noise_has_its_standard_deviation_on_support_and_query():
 
 
 def test_noise_is_normal_and_new_in_every_row():
-    noise = sampled(Sine(amplitude=(0.0, 0.0), noise=2.0), "train", 10_000, 5, 5).query.y.squeeze(-1)
+    points = sampled(Sine(amplitude=(0.0, 0.0), noise=2.0), "train", 10_000, 5, 5).query
+    x, noise = points.x.squeeze(-1), points.y.squeeze(-1)
+    assert_mean(x[:, 0] * noise[:, 0], 0.0, standard_error=0.1)
     assert_uniform(torch.special.ndtr(noise.flatten() / 2), 0.0, 1.0)
     assert_mean(noise[:, 0] * noise[:, 1], 0.0, standard_error=0.05)
     assert_mean(noise[:-1, 0] * noise[1:, 0], 0.0, standard_error=0.05)
@@ -224,7 +226,9 @@ def test_bad_noise_is_told(noise):
 
 
 def test_a_range_may_be_one_point():
-    assert_close(values_at(Sine((2.0, 2.0), (0.5, 0.5), (3.0, 3.0)), 1.0, 3), torch.full((3,), 2 * math.sin(2.5)).double())
+    assert_close(
+        values_at(Sine((2.0, 2.0), (0.5, 0.5), (3.0, 3.0)), 1.0, 3), torch.full((3,), 2 * math.sin(2.5)).double()
+    )
 
 
 def test_the_columns_and_the_scaling_of_a_distribution_without_units():

@@ -91,7 +91,9 @@ def test_broadcast_raises_in_the_inner_and_in_the_outer_loss():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_reduced_loss_raises(reduction):
     problem = FewShot(linear(2, 1), loss=nn.L1Loss(reduction=reduction))
-    with pytest.raises(InputError, match=r'loss: L1Loss\(\) returned shape \(\) for 5 rows.*set reduction="none"'):
+    with pytest.raises(
+        InputError, match=r'loss: L1Loss\(\) returned shape \(\) for targets.*set reduction="none"'
+    ):
         problem.judge(torch.zeros(5, 1, dtype=torch.float64), points())
 
 
@@ -265,3 +267,21 @@ def test_support_adapts_and_query_judges():
     outer = problem.outer()
     assert problem.inner_loss({}, outer, given, 0) == problem.outer_loss({}, outer, swapped)
     assert problem.inner_loss({}, outer, given, 0) != problem.outer_loss({}, outer, given)
+
+
+def test_integer_targets_are_not_broadcast():
+    points = Points(torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))
+    with pytest.raises(InputError, match=r"returned shape \(4, 4\)"):
+        FewShot(nn.Linear(2, 1)).judge(torch.tensor([[1.0], [2], [3], [4]]), points)
+
+
+def test_batch_norm_is_refused_where_rows_are_padding():
+    problem = FewShot(nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)))
+    points = Points(torch.zeros(3, 1), torch.zeros(3, 1), torch.tensor([True, True, False]))
+    with pytest.raises(InputError, match="BatchNorm would mix the padding"):
+        problem.inner_loss({}, problem.outer(), Task(points, points, torch.tensor(0)), 0)
+
+
+def test_targets_without_a_column_are_told_to_have_one():
+    with pytest.raises(InputError, match="with a column even if there is but one"):
+        FewShot(nn.Linear(2, 1)).judge(torch.zeros(4, 1), Points(torch.zeros(4, 2), torch.zeros(4)))

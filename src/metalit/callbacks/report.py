@@ -51,12 +51,19 @@ class TestReport(Callback):
     def on_test_end(self, trainer: Trainer, learner: MetaLearner) -> None:
         """Print the table and write the file."""
         data = trainer.datamodule
-        losses = {"learner": learner.intervals}
-        errors = {}
-        for name, metric in self._baseline_losses.items():
-            losses[name] = [mean_with_interval(metric.compute())]
-        for name, metric in self._errors.items():
-            errors[name] = [[mean_with_interval(values) for values in step.T] for step in metric.compute().unbind(1)]
+        losses = {"learner": [mean_with_interval(values) for values in learner.task_losses.unbind(1)]}
+        losses |= {name: [mean_with_interval(metric.compute())] for name, metric in self._baseline_losses.items()}
+        collected = {name: metric.compute() for name, metric in self._errors.items()}
+        errors = {
+            name: [[mean_with_interval(output) for output in step.unbind(1)] for step in values.unbind(1)]
+            for name, values in collected.items()
+        }
+        if errors:
+            measure, compared = f"error in {data.tasks.columns.y[0]}", {n: v[:, :, 0] for n, v in collected.items()}
+        else:
+            measure = "loss"
+            compared = {name: metric.compute().unsqueeze(1) for name, metric in self._baseline_losses.items()}
+        compared_learner = compared.pop("learner", learner.task_losses)[:, -1]
         if not trainer.is_global_zero:
             return
         outputs = data.tasks.columns.y if errors else []
@@ -68,6 +75,10 @@ class TestReport(Callback):
         console = Console()
         console.print(_protocol(data, learner))
         console.print(_table(rows, outputs))
+        # both saw the same tasks: task by task, their difference is far surer than the two means
+        for name, values in compared.items():
+            ahead = mean_with_interval(values[:, 0] - compared_learner)
+            console.print(f"{name}: {ahead} more {measure} than the learner after {learner.eval_steps} inner steps")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write(Path(logger.log_dir) / "test.csv", rows, outputs)
@@ -92,7 +103,7 @@ def _absolute_errors(learner: MetaLearner, predictions: Tensor, query: Points) -
 
 
 def _protocol(data: Any, learner: MetaLearner) -> str:
-    count = learner.intervals[0].count
+    count = len(learner.task_losses)
     if not isinstance(data, TaskDataModule):
         return f"{count} test tasks"
     episodes = data.episodes["test"]

@@ -1,6 +1,6 @@
 """The DataModule: draws the tasks of every split, and reads the user's points for prediction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -80,9 +80,7 @@ class TaskDataModule(LightningDataModule):
             self.asked: Asked = read_asked(self.predict_file, self.tasks.columns)
             return
         self.tasks.prepare()
-        splits: Sequence[Split] = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
-        for split in splits:
-            episodes = self.episodes[split]
+        for split, episodes in self.episodes.items():
             self.tasks.check(split, episodes.shots, _rows(episodes))
             if episodes.tasks == "all" and self.tasks.count(split) is None:
                 raise InputError(f"data.{split}.tasks: {type(self.tasks).__name__} has no last task, so give a number")

@@ -1,6 +1,7 @@
 """The protocol of a hypergradient, and its average over a batch of tasks."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,13 +51,26 @@ def over_tasks(
     Returns:
         An :class:`Estimate` whose ``inner`` keeps the task dimension.
     """
-    each = vmap(partial(hypergradient, problem, optimizer), in_dims=(None, task_dims(tasks)))(outer, tasks)
+    each = for_each_task(partial(hypergradient, problem, optimizer), outer, tasks)
     return Estimate(each.loss.mean(), tree_map(lambda value: value.mean(0), each.gradient), each.inner)
 
 
-def task_dims(tasks: Any) -> Any:
-    """The ``in_dims`` of ``vmap`` for a batch of tasks: 0 for tensors, None for what is absent."""
-    return pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
+def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any) -> Any:
+    """Evaluate ``fn(outer, task)`` for every task of a batch at once; results get a leading task dimension.
+
+    Raises:
+        InputError: the network draws random numbers that do not follow the task's key.
+    """
+    dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
+    try:
+        return vmap(fn, in_dims=(None, dims))(outer, tasks)
+    except RuntimeError as error:
+        if "randomness error mode" not in str(error):
+            raise
+        raise InputError(
+            "network: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d "
+            "and Dropout3d, so its draws would not follow the task; use those"
+        ) from error
 
 
 def check_steps(owner: str, steps: int) -> None:

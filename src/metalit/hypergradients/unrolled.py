@@ -33,7 +33,7 @@ class Unrolled(Hypergradient):
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
-        if self.weights is not None and (len(self.weights) != self.steps or abs(sum(self.weights) - 1) > 1e-6):
+        if self.weights is not None and (len(self.weights) != self.steps or not abs(sum(self.weights) - 1) <= 1e-6):
             raise InputError(f"Unrolled: weights={list(self.weights)} must be steps={self.steps} numbers that sum to 1")
 
     def __call__(

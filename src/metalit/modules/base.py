@@ -81,26 +81,38 @@ class OuterLearner(LightningModule, ABC):
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
         optimizer = self.optimizers()
-        rates = {group.get("name", ""): group["lr"] for group in optimizer.param_groups}
+        rates = {f"train/lr {group.get('name', '')}".strip(): group["lr"] for group in optimizer.param_groups}
+        due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if due:
+            # before the step: clipping changes the gradient, which lies in `flat`
+            scalars = {"train/loss": float(flat[0]), "train/grad_norm": float(flat[1:].norm()), **rates}
         optimizer.step()
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if due:
             self.raise_if_not_finite()
-            self.log("train/loss", flat[0], logger=False, prog_bar=True)
-            scalars = {f"train/lr {name}".strip(): float(rate) for name, rate in rates.items()}
-            self.write_scalars({"train/loss": flat[0], "train/grad_norm": flat[1:].norm(), **scalars})
+            self.log("train/loss", scalars["train/loss"], logger=False, prog_bar=True)
+            self.write_scalars(scalars)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here, where gradients are true ones in every precision."""
         if self.clip_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
-    def write_scalars(self, scalars: dict[str, Any]) -> None:
-        """Send scalars to the loggers, on the one x-axis of all: the outer step."""
+    def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
+        """Send scalars to the loggers, on the one x-axis of all: the outer step.
+
+        Args:
+            scalars: values by name.
+            in_hparams: show them in TensorBoard's HPARAMS tab too, beside the hyperparameters of the run.
+        """
+        values = {name: float(value) for name, value in scalars.items()}
         for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in scalars.items()}, step=self.outer_step)
+            if in_hparams and isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(logger.hparams, values, step=self.outer_step)
+            else:
+                logger.log_metrics(values, step=self.outer_step)
 
     @property
     def outer_step(self) -> int:
@@ -189,12 +201,6 @@ class OuterLearner(LightningModule, ABC):
         """
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
-
-    def log_hyperparameters(self, name: str, value: Tensor) -> None:
-        """Show this run in TensorBoard's HPARAMS tab, with one metric."""
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(logger.hparams, {name: float(value)}, step=self.outer_step)
 
     def _present_settings(self) -> dict[str, Any]:
         return _settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())

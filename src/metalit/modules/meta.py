@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.func import vmap
 from torch.utils._pytree import tree_map as pytree_map
 from torchmetrics.aggregation import CatMetric
 
@@ -16,7 +15,7 @@ from metalit.adapt import Outer, adapt, iterates, outer_variable
 from metalit.data.module import UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
-from metalit.hypergradients.base import Hypergradient, over_tasks, task_dims
+from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, ParameterTree
 from metalit.modules.interval import Interval, mean_with_interval
@@ -31,6 +30,9 @@ class MetaLearner(OuterLearner):
 
     Validation and test adapt to every task and log ``loss_step_k``, the mean query loss after k inner steps, for every
     k from 0 (before adaptation) to ``eval_steps``; ``val/loss`` is that after as many steps as are trained.
+
+    Attributes:
+        task_losses: the query losses of all tasks of the last evaluation, ``[tasks, eval_steps + 1]``.
 
     Args:
         problem: what is learned: a few-shot problem, that adapts to a :class:`~metalit.problem.Task`.
@@ -68,7 +70,7 @@ class MetaLearner(OuterLearner):
         self.learned = ParameterTree(outer_variable(problem, inner_optimizer)["optimizer"])
         self.scaling: Scaling | None = None
         self.losses = CatMetric(nan_strategy="disable")
-        self.intervals: list[Interval] = []
+        self.task_losses = torch.empty(0, eval_steps + 1)
 
     def outer(self) -> Outer:
         """``{"problem": …, "optimizer": …}``"""
@@ -91,6 +93,14 @@ class MetaLearner(OuterLearner):
 
     # ---- evaluation
 
+    def on_validation_epoch_start(self) -> None:
+        """Collect losses in double precision, which torchmetrics forgets whenever a module moves."""
+        self.losses.set_dtype(torch.float64)
+
+    def on_test_epoch_start(self) -> None:
+        """Collect losses in double precision."""
+        self.losses.set_dtype(torch.float64)
+
     def validation_step(self, tasks: Task, batch_idx: int) -> None:
         """Adapt, and collect the query losses."""
         self.losses.update(self.query_losses(tasks))
@@ -106,14 +116,12 @@ class MetaLearner(OuterLearner):
         for name, mean in means.items():
             self.log(name, mean, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
         if not self.trainer.sanity_checking:
-            self.write_scalars(means)
-            self.log_hyperparameters("val/loss", means["val/loss"])
+            self.write_scalars(means, in_hparams=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the mean loss after every inner step, with its interval."""
-        self._collect()
         scalars = {}
-        for k, interval in enumerate(self.intervals):
+        for k, interval in enumerate(self._collect()):
             scalars[f"test/loss_step_{k}"] = interval.mean
             scalars[f"test/loss_step_{k}_ci95"] = interval.half_width
         self.log_dict(scalars, logger=False, sync_dist=True, batch_size=1)
@@ -144,8 +152,8 @@ class MetaLearner(OuterLearner):
 
     def judge(self, predictions: Tensor, tasks: Task) -> Tensor:
         """The mean query loss of anybody's ``[tasks, queries, outputs]`` predictions, ``[tasks]``."""
-        query = self._cast(tasks.query)
-        return vmap(self.problem.judge, in_dims=(0, task_dims(query)))(self._cast(predictions), query)
+        pairs = (self._cast(predictions), self._cast(tasks.query))
+        return for_each_task(lambda _, pair: self.problem.judge(*pair), self._constants(), pairs)
 
     # ---- use
 
@@ -206,17 +214,15 @@ class MetaLearner(OuterLearner):
     # ---- helpers
 
     def _collect(self) -> list[Interval]:
-        losses = self.losses.compute()
+        self.task_losses = self.losses.compute()
         self.losses.reset()
-        self.intervals = [mean_with_interval(column) for column in losses.unbind(1)]
-        return self.intervals
+        return [mean_with_interval(column) for column in self.task_losses.unbind(1)]
 
     def _iterates(self, outer: Outer, task: Task) -> Iterator[Tree]:
         return iterates(self.problem, self.inner_optimizer, outer, task, self.eval_steps)
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
-        tasks = self._cast(tasks)
-        return vmap(one, in_dims=(None, task_dims(tasks)))(self._constants(), tasks)
+        return for_each_task(one, self._constants(), self._cast(tasks))
 
     def _constants(self) -> Outer:
         # detached: autograd would otherwise record every operation a second time, outside torch.func

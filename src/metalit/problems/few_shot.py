@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from metalit.autodiff import call, draws
+from metalit.autodiff import call, draws, sees_other_rows
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.problem import FewShotProblem, Points, Task
@@ -67,13 +67,14 @@ class FewShot(FewShotProblem):
         if target.is_floating_point() and prediction.shape != target.shape:
             raise InputError(
                 f"network: its predictions have shape {tuple(prediction.shape)} and the targets "
-                f"{tuple(target.shape)}; they must be equal, so give the network {target.shape[-1]} output(s)"
+                f"{tuple(target.shape)}; they must be equal: as many outputs as the targets have columns, and targets "
+                "with a column even if there is but one"
             )
         values = self.loss(prediction, target)
-        if values.shape[:1] != target.shape[:1]:
+        if values.shape not in (target.shape, target.shape[:1]):
             raise InputError(
-                f"loss: {self.loss} returned shape {tuple(values.shape)} for {len(target)} rows; it must return one "
-                'value for each row, so set reduction="none"'
+                f"loss: {self.loss} returned shape {tuple(values.shape)} for targets of shape {tuple(target.shape)}; "
+                'it must return one value for each row, so set reduction="none"'
             )
         rows = values.flatten(1).mean(1) if values.dim() > 1 else values
         if points.mask is None:
@@ -82,6 +83,11 @@ class FewShot(FewShotProblem):
         return (rows * weights).sum() / weights.sum()
 
     def _mean_loss(self, parameters: dict[str, Tensor], points: Points, key: Tensor, draw: int) -> Tensor:
+        if points.mask is not None and sees_other_rows(self.network):
+            raise InputError(
+                "network: BatchNorm would mix the padding of shorter tasks into its statistics; use LayerNorm or "
+                "GroupNorm, or give every task the same number of rows"
+            )
         key = fold(key, draw) if draws(self.network) else None
         return self.judge(call(self.network, parameters, points.x, key=key), points)
 

@@ -1,0 +1,311 @@
+"""What is told of a table that cannot be used, and what is read from one that can."""
+
+import numpy as np
+import pytest
+from csv_files import told, write_csv, written
+
+from metalit.data import Curves
+from metalit.data.table import Columns, numbers, read_asked, read_table
+
+ROWS = [(f"t{task}", row, task + row) for task in range(6) for row in range(4)]  # lines 2 to 25 of the file
+LINE = len(ROWS) + 2  # the first line after them
+MEND = "mend or remove the row"
+
+
+def curves(file, task="task", x=("x",), y=("y",), **options):
+    return Curves(str(file), task, x, y, **options)
+
+
+def prepared(folder, *more, header=("task", "x", "y"), **names):
+    """Prepare the curves of ROWS and some more rows; the file's name is ``folder / "table.csv"``."""
+    curves(write_csv(folder / "table.csv", header, [*ROWS, *more]), **names).prepare()
+
+
+def asked(folder, *rows, header=("task", "x", "y"), x=("x",), y=("y",)):
+    return read_asked(write_csv(folder / "asked.csv", header, rows), Columns("task", x, y))
+
+
+# --- files that are no table ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["data.tasks.file", "data.predict_file"])
+def reader(request):
+    """The name of an argument, and what reads the file that it names."""
+    if request.param == "data.tasks.file":
+        return request.param, lambda file: curves(file).prepare()
+    return request.param, lambda file: read_asked(file, Columns("task", ["x"], ["y"]))
+
+
+def test_a_missing_file_is_told(reader, tmp_path):
+    argument, read = reader
+    file = str(tmp_path / "nowhere.csv")
+    told(lambda: read(file), f"{argument}={file!r}", "there is no such file")
+    told(lambda: read(str(tmp_path)), f"{argument}={str(tmp_path)!r}", "there is no such file")
+
+
+def test_a_missing_file_is_told_with_the_folder_where_it_was_looked_for(reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told(lambda: reader[1]("nowhere.csv"), f"{reader[0]}='nowhere.csv'", f"looked in {tmp_path}")
+
+
+NO_TABLE = {
+    "empty": "",
+    "blank lines": "\n\n",
+    "a picture": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00",
+    "bytes": bytes(range(256)) * 4,
+    "another encoding": "task,x,y\nCôte d'Ivoire,1,2\n".encode("latin-1"),
+    "a row too long": "task,x,y\na,1,2\na,1,2,3\n",
+}
+
+
+@pytest.mark.parametrize("text", NO_TABLE.values(), ids=NO_TABLE)
+def test_a_file_that_is_no_table_is_told(reader, tmp_path, text):
+    argument, read = reader
+    file = written(tmp_path, text)
+    told(lambda: read(file), f"{argument}={file!r}", "is no CSV table: ")
+
+
+def test_a_row_too_long_is_told_with_its_line(reader, tmp_path):
+    told(lambda: reader[1](written(tmp_path, NO_TABLE["a row too long"])), "line 3, saw 4")
+
+
+def test_a_header_without_rows_is_told(reader, tmp_path):
+    argument, read = reader
+    file = written(tmp_path, "task,x,y\n")
+    told(lambda: read(file), f"{argument}={file!r}", "no row below its header")
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "nearest"),
+    [
+        ({"task": "contry"}, "contry", "country"),
+        ({"x": ["Year"]}, "Year", "year"),
+        ({"x": ["year", "gdpPerCap"]}, "gdpPerCap", "gdpPercap"),
+        ({"y": ["lifeexp"]}, "lifeexp", "lifeExp"),
+    ],
+)
+def test_an_unknown_column_is_told_with_the_nearest_name(tmp_path, names, wrong, nearest):
+    header = ["country", "year", "lifeExp", "gdpPercap"]
+    file = write_csv(tmp_path / "table.csv", header, [("a", 1, 2, 3)])
+    right = {"task": "country", "x": ["year"], "y": ["lifeExp"]}
+    told(
+        lambda: curves(file, **(right | names)).prepare(),
+        f"data.tasks.file={file!r}",
+        f"no column {wrong!r}",
+        str(header),
+        f"did you mean {nearest!r}?",
+    )
+
+
+def test_an_unknown_column_like_no_other_is_told_with_all_names(tmp_path):
+    told(lambda: prepared(tmp_path, x=["weight"]), "no column 'weight'", "['task', 'x', 'y']", "name one of those")
+
+
+def test_columns_that_are_not_named_are_told():
+    told(lambda: curves("any.csv", x=[]), "data.tasks", "x=[]", "name a column at least")
+    told(lambda: curves("any.csv", y=[]), "data.tasks", "y=[]", "name a column at least")
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+BAD_CELLS = {
+    "": "an empty cell",
+    "abc": "'abc'",
+    "NaN": "'NaN'",
+    "NA": "'NA'",
+    "1,5": "'1,5'",
+    "inf": "inf",
+    "-inf": "-inf",
+}
+
+
+@pytest.mark.parametrize(("cell", "shown"), BAD_CELLS.items())
+@pytest.mark.parametrize("column", ["x", "y"])
+def test_a_cell_that_is_no_finite_number_is_told_with_its_line(tmp_path, cell, shown, column):
+    bad = ("t1", cell, 1) if column == "x" else ("t1", 1, cell)
+    file = str(tmp_path / "table.csv")
+    told(
+        lambda: prepared(tmp_path, ("t1", 8, 8), bad, ("t1", 9, 9)),
+        f"data.tasks.file={file!r}",
+        f"column {column!r}",
+        shown,
+        f"in line {LINE + 1};",
+        MEND,
+    )
+
+
+def test_the_first_of_several_bad_cells_is_told_with_their_number(tmp_path):
+    bad = [("t1", 1, "low"), ("t1", 2, 2), ("t1", 3, ""), ("t1", 4, "inf")]
+    told(lambda: prepared(tmp_path, *bad), "column 'y' holds 'low'", f"line {LINE} (3 such cells in all);")
+
+
+def test_a_bad_cell_in_the_first_row_is_in_line_2(tmp_path):
+    file = written(tmp_path, "task,x,y\na,?,1\na,2,2\n")
+    told(lambda: curves(file).prepare(), "'?' in line 2;")
+
+
+def test_columns_that_are_not_named_may_hold_anything(tmp_path):
+    rows = [(*row, "any", "") for row in ROWS]
+    file = write_csv(tmp_path / "table.csv", ["task", "x", "y", "note", "empty"], rows)
+    curves(file).prepare()
+
+
+@pytest.mark.parametrize("cell", ["", "  "])
+def test_an_empty_task_cell_is_told_with_its_line(tmp_path, cell):
+    told(
+        lambda: prepared(tmp_path, (cell, 1, 2), ("t1", 8, 8)),
+        f"data.tasks.file={str(tmp_path / 'table.csv')!r}",
+        f"column 'task' holds an empty cell in line {LINE}",
+        "name the task",
+    )
+
+
+def test_numbers_are_float64_to_the_last_digit(tmp_path):
+    texts = ["0.1", "-1e-300", "779.4453145", "3", "9007199254740993"]
+    frame = read_table(written(tmp_path, "x,y\n" + "".join(f"{text},1\n" for text in texts)), "file")
+    found = numbers(frame, ["y", "x"], "file")
+    assert (found.dtype, found.shape) == (np.float64, (5, 2))
+    assert found[:, 1].tolist() == [float(text) for text in texts]
+
+
+def test_missing_numbers_become_nan_only_where_they_may(tmp_path):
+    frame = read_table(written(tmp_path, "x,y\n1,2\n3,\n"), "file")
+    assert np.isnan(numbers(frame, ["x", "y"], "file", missing=True)).tolist() == [[False, False], [False, True]]
+    told(lambda: numbers(frame, ["x", "y"], "file"), "file: column 'y' holds an empty cell in line 3")
+
+
+# --- names of tasks -------------------------------------------------------------------------------------------------
+
+
+def all_names(distribution):
+    return sorted(name for split in distribution.splits.values() for name in split.names)
+
+
+@pytest.mark.parametrize("name", ["NA", "NaN", "null", "None", "nan"])
+def test_a_name_that_others_read_as_missing_is_a_name(tmp_path, name):
+    rows = [(task, row, row) for task in (name, "a", "b", "c", "d") for row in range(3)]
+    found = all_names(curves(write_csv(tmp_path / "table.csv", ["task", "x", "y"], rows)))
+    assert found == sorted([name, "a", "b", "c", "d"])
+
+
+def test_quoted_names_keep_commas_quotes_and_accents(tmp_path):
+    names = ["Congo, Dem. Rep.", 'the "new" one', "Côte d'Ivoire", "東京", "a b"]
+    rows = [(name, row, row) for name in names for row in range(3)]
+    assert all_names(curves(write_csv(tmp_path / "table.csv", ["task", "x", "y"], rows))) == sorted(names)
+
+
+def test_spaces_after_commas_and_a_byte_order_mark_are_no_part_of_names(tmp_path):
+    text = "\ufefftask, x, y\n" + "".join(f"{task}, {row}, {row}\n" for task in "abcde" for row in range(3))
+    assert all_names(curves(written(tmp_path, text))) == list("abcde")
+
+
+# --- the split ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_fractions_beyond_their_range_are_told(name, fraction):
+    told(lambda: curves("any.csv", **{name: fraction}), f"data.tasks.{name}={fraction}", "between 0 and 1")
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (0.6, 0.3), (0.05, 0.2), (0.2, 0.05)])
+def test_fractions_that_leave_a_split_without_a_task_are_told(tmp_path, val, test):
+    told(
+        lambda: prepared(tmp_path, val=val, test=test),
+        f"data.tasks.file={str(tmp_path / 'table.csv')!r}",
+        "6 task(s)",
+        f"val={val}",
+        f"test={test}",
+        "change the fractions or add tasks",
+    )
+
+
+def test_too_few_tasks_are_told_and_three_are_enough(tmp_path):
+    def named(names):
+        rows = [(name, row, row) for name in names for row in range(3)]
+        return curves(write_csv(tmp_path / "table.csv", ["task", "x", "y"], rows))
+
+    told(named("ab").prepare, "2 task(s) cannot be split", "val=0.2 and test=0.2", "add tasks")
+    assert all_names(named("abc")) == list("abc")
+
+
+# --- files of points to predict -------------------------------------------------------------------------------------
+
+
+def test_support_comes_before_the_rows_that_ask(tmp_path):
+    found = asked(tmp_path, ("b", 1, ""), ("a", 2, 20), ("b", 3, 30), ("a", 4, ""), ("b", 5, 50), ("b", 6, ""))
+    assert found.rows == {"b": [2, 4, 0, 5], "a": [1, 3]}
+    assert found.shots == {"b": 2, "a": 1}
+    assert list(found.rows) == ["b", "a"]
+    assert found.x.tolist() == [[1], [2], [3], [4], [5], [6]]
+    assert np.nan_to_num(found.y, nan=-1).tolist() == [[-1], [20], [30], [-1], [50], [-1]]
+    assert found.frame["task"].tolist() == ["b", "a", "b", "a", "b", "b"]
+
+
+def test_without_a_task_column_all_rows_are_one_task(tmp_path):
+    found = asked(tmp_path, (1, 2), (3, ""), (5, 6), header=("x", "y"))
+    assert (found.rows, found.shots) == ({"task": [0, 2, 1]}, {"task": 2})
+
+
+def test_several_columns_are_read_in_the_order_of_the_arguments(tmp_path):
+    header = ("z", "y", "x", "w")
+    found = asked(tmp_path, (1, 2, 3, 4), ("", "", 5, 6), header=header, x=("w", "x"), y=("y", "z"))
+    assert found.x.tolist() == [[4, 3], [6, 5]]
+    assert found.y[0].tolist() == [2, 1]
+    assert np.isnan(found.y[1]).all()
+
+
+def test_numeric_names_and_the_name_na_are_names(tmp_path):
+    assert asked(tmp_path, (7, 1, 1), (12, 2, 2), (7, 3, ""), (12, 4, "")).rows == {"7": [0, 2], "12": [1, 3]}
+    assert asked(tmp_path, ("NA", 1, 1), ("NA", 3, "")).rows == {"NA": [0, 1]}
+
+
+def test_a_task_may_have_nothing_to_ask_if_another_has(tmp_path):
+    assert asked(tmp_path, ("a", 1, 1), ("b", 1, 1), ("b", 2, "")).rows == {"a": [0], "b": [1, 2]}
+
+
+def test_no_row_that_asks_is_told(tmp_path):
+    told(lambda: asked(tmp_path, ("a", 1, 2)), "data.predict_file", "no row asks", "leave 'y' empty")
+
+
+def test_a_task_without_support_is_told(tmp_path):
+    rows = [("a", 1, 2), ("a", 3, ""), ("b", 1, ""), ("b", 2, "")]
+    told(lambda: asked(tmp_path, *rows), "data.predict_file", "task 'b' has no row with ['y']", "add one")
+
+
+@pytest.mark.parametrize("partial", [("a", 5, 6, ""), ("a", 5, "", 6)])
+def test_a_row_with_only_some_outputs_is_told_with_its_line(tmp_path, partial):
+    rows, header = [("a", 1, 2, 3), ("a", 4, "", ""), partial], ("task", "x", "y", "z")
+    told(
+        lambda: asked(tmp_path, *rows, header=header, y=("y", "z")),
+        "data.predict_file",
+        "line 4",
+        "only some of the outputs ['y', 'z']",
+        "all or none",
+    )
+
+
+@pytest.mark.parametrize(("cell", "shown"), BAD_CELLS.items())
+def test_a_bad_input_of_a_point_is_told_with_its_line(tmp_path, cell, shown):
+    rows = [("a", 1, 2), ("a", cell, "")]
+    told(lambda: asked(tmp_path, *rows), "data.predict_file", "column 'x'", shown, "line 3;", MEND)
+
+
+@pytest.mark.parametrize("cell", ["abc", "NaN", "inf"])
+def test_a_bad_output_of_a_point_is_told_with_its_line(tmp_path, cell):
+    rows = [("a", 1, 2), ("a", 2, cell), ("a", 3, "")]
+    told(lambda: asked(tmp_path, *rows), "data.predict_file", "column 'y'", cell, "line 3;", MEND)
+
+
+@pytest.mark.parametrize(("header", "missing"), [(("task", "y"), "x"), (("task", "x"), "y")])
+def test_a_file_of_points_without_a_column_is_told(tmp_path, header, missing):
+    told(
+        lambda: asked(tmp_path, ("a", 1), header=header),
+        "data.predict_file",
+        f"no column {missing!r}",
+        str(list(header)),
+    )

@@ -1,0 +1,54 @@
+"""Every config that ships runs under all four subcommands."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = sorted(Path("configs").glob("*.yaml")) or sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_fit_validate_test_predict(config, metalit, tmp_path):
+    status, output = metalit("fit", str(config))
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / config.stem / "version_0"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (run / "config.yaml").exists()
+    assert (run / "figures" / "val.png").stat().st_size > 10_000
+
+    assert metalit("validate", str(config))[0] == 0
+
+    status, output = metalit("test", str(config), "--ckpt_path=best")
+    assert status == 0, output
+    assert "mean ± 95 % interval" in output.replace("\n", " ")
+    rows = (run / "test.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:12]] == [["learner", str(k)] for k in range(11)]
+
+    columns = _columns(config)
+    points = tmp_path / "points.csv"
+    points.write_text(f"{columns}\nnew,1960,2.0\nnew,1970,3.0\nnew,1965,\n")
+    status, output = metalit("predict", str(config), f"--data.predict_file={points}")
+    assert status == 0, output
+    header, *lines = (tmp_path / "points_predicted.csv").read_text().splitlines()
+    assert header == f"{columns},{columns.split(',')[-1]}_predicted"
+    assert len(lines) == 3
+    assert (tmp_path / "points_predicted.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_is_on_one_screen_and_in_the_readme(config):
+    text = config.read_text()
+    assert len(text.splitlines()) <= 40
+    assert text.startswith("# ")
+    assert f"`{config.stem}`" in Path("README.md").read_text()
+
+
+def _columns(config: Path) -> str:
+    tasks = yaml.safe_load(config.read_text())["data"]["init_args"]["tasks"]
+    own = tasks.get("init_args", {})
+    return (
+        ",".join([own.get("task", "task"), *own.get("x", ["x"])[:1], *own.get("y", ["y"])])
+        if "file" in own
+        else "task,x,y"
+    )

@@ -1,0 +1,37 @@
+"""What the README promises: its Python runs, its commands exist, its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", README.read_text()))
+    assert {"fit", "test"} <= named <= targets
+
+
+def test_every_file_that_is_named_exists():
+    named = set(re.findall(r"\]\(([^)#:]+)\)", README.read_text())) | set(
+        re.findall(r"(?:configs|data|docs)/[\w/]+\.\w+", README.read_text())
+    )
+    assert "configs/sine_maml.yaml" in named
+    missing = [path for path in named if not Path(path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_runs(number, metalit, tmp_path, monkeypatch):
+    """In a folder where ``sine_maml`` has been trained for a few steps."""
+    root = Path.cwd()
+    assert metalit("fit", "configs/sine_maml.yaml")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(root / "configs")
+    exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {"__name__": "readme"})
