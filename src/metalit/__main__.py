@@ -24,6 +24,7 @@ fit then goes on in that version's folder. validate, test and predict take the b
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"metalit {version('metalit')}")
         return 0
+    # configs may name classes of modules in the working folder, as they may under `python -m metalit`
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
     # imported late: help must not wait for torch
     from metalit.cli import run
     from metalit.errors import InputError, NonFiniteError

@@ -40,31 +40,36 @@ def test_numbers_below_one_are_told(split, name, value):
 @pytest.mark.parametrize("name", ["tasks", "shots", "queries"])
 def test_one_is_enough(name):
     one = Episodes(**({"tasks": 6, "shots": 3, "queries": 4} | {name: 1}))
-    data = data_of(train=one, val=one, test=one)
-    for stage in ("fit", "validate", "test"):
-        data.setup(stage)
+    data = data_of(train=one, val=one, test=one, trainer={})
+    data.setup("fit")
+    for batch in (next(iter(data.train_dataloader())), concatenated(data.val_dataloader())):
+        assert batch.support.x.shape == (one.tasks, one.shots, 1)
+        assert batch.query.x.shape == (one.tasks, one.queries, 1)
 
 
 def test_training_without_a_number_of_tasks_is_told():
     told(lambda: data_of(train=Episodes(tasks="all", queries=4)), "data.train.tasks", "give the number of tasks")
 
 
-STAGES = [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")]
+each_stage = pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 
 
-@pytest.mark.parametrize(("stage", "split"), STAGES)
+@each_stage
+@pytest.mark.parametrize("split", SPLITS)
 def test_queries_are_needed_where_a_task_has_no_last_row(stage, split):
     data = data_of(**{split: Episodes(tasks=6, queries="all")})
     told(lambda: data.setup(stage), f"data.{split}.queries", "Sine has no last row", "give a number")
 
 
-@pytest.mark.parametrize(("stage", "split"), STAGES[1:])
+@each_stage
+@pytest.mark.parametrize("split", ["val", "test"])
 def test_a_number_of_tasks_is_needed_where_there_is_no_last_one(stage, split):
     data = data_of(**{split: Episodes(tasks="all", queries=4)})
     told(lambda: data.setup(stage), f"data.{split}.tasks", "Sine has no last task", "give a number")
 
 
-@pytest.mark.parametrize(("stage", "split"), STAGES)
+@each_stage
+@pytest.mark.parametrize("split", SPLITS)
 def test_shots_beyond_the_rows_of_a_curve_are_told(stage, split):
     data = data_of(gapminder(), **{split: Episodes(tasks=6, shots=12)})
     told(
@@ -72,17 +77,10 @@ def test_shots_beyond_the_rows_of_a_curve_are_told(stage, split):
     )
 
 
-@pytest.mark.parametrize(
-    ("stage", "unused"), [("fit", ["test"]), ("validate", ["train", "test"]), ("test", ["train", "val"])]
-)
-def test_a_split_that_a_stage_does_not_use_is_not_checked(stage, unused):
-    data_of(**dict.fromkeys(unused, Episodes(tasks=6, queries="all"))).setup(stage)
-
-
-def test_the_table_is_read_before_anything_is_drawn(tmp_path):
+@each_stage
+def test_the_table_is_read_before_anything_is_drawn(tmp_path, stage):
     data = data_of(Curves(str(tmp_path / "nowhere.csv"), "task", ["x"], ["y"]))
-    for stage in ("fit", "validate", "test"):
-        told(lambda stage=stage: data.setup(stage), "data.tasks.file=", "there is no such file")
+    told(lambda: data.setup(stage), "data.tasks.file=", "there is no such file")
 
 
 def test_prediction_without_a_file_is_told():
@@ -178,14 +176,14 @@ def test_pictured_queries_lie_on_the_curve_of_the_task():
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_pictured_curves_show_all_their_other_rows(tmp_path, split):
-    curves = curves_of(tmp_path, ragged_rows())
+@pytest.mark.parametrize("lengths", [(4, 6, 9, 5, 7, 8, 4, 6, 9, 5), [230] * 10])
+def test_pictured_curves_show_all_their_other_rows(tmp_path, split, lengths):
+    curves = curves_of(tmp_path, ragged_rows(lengths))
     data = data_of(curves, **{split: Episodes(tasks=6, shots=3, queries=1)})
     tasks, drawn = data.pictured(split, 2), data.draw(split, torch.arange(2))
     assert same_bits(tasks.support, drawn.support)
-    lengths = curves.splits[split].length
-    rows = tasks.query.x.shape[1] if tasks.query.mask is None else tasks.query.mask.sum(1)
-    assert (rows + 3 == lengths).all()
+    rows = torch.full((2,), tasks.query.x.shape[1]) if tasks.query.mask is None else tasks.query.mask.sum(1)
+    assert torch.equal(rows + 3, curves.splits[split].length)
 
 
 # --- the user's tasks -----------------------------------------------------------------------------------------------

@@ -91,9 +91,7 @@ def test_broadcast_raises_in_the_inner_and_in_the_outer_loss():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_reduced_loss_raises(reduction):
     problem = FewShot(linear(2, 1), loss=nn.L1Loss(reduction=reduction))
-    with pytest.raises(
-        InputError, match=r'loss: L1Loss\(\) returned shape \(\) for targets.*set reduction="none"'
-    ):
+    with pytest.raises(InputError, match=r'loss: L1Loss\(\) returned shape \(\) for targets.*set reduction="none"'):
         problem.judge(torch.zeros(5, 1, dtype=torch.float64), points())
 
 

@@ -59,7 +59,7 @@ class TestReport(Callback):
             for name, values in collected.items()
         }
         if errors:
-            measure, compared = f"error in {data.tasks.columns.y[0]}", {n: v[:, :, 0] for n, v in collected.items()}
+            measure, compared = f"|error| in {data.tasks.columns.y[0]}", {n: v[:, :, 0] for n, v in collected.items()}
         else:
             measure = "loss"
             compared = {name: metric.compute().unsqueeze(1) for name, metric in self._baseline_losses.items()}
@@ -78,7 +78,7 @@ class TestReport(Callback):
         # both saw the same tasks: task by task, their difference is far surer than the two means
         for name, values in compared.items():
             ahead = mean_with_interval(values[:, 0] - compared_learner)
-            console.print(f"{name}: {ahead} more {measure} than the learner after {learner.eval_steps} inner steps")
+            console.print(f"{name}: {measure} {ahead} above the learner's after {learner.eval_steps} inner steps")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write(Path(logger.log_dir) / "test.csv", rows, outputs)
@@ -119,7 +119,7 @@ def _table(rows: list[_Row], outputs: Sequence[str]) -> Table:
     table.add_column("inner steps")
     table.add_column("loss", justify="right")
     for output in outputs:
-        table.add_column(f"error in {output}", justify="right")
+        table.add_column(f"|error| in {output}", justify="right")
     for position, (name, step, loss, errors) in enumerate(rows):
         ends_section = name == "learner" and position + 1 < len(rows) and rows[position + 1][0] != name
         label = str(step) if name == "learner" else name

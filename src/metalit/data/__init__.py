@@ -5,5 +5,6 @@ from metalit.data.curves import Curves
 from metalit.data.module import Episodes, TaskDataModule
 from metalit.data.scaling import Scaling
 from metalit.data.sine import Sine
+from metalit.data.table import Columns
 
-__all__ = ["Curves", "Episodes", "Scaling", "Sine", "Split", "TaskDataModule", "TaskDistribution"]
+__all__ = ["Columns", "Curves", "Episodes", "Scaling", "Sine", "Split", "TaskDataModule", "TaskDistribution"]
