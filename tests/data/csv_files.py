@@ -49,9 +49,9 @@ def curves_of(folder, rows, x=("x",), y=("y",), **options):
     return Curves(file, "task", list(x), list(y), **options)
 
 
-def sampled(distribution, split, count, shots, queries, seed=0, first=0):
-    """``count`` tasks of a split, from the index ``first`` on."""
-    index = torch.arange(first, first + count)
+def sampled(distribution, split, count, shots, queries, seed=0):
+    """The first ``count`` tasks of a split."""
+    index = torch.arange(count)
     return distribution.sample(split, index, task_keys(seed, split, index), shots, queries)
 
 

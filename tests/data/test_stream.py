@@ -24,10 +24,10 @@ def steps_of(tasks, first=0, rank=0, ranks=1):
     return TrainStream(just_index, tasks, 1000, lambda: first, rank, ranks)
 
 
-def data_of(distribution, rank=0, ranks=1, step=0, seed=0, val=17):
+def data_of(distribution, rank=0, ranks=1, step=0, seed=0):
     """A data module whose trainer is at ``step``."""
     each = {"shots": 3, "queries": 4}
-    data = TaskDataModule(distribution, Episodes(TASKS, **each), Episodes(val, **each), Episodes(9, **each), seed=seed)
+    data = TaskDataModule(distribution, Episodes(TASKS, **each), Episodes(17, **each), Episodes(9, **each), seed=seed)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, max_steps=1000, global_step=step)
     return data
 

@@ -1,0 +1,197 @@
+"""Checkpoints, pictures, the progress bar and the table of test errors."""
+
+import csv
+import os
+import pty
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
+from metalit.callbacks.figures import draw_fits
+from metalit.data import Columns, Episodes, Scaling, Sine, TaskDataModule
+from metalit.errors import InputError
+from metalit.hypergradients import Unrolled
+from metalit.inner import SGD
+from metalit.modules import MetaLearner
+from metalit.modules.interval import mean_with_interval
+from metalit.networks import MLP
+from metalit.problem import Points, Task
+from metalit.problems import FewShot
+
+MAML = "configs/sine_maml.yaml"
+
+
+def folder(tmp_path, version=0):
+    return tmp_path / "lightning_logs" / "sine_maml" / f"version_{version}"
+
+
+class TestCheckpoints:
+    def test_the_last_one_is_saved_when_its_time_has_come(self, metalit, tmp_path):
+        never, always = "--trainer.val_check_interval=1.0", "--last_checkpoint.seconds=0"
+        steps = []
+
+        class Watch(LastCheckpoint):
+            def _save_checkpoint(self, trainer, filepath):
+                steps.append(trainer.global_step)
+
+        watch = Watch(seconds=0.0)
+        fake = SimpleNamespace(
+            world_size=1,
+            fast_dev_run=False,
+            sanity_checking=False,
+            state=SimpleNamespace(fn="fit"),
+            callback_metrics={},
+            current_epoch=0,
+            global_step=3,
+        )
+        watch.dirpath = str(tmp_path)
+        watch.on_train_batch_end(fake)
+        watch.seconds = 1000.0
+        fake.global_step = 4
+        watch.on_train_batch_end(fake)
+        assert steps == [3]
+        assert metalit("fit", MAML, never, always)[0] == 0
+        assert torch.load(folder(tmp_path) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+    def test_the_best_one_has_the_lowest_validation_loss(self, metalit, tmp_path):
+        # a rate that makes everything worse after the first validation
+        metalit("fit", MAML, "--trainer.val_check_interval=1", "--model.optimizer.lr=0.5")
+        best = torch.load(folder(tmp_path) / "checkpoints/best.ckpt", weights_only=True)
+        last = torch.load(folder(tmp_path) / "checkpoints/last.ckpt", weights_only=True)
+        state = next(value for key, value in last["callbacks"].items() if key.startswith("BestCheckpoint"))
+        assert last["global_step"] == 6
+        assert best["global_step"] < 6
+        assert float(state["best_model_score"]) <= float(last_loss(last))
+
+    def test_a_moved_run_remembers_its_best_score(self, tmp_path):
+        state = BestCheckpoint().state_dict() | {
+            "dirpath": "where it was",
+            "best_model_path": "where it was/best.ckpt",
+            "best_model_score": torch.tensor(0.25),
+        }
+        moved = BestCheckpoint()
+        moved.dirpath = str(tmp_path)
+        (tmp_path / "best.ckpt").touch()
+        moved.load_state_dict(state)
+        assert moved.best_model_score == 0.25
+        assert moved.best_model_path == str(tmp_path / "best.ckpt")
+        fake = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=bool))
+        assert not moved.check_monitor_top_k(fake, torch.tensor(0.3))
+        assert moved.check_monitor_top_k(fake, torch.tensor(0.2))
+
+
+def last_loss(checkpoint):
+    return next(
+        value["current_score"] for key, value in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint")
+    )
+
+
+class TestFigures:
+    def learner(self, inputs=1):
+        torch.manual_seed(0)
+        module = MetaLearner(FewShot(MLP([inputs, 8, 1])), SGD(0.01), Unrolled(1), eval_steps=5)
+        module.scaling = Scaling.identity(inputs, 1)
+        return module
+
+    def test_draws_truth_support_and_the_fits_that_there_are(self):
+        data = TaskDataModule(Sine(), *[Episodes(4, 5, 10)] * 3)
+        figure = draw_fits(self.learner(), data.pictured("val", 3), Sine().columns, (0, 1, 5, 10))
+        assert len(figure.axes) == 3
+        lines = {line.get_label(): line for line in figure.axes[0].lines}
+        assert list(lines) == ["truth", "before adapting", "1 step", "5 steps", "support"]
+        x, y = lines["truth"].get_data()
+        assert (np.diff(x) >= 0).all()
+        task = data.pictured("val", 3)
+        np.testing.assert_allclose(np.sort(y), np.sort(task.query.y[0, :, 0].numpy()))
+        np.testing.assert_allclose(lines["support"].get_ydata(), task.support.y[0, :, 0].numpy())
+        assert not np.allclose(lines["before adapting"].get_ydata(), lines["5 steps"].get_ydata())
+
+    def test_padding_is_not_drawn(self):
+        points = Points(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), torch.tensor([[True, True, False, False]]))
+        task = Task(Points(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)), points, torch.zeros(1, dtype=torch.long))
+        figure = draw_fits(self.learner(), task, Sine().columns, (0,))
+        assert len(figure.axes[0].lines[0].get_xdata()) == 2
+
+    def test_several_inputs_are_drawn_as_predicted_over_true(self):
+        points = Points(torch.randn(1, 4, 2), torch.randn(1, 4, 1))
+        task = Task(points, points, torch.zeros(1, dtype=torch.long))
+        figure = draw_fits(self.learner(2), task, Columns("task", ["a", "b"], ["c"]), (0, 1))
+        assert figure.axes[0].get_xlabel() == "true c"
+
+    def test_appear_in_tensorboard_at_the_outer_step(self, metalit, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        metalit("fit", MAML)
+        events = EventAccumulator(str(folder(tmp_path)), size_guidance={"images": 0})
+        events.Reload()
+        assert [event.step for event in events.Images("fits/val")] == [3, 6]
+        assert imread(folder(tmp_path) / "figures/val.png").std() > 0.05
+
+    def test_bad_settings(self):
+        with pytest.raises(InputError, match="tasks=-1"):
+            FitFigures(tasks=-1)
+
+
+class TestProgress:
+    def test_is_quiet_where_there_is_no_terminal(self, metalit):
+        _, output = metalit("fit", MAML)
+        assert "it/s" not in output
+        assert "\x1b[" not in output
+
+    def test_shows_rate_errors_and_the_best_one_in_a_terminal(self, tmp_path):
+        options = ["--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=1"]
+        sizes = ["--data.val.tasks=6", f"--trainer.default_root_dir={tmp_path}", "--figures.tasks=0"]
+        shown = bytearray()
+
+        def read(descriptor):
+            data = os.read(descriptor, 4096)
+            shown.extend(data)
+            return data
+
+        sys.stdout.flush()
+        status = pty.spawn([sys.executable, "-m", "metalit", "fit", "--config", MAML, *options, *sizes], read)
+        text = shown.decode(errors="replace")
+        assert status == 0, text
+        for words in ("Training", "6/6", "it/s", "val/loss:", "best:", "train/loss:"):
+            assert words in text, words
+
+
+class TestReport:
+    def test_rows_of_the_file_are_the_errors(self, metalit, tmp_path):
+        metalit("fit", "configs/curves_gapminder.yaml")
+        status, output = metalit("test", "configs/curves_gapminder.yaml", "--data.test.tasks=all")
+        assert status == 0
+        file = tmp_path / "lightning_logs/curves_gapminder/version_0/test.csv"
+        with file.open() as handle:
+            rows = list(csv.DictReader(handle))
+        assert {row["predictor"] for row in rows} == {
+            "learner",
+            "one polynomial for all tasks",
+            "a polynomial for each support set",
+        }
+        assert rows[0]["tasks"] == "43"
+        # errors of the baselines do not depend on training: those of the shipped data
+        errors = {row["predictor"]: float(row["lifeExp_absolute_error"]) for row in rows}
+        assert errors["one polynomial for all tasks"] == pytest.approx(10.0, abs=0.5)
+        assert errors["a polynomial for each support set"] == pytest.approx(2.1, abs=0.5)
+        assert "43 test tasks, adapted to 3 points each" in output.replace("\n", " ")
+
+    def test_interval_is_that_of_a_sample_mean(self):
+        values = torch.tensor([1.0, 2.0, 4.0, 9.0])
+        interval = mean_with_interval(values)
+        assert interval.mean == 4.0
+        assert interval.half_width == pytest.approx(1.96 * np.std(values.numpy(), ddof=1) / 2)
+
+    def test_values_that_are_not_finite_are_counted_and_not_dropped(self):
+        interval = mean_with_interval(torch.tensor([1.0, torch.inf, torch.nan]))
+        assert np.isnan(interval.mean)
+        assert (interval.diverged, interval.count) == (2, 3)
+
+
+def test_best_checkpoint_watches_what_it_is_told():
+    assert BestCheckpoint(monitor="val/loss_step_5").monitor == "val/loss_step_5"
