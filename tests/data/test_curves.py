@@ -414,3 +414,17 @@ def test_on_life_expectancy_three_years_of_a_country_say_more_than_all_others():
     tasks, found = predicted(curves, 3)
     errors = {name: (prediction - tasks.query.y).square().mean().item() for name, prediction in found.items()}
     assert errors[SUPPORT] < 0.2 < errors[GLOBAL] < 1.2
+
+
+def test_rounding_errors_of_a_constant_column_are_no_deviation():
+    values = torch.full((1600, 1), 1952.7, dtype=torch.float64)
+    assert Scaling.of(values, values).x_std == [1.0]
+
+
+def test_baselines_never_fit_padding(tmp_path):
+    lines = [f"{name},{x},{x * slope}" for slope, name in enumerate("abcdefgh") for x in range(9 if name < "e" else 5)]
+    (tmp_path / "t.csv").write_text("\n".join(["task,x,y", *lines]) + "\n")
+    tasks = Curves(str(tmp_path / "t.csv"), "task", ["x"], ["y"], val=0.4, test=0.4)
+    drawn = tasks._choice_tasks(8)
+    assert drawn.query.mask is None or bool(drawn.query.mask.any(1).all())
+    assert drawn.support.x.shape[1] <= int(tasks.splits["val"].length.min()) - 1

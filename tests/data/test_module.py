@@ -227,3 +227,21 @@ def test_every_rank_predicts_all_of_the_users_tasks(tmp_path):
     tasks = data.predict_dataloader()
     assert len(tasks) == 3
     assert [task.name for task in tasks] == [task.name for task in tasks] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "told_of"),
+    [
+        (Episodes(5, "all", 5), "data.val.shots='all'"),
+        (Episodes(5, 2.5, 5), "data.val.shots=2.5"),
+        (Episodes(None, 2, 5), "data.val.tasks=None"),
+    ],
+)
+def test_counts_that_are_no_whole_numbers_are_refused(episodes, told_of):
+    told(lambda: TaskDataModule(Sine(), Episodes(4, 5, 5), episodes, Episodes(4, 5, 5)), told_of)
+
+
+def test_fewer_tasks_than_processes_are_refused():
+    data = TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(3, 5, 5), Episodes(4, 5, 5))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4, max_steps=5, global_step=0)
+    told(lambda: data.setup("fit"), "data.val.tasks=3 leaves some of 4 processes")

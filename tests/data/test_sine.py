@@ -235,3 +235,12 @@ def test_the_columns_and_the_scaling_of_a_distribution_without_units():
     assert tuple(Sine().columns) == ("task", ["x"], ["y"])
     assert not Sine().scaling().changes
     assert [Sine().count(split) for split in ("train", "val", "test")] == [None] * 3
+
+
+def test_the_mean_curve_of_wide_ranges_is_exact():
+    wide = Sine(frequency=(0.0, 514.0), phase=(-math.pi / 2, -math.pi / 2))
+    assert abs(float(wide.mean_curve(torch.tensor([math.pi], dtype=torch.float64)))) < 1e-12
+
+
+def test_a_range_of_three_numbers_is_refused():
+    told(lambda: Sine(amplitude=(1, 2, 3)), "amplitude=[1, 2, 3]")

@@ -105,8 +105,8 @@ def test_an_unknown_column_like_no_other_is_told_with_all_names(tmp_path):
 
 
 def test_columns_that_are_not_named_are_told():
-    told(lambda: curves("any.csv", x=[]), "data.tasks", "x=[]", "name a column at least")
-    told(lambda: curves("any.csv", y=[]), "data.tasks", "y=[]", "name a column at least")
+    told(lambda: curves("any.csv", x=[]), "data.tasks", "x=[]", "list of a column at least")
+    told(lambda: curves("any.csv", y=[]), "data.tasks", "y=[]", "list of a column at least")
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------
@@ -166,14 +166,14 @@ def test_an_empty_task_cell_is_told_with_its_line(tmp_path, cell):
 
 def test_numbers_are_float64_to_the_last_digit(tmp_path):
     texts = ["0.1", "-1e-300", "779.4453145", "3", "9007199254740993"]
-    frame = read_table(written(tmp_path, "x,y\n" + "".join(f"{text},1\n" for text in texts)), "file")
+    frame = read_table(written(tmp_path, "x,y\n" + "".join(f"{text},1\n" for text in texts)), "file", "task")
     found = numbers(frame, ["y", "x"], "file")
     assert (found.dtype, found.shape) == (np.float64, (5, 2))
     assert found[:, 1].tolist() == [float(text) for text in texts]
 
 
 def test_missing_numbers_become_nan_only_where_they_may(tmp_path):
-    frame = read_table(written(tmp_path, "x,y\n1,2\n3,\n"), "file")
+    frame = read_table(written(tmp_path, "x,y\n1,2\n3,\n"), "file", "task")
     assert np.isnan(numbers(frame, ["x", "y"], "file", missing=True)).tolist() == [[False, False], [False, True]]
     told(lambda: numbers(frame, ["x", "y"], "file"), "file: column 'y' holds an empty cell in line 3")
 
@@ -309,3 +309,35 @@ def test_a_file_of_points_without_a_column_is_told(tmp_path, header, missing):
         f"no column {missing!r}",
         str(list(header)),
     )
+
+
+def test_rows_of_more_cells_than_the_header_are_refused(tmp_path):
+    told(
+        lambda: read_table(written(tmp_path, "task,x,y\nt1,0,0,9\nt2,1,1,9\n"), "file", "task"),
+        "more cells than its header",
+    )
+
+
+def test_names_of_tasks_stay_as_they_are_written(tmp_path):
+    file = written(tmp_path, "task,x,y\n007,0,1\n007,1,\n7,0,1\n7,1,\n")
+    assert list(read_asked(file, Columns("task", ["x"], ["y"])).rows) == ["007", "7"]
+
+
+def test_a_row_of_no_task_is_refused_where_there_is_a_task_column(tmp_path):
+    file = written(tmp_path, "task,x,y\na,0,1\n,1,\n")
+    told(lambda: read_asked(file, Columns("task", ["x"], ["y"])), "column 'task' holds an empty cell in line 3")
+
+
+def test_a_misspelt_task_column_is_not_taken_for_a_single_task(tmp_path):
+    file = written(tmp_path, "Country,x,y\na,0,1\nb,1,\n")
+    told(lambda: read_asked(file, Columns("country", ["x"], ["y"])), "no column 'country'", "did you mean 'Country'")
+
+
+def test_blank_lines_and_line_breaks_in_quotes_count_as_lines(tmp_path):
+    file = written(tmp_path, 'task,x,y\n"a\nb",0,1\n\n\na,zz,3\n')
+    told(lambda: numbers(read_table(file, "file", "task"), ["x"], "file"), "'zz' in line 6")
+
+
+def test_a_column_has_one_role(tmp_path):
+    told(lambda: curves("any.csv", x=["x", "y"]), "['y'] stand twice")
+    told(lambda: curves("any.csv", x="year"), "x='year'", "list")

@@ -48,7 +48,7 @@ class TaskDistribution(ABC):
     def check(self, split: Split, shots: int, queries: int | None) -> None:
         """Raise an :class:`InputError` if tasks of this size cannot be drawn."""
         if queries is None:
-            raise InputError(f"data.{split}.queries: {type(self).__name__} has no last row, so give a number")
+            raise InputError(f"data.{split}.queries='all': {type(self).__name__} has no last row, so give a number")
 
     def count(self, split: Split) -> int | None:
         """The number of different tasks in a split, or None where they never end."""

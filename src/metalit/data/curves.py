@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.scaling import Scaling
-from metalit.data.table import Columns, check_columns, numbers, read_table
+from metalit.data.table import Columns, check_columns, check_named, numbers, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
 from metalit.problem import Points, Task
@@ -60,8 +60,12 @@ class Curves(TaskDistribution):
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.x or not self.y:
-            raise InputError(f"data.tasks: x={list(self.x)} and y={list(self.y)} must each name a column at least")
+        if isinstance(self.x, str) or isinstance(self.y, str) or not self.x or not self.y:
+            raise InputError(f"data.tasks: x={self.x!r} and y={self.y!r} must each be a list of a column at least")
+        named = [self.task, *self.x, *self.y]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise InputError(f"data.tasks: {twice} stand twice among task, x and y; each column has one role")
         for name in ("val", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"data.tasks.{name}={getattr(self, name)} must be a fraction between 0 and 1")
@@ -92,14 +96,12 @@ class Curves(TaskDistribution):
 
     @cached_property
     def _raw(self) -> dict[Split, _Curves]:
-        frame = read_table(self.file, "data.tasks.file")
+        frame = read_table(self.file, "data.tasks.file", self.task)
         owner = f"data.tasks.file={self.file!r}"
         check_columns(frame, [self.task, *self.x, *self.y], owner)
-        if frame[self.task].isna().any():
-            row = int(np.flatnonzero(frame[self.task].isna())[0])
-            raise InputError(f"{owner}: column {self.task!r} holds an empty cell in line {row + 2}; name the task")
+        check_named(frame, self.task, owner)
         x, y = numbers(frame, self.x, owner), numbers(frame, self.y, owner)
-        rows = frame.groupby(frame[self.task].astype(str)).indices
+        rows = frame.groupby(self.task).indices
         names = sorted(rows)
         held = {split: round(len(names) * getattr(self, split)) for split in ("val", "test")}
         if min(held.values()) < 1 or sum(held.values()) >= len(names):
@@ -166,6 +168,7 @@ class Curves(TaskDistribution):
 
     def _choice_tasks(self, shots: int) -> Task:
         index = torch.arange(_CHOICE_TASKS)
+        shots = min(shots, int(self.splits["val"].length.min()) - 1)
         return self.sample("val", index, task_keys(self.split_seed, "val", index), shots, None)
 
     def _global_fit(self, tasks: Task, degree: int) -> Tensor:

@@ -67,10 +67,10 @@ class TaskDataModule(LightningDataModule):
         for split, episodes in self.episodes.items():
             for name in ("tasks", "shots", "queries"):
                 value = getattr(episodes, name)
-                if value != "all" and value < 1:
-                    raise InputError(f"data.{split}.{name}={value} must be at least 1")
+                if not (isinstance(value, int) and value >= 1) and (value != "all" or name == "shots"):
+                    raise InputError(f"data.{split}.{name}={value!r} must be a whole number, at least 1")
         if train.tasks == "all":
-            raise InputError("data.train.tasks: give the number of tasks of one outer step, such as 25")
+            raise InputError("data.train.tasks='all': give the number of tasks of one outer step, such as 25")
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is trained."""
@@ -83,8 +83,16 @@ class TaskDataModule(LightningDataModule):
         for split, episodes in self.episodes.items():
             self.tasks.check(split, episodes.shots, _rows(episodes))
             if episodes.tasks == "all" and self.tasks.count(split) is None:
-                raise InputError(f"data.{split}.tasks: {type(self.tasks).__name__} has no last task, so give a number")
+                raise InputError(
+                    f"data.{split}.tasks='all': {type(self.tasks).__name__} has no last task, so give a number"
+                )
         ranks, train = self._ranks[1], self.episodes["train"]
+        for split in ("val", "test"):
+            if self._count(split) < ranks:
+                raise InputError(
+                    f"data.{split}.tasks={self._count(split)} leaves some of {ranks} processes without a task; "
+                    f"give {ranks} at least"
+                )
         if stage == "fit" and train.tasks % ranks:
             raise InputError(
                 f"data.train.tasks={train.tasks} tasks in each outer step cannot be shared by {ranks} processes; "
@@ -131,9 +139,11 @@ class TaskDataModule(LightningDataModule):
         return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
 
     def _eval_stream(self, split: Split) -> EvalStream:
+        return EvalStream(partial(self.draw, split), self._count(split), self.episodes["train"].tasks, *self._ranks)
+
+    def _count(self, split: Split) -> int:
         tasks = self.episodes[split].tasks
-        tasks = self.tasks.count(split) if tasks == "all" else tasks
-        return EvalStream(partial(self.draw, split), tasks, self.episodes["train"].tasks, *self._ranks)
+        return self.tasks.count(split) if tasks == "all" else tasks
 
     @property
     def _ranks(self) -> tuple[int, int]:

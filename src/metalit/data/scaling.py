@@ -37,7 +37,9 @@ class Scaling:
 
         def spread(values: Tensor) -> list[float]:
             std = values.std(0, correction=0)
-            return torch.where(std > 0, std, torch.ones_like(std)).tolist()
+            # a constant column has a deviation of rounding errors
+            constant = values.amax(0) == values.amin(0)
+            return torch.where(constant, torch.ones_like(std), std).tolist()
 
         return cls(x.mean(0).tolist(), spread(x), y.mean(0).tolist(), spread(y))
 

@@ -13,7 +13,6 @@ from metalit.keys import fold, normal, uniform
 from metalit.problem import Points, Task
 
 Range = tuple[float, float]
-_FREQUENCIES = 257  # midpoints of the average over frequencies in `mean_curve`
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ class Sine(TaskDistribution):
 
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "frequency", "x"):
-            low, high = getattr(self, name)
-            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise InputError(f"Sine: {name}={[low, high]} must be two finite numbers, the lower one first")
+            bounds = list(getattr(self, name))
+            if not (len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] <= bounds[1]):
+                raise InputError(f"Sine: {name}={bounds} must be two finite numbers, the lower one first")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise InputError(f"Sine: noise={self.noise} must be a finite standard deviation, at least 0")
 
@@ -70,15 +69,12 @@ class Sine(TaskDistribution):
 
     def mean_curve(self, x: Tensor) -> Tensor:
         """The mean of y over tasks at ``x``; for Finn's ranges −(5.1/π) cos x."""
-        low, high = self.frequency
-        fractions = (torch.arange(_FREQUENCIES, dtype=x.dtype, device=x.device) + 0.5) / _FREQUENCIES
-        angle = x.unsqueeze(-1) * (low + (high - low) * fractions)
-        first, last = self.phase
-        if last > first:
-            wave = (torch.cos(angle - last) - torch.cos(angle - first)) / (last - first)
-        else:
-            wave = torch.sin(angle - first)
-        return sum(self.amplitude) / 2 * wave.mean(-1)
+        (amplitude, _), (frequency, frequency_half), (phase, phase_half) = (
+            ((low + high) / 2, (high - low) / 2) for low, high in (self.amplitude, self.frequency, self.phase)
+        )
+        # the mean of sin over an interval of half width h is sin at its middle times sin(h)/h
+        damping = torch.sinc(frequency_half * x / math.pi) * torch.sinc(x.new_tensor(phase_half / math.pi))
+        return amplitude * torch.sin(frequency * x - phase) * damping
 
 
 def _between(fraction: Tensor, bounds: Range) -> Tensor:
