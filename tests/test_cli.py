@@ -76,7 +76,7 @@ def _steps(capfd):
         (["--model.eval_steps=1"], ["eval_steps=1", "2 inner step"]),
         (["--model.clip_norm=0"], ["clip_norm=0", "positive"]),
         (["--model.lr_by_name={'head*': 0.1}"], ["lr_by_name", "'head*'", "problem.out.weight"]),
-        (["--model.problem.network.sizes=[1,4,2]"], ["network", ", 2)", ", 1)", "1 output"]),
+        (["--model.problem.network.sizes=[1,4,2]"], ["network", ", 2)", ", 1)", "as many outputs as the targets"]),
         (["--trainer.max_steps=-1"], ["trainer.max_steps=-1", "such as"]),
         (["--ckpt_path=nowhere.ckpt"], ["ckpt_path='nowhere.ckpt'", "no such file"]),
         (["--ckpt_path=best"], ["ckpt_path=best", "metalit fit"]),

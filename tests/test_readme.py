@@ -23,7 +23,7 @@ def test_every_file_that_is_named_exists():
         re.findall(r"(?:configs|data|docs)/[\w/]+\.\w+", README.read_text())
     )
     assert "configs/sine_maml.yaml" in named
-    missing = [path for path in named if not Path(path).exists()]
+    missing = [path for path in named if "NAME" not in path and not Path(path).exists()]
     assert not missing
 
 

@@ -73,12 +73,12 @@ class TestReport(Callback):
             for step, loss in enumerate(intervals)
         ]
         console = Console()
-        console.print(_protocol(data, learner))
+        console.print(_protocol(data, learner), soft_wrap=True)
         console.print(_table(rows, outputs))
         # both saw the same tasks: task by task, their difference is far surer than the two means
         for name, values in compared.items():
-            ahead = mean_with_interval(values[:, 0] - compared_learner)
-            console.print(f"{name}: {measure} {ahead} above the learner's after {learner.eval_steps} inner steps")
+            less = f"{measure} less the learner's after {learner.eval_steps} inner steps, task by task"
+            console.print(f"{name}: {less}: {mean_with_interval(values[:, 0] - compared_learner)}", soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write(Path(logger.log_dir) / "test.csv", rows, outputs)
