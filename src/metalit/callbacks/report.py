@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,6 +17,24 @@ from metalit.modules.interval import Interval, mean_with_interval
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
 
+_LEARNER = "learner"
+
+
+class _Judged(NamedTuple):
+    """What one predictor did on every test task."""
+
+    name: str
+    losses: Tensor  # [tasks, steps]; a baseline has one step
+    errors: Tensor | None  # [tasks, steps, outputs], absolute, in the user's units, where there are units
+
+    def rows(self) -> list[tuple[int, list[Interval]]]:
+        """By inner step: the loss, then the error of each output, over tasks."""
+        found = []
+        for step, losses in enumerate(self.losses.unbind(1)):
+            errors = () if self.errors is None else self.errors[:, step].unbind(1)
+            found.append((step, [mean_with_interval(values) for values in (losses, *errors)]))
+        return found
+
 
 class TestReport(Callback):
     """Prints the test errors after each number of inner steps with 95 % intervals, and writes ``test.csv``.
@@ -28,12 +46,12 @@ class TestReport(Callback):
     __test__ = False  # pytest: this is no test
 
     def __init__(self) -> None:
-        self._baseline_losses: dict[str, CatMetric] = {}
+        self._losses: dict[str, CatMetric] = {}
         self._errors: dict[str, CatMetric] = {}
 
     def on_test_start(self, trainer: Trainer, learner: MetaLearner) -> None:
         """Start afresh."""
-        self._baseline_losses, self._errors = {}, {}
+        self._losses, self._errors = {}, {}
 
     def on_test_batch_end(self, trainer: Trainer, learner: MetaLearner, outputs: Any, tasks: Task, *_: Any) -> None:
         """Collect what the learner itself does not: baselines, and errors in the user's units."""
@@ -42,53 +60,33 @@ class TestReport(Callback):
             return
         baselines = data.tasks.baselines(tasks)
         for name, prediction in baselines.items():
-            self._add(self._baseline_losses, name, learner.judge(prediction, tasks))
+            _collect(self._losses, name, learner.judge(prediction, tasks).unsqueeze(1))
         if data.tasks.scaling().changes:
-            self._add(self._errors, "learner", _absolute_errors(learner, learner.query_predictions(tasks), tasks.query))
+            _collect(self._errors, _LEARNER, _absolute_errors(learner, learner.query_predictions(tasks), tasks.query))
             for name, prediction in baselines.items():
-                self._add(self._errors, name, _absolute_errors(learner, prediction.unsqueeze(1), tasks.query))
+                _collect(self._errors, name, _absolute_errors(learner, prediction.unsqueeze(1), tasks.query))
 
     def on_test_end(self, trainer: Trainer, learner: MetaLearner) -> None:
         """Print the table and write the file."""
-        data = trainer.datamodule
-        losses = {"learner": [mean_with_interval(values) for values in learner.task_losses.unbind(1)]}
-        losses |= {name: [mean_with_interval(metric.compute())] for name, metric in self._baseline_losses.items()}
-        collected = {name: metric.compute() for name, metric in self._errors.items()}
-        errors = {
-            name: [[mean_with_interval(output) for output in step.unbind(1)] for step in values.unbind(1)]
-            for name, values in collected.items()
-        }
-        if errors:
-            measure, compared = f"|error| in {data.tasks.columns.y[0]}", {n: v[:, :, 0] for n, v in collected.items()}
-        else:
-            measure = "loss"
-            compared = {name: metric.compute().unsqueeze(1) for name, metric in self._baseline_losses.items()}
-        compared_learner = compared.pop("learner", learner.task_losses)[:, -1]
+        losses = {_LEARNER: learner.task_losses, **{name: metric.compute() for name, metric in self._losses.items()}}
+        errors = {name: metric.compute() for name, metric in self._errors.items()}
+        judged = [_Judged(name, values, errors.get(name)) for name, values in losses.items()]
         if not trainer.is_global_zero:
             return
+        data = trainer.datamodule
         outputs = data.tasks.columns.y if errors else []
-        rows = [
-            (name, step, loss, errors[name][step] if errors else [])
-            for name, intervals in losses.items()
-            for step, loss in enumerate(intervals)
-        ]
         console = Console()
         console.print(_protocol(data, learner), soft_wrap=True)
-        console.print(_table(rows, outputs))
-        # both saw the same tasks: task by task, their difference is far surer than the two means
-        for name, values in compared.items():
-            less = f"{measure} less the learner's after {learner.eval_steps} inner steps, task by task"
-            console.print(f"{name}: {less}: {mean_with_interval(values[:, 0] - compared_learner)}", soft_wrap=True)
+        console.print(_table(judged, outputs))
+        for baseline in judged[1:]:
+            console.print(_comparison(judged[0], baseline, outputs), soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _write(Path(logger.log_dir) / "test.csv", rows, outputs)
-
-    @staticmethod
-    def _add(metrics: dict[str, CatMetric], name: str, values: Tensor) -> None:
-        metrics.setdefault(name, CatMetric(nan_strategy="disable").to(values.device)).update(values)
+                _write(Path(logger.log_dir) / "test.csv", judged, outputs)
 
 
-_Row = tuple[str, int, Interval, list[Interval]]
+def _collect(metrics: dict[str, CatMetric], name: str, values: Tensor) -> None:
+    metrics.setdefault(name, CatMetric(nan_strategy="disable").to(values.device)).update(values)
 
 
 def _absolute_errors(learner: MetaLearner, predictions: Tensor, query: Points) -> Tensor:
@@ -105,7 +103,7 @@ def _absolute_errors(learner: MetaLearner, predictions: Tensor, query: Points) -
 def _protocol(data: Any, learner: MetaLearner) -> str:
     count = len(learner.task_losses)
     if not isinstance(data, TaskDataModule):
-        return f"{count} test tasks"
+        return f"{count} test tasks; mean ± 95 % interval over tasks"
     episodes = data.episodes["test"]
     queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
     return (
@@ -114,31 +112,39 @@ def _protocol(data: Any, learner: MetaLearner) -> str:
     )
 
 
-def _table(rows: list[_Row], outputs: Sequence[str]) -> Table:
+def _table(judged: list[_Judged], outputs: Sequence[str]) -> Table:
     table = Table()
     table.add_column("inner steps")
     table.add_column("loss", justify="right")
     for output in outputs:
         table.add_column(f"|error| in {output}", justify="right")
-    for position, (name, step, loss, errors) in enumerate(rows):
-        ends_section = name == "learner" and position + 1 < len(rows) and rows[position + 1][0] != name
-        label = str(step) if name == "learner" else name
-        table.add_row(label, str(loss), *map(str, errors), end_section=ends_section)
+    for predictor in judged:
+        for step, intervals in predictor.rows():
+            table.add_row(str(step) if predictor.name == _LEARNER else predictor.name, *map(str, intervals))
+        if predictor.name == _LEARNER:
+            table.add_section()
     return table
 
 
-def _write(file: Path, rows: list[_Row], outputs: Sequence[str]) -> None:
+def _comparison(learner: _Judged, baseline: _Judged, outputs: Sequence[str]) -> str:
+    """Both saw the same tasks: task by task, their difference is far surer than the two means are."""
+    if baseline.errors is None:
+        measure, difference = "loss", baseline.losses[:, -1] - learner.losses[:, -1]
+    else:
+        measure, difference = f"|error| in {outputs[0]}", (baseline.errors - learner.errors[:, -1:])[:, 0, 0]
+    steps = learner.losses.shape[1] - 1
+    interval = mean_with_interval(difference)
+    return f"{baseline.name}: {measure} less the learner's after {steps} inner steps, task by task: {interval}"
+
+
+def _write(file: Path, judged: list[_Judged], outputs: Sequence[str]) -> None:
     names = ["loss", *(f"{output}_absolute_error" for output in outputs)]
-    header = [
-        "predictor",
-        "inner_steps",
-        *(f"{name}{end}" for name in names for end in ("", "_ci95")),
-        "tasks",
-        "diverged",
-    ]
+    values = [f"{name}{end}" for name in names for end in ("", "_ci95")]
     with file.open("w", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(header)
-        for name, step, loss, errors in rows:
-            cells = [value for interval in (loss, *errors) for value in (interval.mean, interval.half_width)]
-            writer.writerow([name, step if name == "learner" else "", *cells, loss.count, loss.diverged])
+        writer.writerow(["predictor", "inner_steps", *values, "tasks", "diverged"])
+        for predictor in judged:
+            for step, intervals in predictor.rows():
+                cells = [value for interval in intervals for value in (interval.mean, interval.half_width)]
+                shown = step if predictor.name == _LEARNER else ""
+                writer.writerow([predictor.name, shown, *cells, intervals[0].count, intervals[0].diverged])
