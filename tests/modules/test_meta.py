@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalit.adapt import adapt
@@ -322,6 +323,12 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tmp_path):
     assert seen == [torch.float32] * 16
     for name, value in parameters(module).items():
         assert value.dtype == torch.float32, name
+
+
+def test_a_gradient_scaler_is_refused(tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(InputError, match="precision='16-mixed'.*bf16-mixed"):
+        trainer(tmp_path, plugins=[plugin]).fit(learner(), sine())
 
 
 def test_fast_dev_run(tmp_path):

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution, task_keys
@@ -60,6 +61,9 @@ class TaskDataModule(LightningDataModule):
         predict_file: str | None = None,
     ) -> None:
         super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # what the command line gave; what Python code passes are live objects, and no checkpoint may hold those
+            self.save_hyperparameters()
         self.tasks = tasks
         self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
         self.seed = seed

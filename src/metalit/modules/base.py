@@ -110,7 +110,8 @@ class OuterLearner(LightningModule, ABC):
         values = {name: float(value) for name, value in scalars.items()}
         for logger in self.trainer.loggers:
             if in_hparams and isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(logger.hparams, values, step=self.outer_step)
+                own = {name: value for name, value in logger.hparams.items() if not name.startswith("_")}
+                logger.log_hyperparams(own, values, step=self.outer_step)
             else:
                 logger.log_metrics(values, step=self.outer_step)
 
@@ -142,7 +143,16 @@ class OuterLearner(LightningModule, ABC):
         )
 
     def on_fit_start(self) -> None:
-        """Forget earlier flags."""
+        """Forget earlier flags.
+
+        Raises:
+            InputError: a precision with a gradient scaler, which would divide gradients that it never scaled.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError(
+                f"trainer.precision={self.trainer.precision!r} scales losses, which outer gradients do not go through; "
+                "use bf16-mixed or 32-true"
+            )
         self._bad_step = torch.tensor(-1, device=self.device)
 
     def on_train_start(self) -> None:

@@ -111,8 +111,9 @@ class MetaLearner(OuterLearner):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss after every inner step."""
-        means = {f"val/loss_step_{k}": interval.mean for k, interval in enumerate(self._collect())}
-        means["val/loss"] = means[f"val/loss_step_{self.hypergradient.steps}"]
+        intervals = self._collect()
+        means = {"val/loss": intervals[self.hypergradient.steps].mean}
+        means |= {f"val/loss_step_{k}": interval.mean for k, interval in enumerate(intervals)}
         for name, mean in means.items():
             self.log(name, mean, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
         if not self.trainer.sanity_checking:
