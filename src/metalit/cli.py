@@ -193,8 +193,9 @@ def run(args: Sequence[str]) -> None:
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # a run that is continued writes into its own folder
+        # a run that is continued writes into its own folder, and its stream of tasks goes on at the trainer's step
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         # Lightning's own calls, none of the user's doing
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")

@@ -327,7 +327,7 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tmp_path):
 
 def test_a_gradient_scaler_is_refused(tmp_path):
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(InputError, match="precision='16-mixed'.*bf16-mixed"):
+    with pytest.raises(InputError, match=r"precision='16-mixed'.*bf16-mixed"):
         trainer(tmp_path, plugins=[plugin]).fit(learner(), sine())
 
 

@@ -1,0 +1,39 @@
+"""The results that the README states, from full runs of the shipped configs: minutes each."""
+
+import csv
+
+import pytest
+
+pytestmark = pytest.mark.long
+
+FINN = {1: 0.67, 5: 0.38, 10: 0.35}  # Finn et al. 2017, Table 2, MAML at 5 shots
+
+
+def errors(metalit, tmp_path, name):
+    config = f"configs/{name}.yaml"
+    assert metalit("fit", config, tiny=False)[0] == 0
+    status, output = metalit("test", config, "--ckpt_path=best", tiny=False)
+    assert status == 0
+    with (tmp_path / f"lightning_logs/{name}/version_0/test.csv").open() as handle:
+        return list(csv.DictReader(handle)), output
+
+
+def test_sine_maml_is_at_least_as_good_as_published(metalit, tmp_path):
+    rows, _ = errors(metalit, tmp_path, "sine_maml")
+    assert rows[0]["tasks"] == "600"
+    for steps, published in FINN.items():
+        assert float(rows[steps]["loss"]) <= published
+    before = float(rows[0]["loss"]), float(rows[0]["loss_ci95"])
+    assert before[0] > 3.0057 - before[1], "an error before adapting that is lower than any predictor's is a leak"
+
+
+def test_curves_of_gapminder_beat_both_baselines(metalit, tmp_path):
+    rows, output = errors(metalit, tmp_path, "curves_gapminder")
+    column = "lifeExp_absolute_error"
+    learner = float(rows[10][column])
+    assert learner < 0.8 * float(rows[-1][column])
+    assert learner < 0.3 * float(rows[-2][column])
+    differences = [line.rsplit(": ", 1)[1].split(" ± ") for line in output.splitlines() if "less the learner's" in line]
+    assert len(differences) == 2
+    for mean, half_width in differences:
+        assert float(mean) > float(half_width)
