@@ -28,6 +28,11 @@ def sine(**changes):
     return TaskDataModule(Sine(), **{**episodes, **changes})
 
 
+def gapminder(**options):
+    tasks = Curves("data/gapminder.csv", "country", ["year"], ["lifeExp"], **options)
+    return TaskDataModule(tasks, Episodes(4, 3), Episodes(6, 3), Episodes(6, 3))
+
+
 def learner(network=None, inner=None, hypergradient=None, **options):
     torch.manual_seed(0)
     network = network or MLP([1, 8, 1], activation="Tanh")
@@ -226,12 +231,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
 
 class TestAdapt:
     def test_answers_in_the_users_units(self, tmp_path):
-        data = TaskDataModule(
-            Curves("data/gapminder.csv", "country", ["year"], ["lifeExp"]),
-            Episodes(4, 3),
-            Episodes(6, 3),
-            Episodes(6, 3),
-        )
+        data = gapminder()
         module = learner()
         trainer(tmp_path).fit(module, data)
         scaling = data.tasks.scaling()
@@ -242,12 +242,7 @@ class TestAdapt:
         torch.testing.assert_close(module.adapt(x, y)(asked), expected, rtol=1e-5, atol=1e-4)
 
     def test_a_checkpoint_keeps_the_units(self, tmp_path):
-        data = TaskDataModule(
-            Curves("data/gapminder.csv", "country", ["year"], ["lifeExp"]),
-            Episodes(4, 3),
-            Episodes(6, 3),
-            Episodes(6, 3),
-        )
+        data = gapminder()
         module = learner()
         trainer(tmp_path).fit(module, data)
         path = tmp_path / "run/version_0/checkpoints/last.ckpt"
@@ -287,14 +282,10 @@ class TestAdapt:
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
-    def data(seed):
-        tasks = Curves("data/gapminder.csv", "country", ["year"], ["lifeExp"], split_seed=seed)
-        return TaskDataModule(tasks, Episodes(4, 3), Episodes(6, 3), Episodes(6, 3))
-
-    trainer(tmp_path).fit(learner(), data(0))
+    trainer(tmp_path).fit(learner(), gapminder())
     path = str(tmp_path / "run/version_0/checkpoints/last.ckpt")
     with pytest.raises(InputError, match="trained on data with the scaling"):
-        trainer(tmp_path).test(learner(), data(1), ckpt_path=path)
+        trainer(tmp_path).test(learner(), gapminder(split_seed=1), ckpt_path=path)
 
 
 @pytest.mark.parametrize("hypergradient", [Unrolled(1), FirstOrder(1)], ids=["MAML", "FOMAML"])

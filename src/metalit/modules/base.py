@@ -79,12 +79,12 @@ class OuterLearner(LightningModule, ABC):
         parameters = [parameter for _, parameter in leaves(self.outer())]
         pieces = flat[1:].split([parameter.numel() for parameter in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
         optimizer = self.optimizers()
-        rates = {f"train/lr {group.get('name', '')}".strip(): group["lr"] for group in optimizer.param_groups}
         due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         if due:
-            # before the step: clipping changes the gradient, which lies in `flat`
+            # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
+            rates = {f"train/lr {group.get('name', '')}".strip(): group["lr"] for group in optimizer.param_groups}
             scalars = {"train/loss": float(flat[0]), "train/grad_norm": float(flat[1:].norm()), **rates}
         optimizer.step()
         scheduler = self.lr_schedulers()
