@@ -25,7 +25,7 @@ test: install ## run the test suite
 test-long: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
-lint: install ## check style and types of names
+lint: install ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -77,6 +77,15 @@ def _steps(capfd):
         (["--model.clip_norm=0"], ["clip_norm=0", "positive"]),
         (["--model.lr_by_name={'head*': 0.1}"], ["lr_by_name", "'head*'", "problem.out.weight"]),
         (["--model.problem.network.sizes=[1,4,2]"], ["network", ", 2)", ", 1)", "as many outputs as the targets"]),
+        (["--model.optimiser.lr=3"], ["'optimiser'", "did you mean 'optimizer'"]),
+        (["--model.optimizer.lr=-3"], ["model.optimizer", "-3"]),
+        (["--model.lr_by_name={'*': -1.0}"], ["lr_by_name", "-1.0"]),
+        (["--model.problem.network.sizes=[2,4,1]"], ["network", "inputs of shape (5, 1)"]),
+        (["--model.scheduler.T_max=${trainer.max_stps}"], ["max_stps"]),
+        (["--trainer.accumulate_grad_batches=2"], ["accumulat"]),
+        (["--trainer.gradient_clip_val=1"], ["clip"]),
+        (["--trainer.val_check_interval=30000"], ["val_check_interval"]),
+        (["--last_checkpoint.seconds=-1"], ["seconds=-1"]),
         (["--trainer.max_steps=-1"], ["trainer.max_steps=-1", "such as"]),
         (["--ckpt_path=nowhere.ckpt"], ["ckpt_path='nowhere.ckpt'", "no such file"]),
         (["--ckpt_path=best"], ["ckpt_path=best", "metalit fit"]),
@@ -164,10 +173,25 @@ class TestCheckpoints:
 
     def test_of_another_network_is_refused(self, metalit):
         metalit("fit", MAML)
-        status, output = metalit("fit", MAML, "--ckpt_path=last", "--model.problem.network.sizes=[1,30,1]")
+        status, output = metalit(
+            "fit", MAML, "--ckpt_path=last", "--trainer.max_steps=9", "--model.problem.network.sizes=[1,30,1]"
+        )
         assert status == 2
         assert "another network" in output
         assert "(40, 1)" in output
+
+    def test_at_the_last_step_has_nothing_left_to_train(self, metalit):
+        metalit("fit", MAML)
+        status, output = metalit("fit", MAML, "--ckpt_path=last")
+        assert status == 0
+        assert "nothing to train" in output
+        assert "at outer step 6" in output
+
+    def test_without_the_state_of_a_run_is_refused(self, metalit, tmp_path):
+        torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+        status, output = metalit("test", MAML, f"--ckpt_path={tmp_path / 'bare.ckpt'}")
+        assert status == 2
+        assert "it lacks ['global_step', 'loops'" in output
 
     def test_damaged_is_refused(self, metalit, tmp_path):
         metalit("fit", MAML)

@@ -17,7 +17,10 @@ def test_fit_validate_test_predict(config, metalit, tmp_path):
     assert (run / "config.yaml").exists()
     assert (run / "figures" / "val.png").stat().st_size > 10_000
 
-    assert metalit("validate", str(config))[0] == 0
+    status, output = metalit("validate", str(config))
+    assert status == 0, output
+    assert "val tasks, adapted to" in output
+    assert "│ 10 " in output
 
     status, output = metalit("test", str(config), "--ckpt_path=best")
     assert status == 0, output

@@ -14,9 +14,11 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
-from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, PredictionWriter, Progress, TestReport
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, PredictionWriter, Progress, Report
 from metalit.data import TaskDataModule, TaskDistribution
 from metalit.errors import InputError
 from metalit.hypergradients import Hypergradient
@@ -26,7 +28,7 @@ from metalit.modules import MetaLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import FewShot
-from metalit.runs import find_checkpoint, version_folder
+from metalit.runs import check_checkpoint, find_checkpoint, version_folder
 
 # importing them is what lets configs name them by their short names
 SHORT_NAMES = (MetaLearner, TaskDataModule, FewShot)
@@ -91,6 +93,8 @@ class MetalitCLI(LightningCLI):
         """
         try:
             super().parse_arguments(parser, args)
+        except OmegaConfBaseException as cause:
+            raise InputError(f"config: {str(cause).splitlines()[0]}") from None
         except ArgumentError as cause:
             known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()}  # noqa: SIM118
             raise InputError(explain(str(cause), known, _class_names())) from None
@@ -109,6 +113,7 @@ class MetalitCLI(LightningCLI):
         if asked is None and self.subcommand != "fit":
             asked = "best"
         self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
+        self.checkpoint_step = check_checkpoint(self.checkpoint) if self.checkpoint else 0
         config.ckpt_path = None if asked is None else str(self.checkpoint)
         self.version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
@@ -146,7 +151,7 @@ class MetalitCLI(LightningCLI):
             self.save_config_callback = None
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
-        callbacks = [TestReport(), PredictionWriter()]
+        callbacks = [Report(), PredictionWriter()]
         if config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             callbacks += [Progress()] if sys.stdout.isatty() else []
@@ -155,21 +160,33 @@ class MetalitCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
+        if self.checkpoint and self.checkpoint_step >= self.trainer.max_steps > 0:
+            _say(
+                f"nothing to train: {self.checkpoint} is at outer step {self.checkpoint_step}, "
+                f"and trainer.max_steps is {self.trainer.max_steps}"
+            )
+            return
         folder = self.trainer.logger.log_dir if self.trainer.logger else None
-        going_on = f", going on from {self.checkpoint}" if self.checkpoint else ""
+        going_on = f", going on from {self.checkpoint} at step {self.checkpoint_step}" if self.checkpoint else ""
         _say(f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}; logs: {folder}")
-        self.trainer.fit(**kwargs, weights_only=True)
+        try:
+            self.trainer.fit(**kwargs, weights_only=True)
+        except SystemExit:
+            # how Lightning ends after Ctrl-C
+            _say("interrupted; the same command with --ckpt_path last goes on from the last checkpoint")
+            raise
         best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
-        if best.best_model_path:
+        if best.best_model_score is not None:
             _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4f})")
-        if folder:
+        if folder and (Path(folder) / "figures").exists():
             _say(f"figures:         {Path(folder) / 'figures'}")
+        if isinstance(self.trainer.logger, TensorBoardLogger):
             _say(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
 
     def validate(self, **kwargs: Any) -> None:
-        """Evaluate on the validation tasks."""
+        """Evaluate on the validation tasks; the table is the report's."""
         _say(f"validating {self.checkpoint}")
-        self.trainer.validate(**kwargs, weights_only=True)
+        self.trainer.validate(**kwargs, weights_only=True, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test tasks; the table is the report's."""
@@ -195,11 +212,20 @@ def run(args: Sequence[str]) -> None:
     with warnings.catch_warnings():
         # a run that is continued writes into its own folder, and its stream of tasks goes on at the trainer's step
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
+        warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         # Lightning's own calls, none of the user's doing
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-        MetalitCLI(args)
+        try:
+            MetalitCLI(args)
+        except MisconfigurationException as error:
+            raise InputError(str(error)) from error
+        except ValueError as error:
+            if "val_check_interval" not in str(error):
+                raise
+            raise InputError(f"trainer.val_check_interval: {error}") from error
 
 
 def _class_names() -> set[str]:

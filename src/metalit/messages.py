@@ -59,6 +59,11 @@ def _unknown_key(found: re.Match[str], where: str, owner: str | None, known: Ite
             return f"there is no key {key!r}{_hint(key, [name for name in known if name.startswith(section)])}"
         return f"there is no key {section!r}{_hint(section, sections)}"
     key = (found["option"] or found["grouped"]).split(".")[0]
+    names = _arguments(owner, None) if owner else []
+    if found["group"] and found["group"].split(".")[0] not in names:
+        place = f"{where}: " if where else ""
+        key = found["group"].split(".")[0]
+        return f"{place}{owner.rsplit('.', 1)[-1]} has no key {key!r}{_hint(key, names)} It takes {', '.join(names)}"
     names = _arguments(owner, found["group"]) if owner else []
     group = found["group"] or (owner.rsplit(".", 1)[-1] if owner else "")
     place = f"{where}: " if where else ""

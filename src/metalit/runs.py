@@ -8,6 +8,7 @@ import torch
 
 from metalit.errors import InputError
 
+_NEEDED = {"state_dict", "global_step", "loops", "pytorch-lightning_version"}
 _CODE = re.compile(r"(?:GLOBAL|Unsupported class) (?P<name>[\w.]+)")
 
 
@@ -25,7 +26,7 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
         experiment: the folder of the experiment.
 
     Raises:
-        InputError: there is none, or it is damaged, or it holds code.
+        InputError: there is none.
     """
     if name not in ("last", "best"):
         path = Path(name)
@@ -41,12 +42,11 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
             )
         newest = max(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
         path = newest / "checkpoints" / f"{name}.ckpt"
-    check_checkpoint(path)
     return path
 
 
-def check_checkpoint(path: Path) -> None:
-    """Try to load a checkpoint, tensors and plain values only.
+def check_checkpoint(path: Path) -> int:
+    """Try to load a checkpoint, tensors and plain values only; returns the outer step that it is of.
 
     Raises:
         InputError: it is damaged or no checkpoint, or it holds anything else than plain values.
@@ -63,5 +63,7 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(
             f"ckpt_path={str(path)!r} is damaged, or no checkpoint at all; use another one of {str(path.parent)!r}"
         ) from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"ckpt_path={str(path)!r} holds no state_dict: it is no checkpoint of a learner")
+    missing = _NEEDED - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
+    if missing:
+        raise InputError(f"ckpt_path={str(path)!r} is no checkpoint of a learner: it lacks {sorted(missing)}")
+    return int(checkpoint["global_step"])

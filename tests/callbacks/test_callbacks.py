@@ -42,6 +42,7 @@ class TestCheckpoints:
         watch = Watch(seconds=0.0)
         fake = SimpleNamespace(
             world_size=1,
+            val_check_batch=7,
             fast_dev_run=False,
             sanity_checking=False,
             state=SimpleNamespace(fn="fit"),
@@ -50,10 +51,12 @@ class TestCheckpoints:
             global_step=3,
         )
         watch.dirpath = str(tmp_path)
-        watch.on_train_batch_end(fake)
+        watch.on_train_batch_end(fake, None, None, None, 2)
+        fake.global_step = 7
+        watch.on_train_batch_end(fake, None, None, None, 6)  # a validation comes, and saves
         watch.seconds = 1000.0
-        fake.global_step = 4
-        watch.on_train_batch_end(fake)
+        fake.global_step = 8
+        watch.on_train_batch_end(fake, None, None, None, 7)
         assert steps == [3]
         assert metalit("fit", MAML, never, always)[0] == 0
         assert torch.load(folder(tmp_path) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
@@ -180,6 +183,10 @@ class TestReport:
         assert errors["one polynomial for all tasks"] == pytest.approx(10.0, abs=0.5)
         assert errors["a polynomial for each support set"] == pytest.approx(2.1, abs=0.5)
         assert "43 test tasks, adapted to 3 points each" in output.replace("\n", " ")
+
+    def test_one_task_is_enough(self, metalit):
+        metalit("fit", MAML)
+        assert metalit("test", MAML, "--data.test.tasks=1")[0] == 0
 
     def test_interval_is_that_of_a_sample_mean(self):
         values = torch.tensor([1.0, 2.0, 4.0, 9.0])

@@ -283,3 +283,9 @@ def test_batch_norm_is_refused_where_rows_are_padding():
 def test_targets_without_a_column_are_told_to_have_one():
     with pytest.raises(InputError, match="with a column even if there is but one"):
         FewShot(nn.Linear(2, 1)).judge(torch.zeros(4, 1), Points(torch.zeros(4, 2), torch.zeros(4)))
+
+
+def test_a_loss_with_trainable_parameters_is_refused():
+    loss = nn.PReLU()
+    with pytest.raises(InputError, match=r"PReLU.*trainable parameters"):
+        FewShot(nn.Linear(2, 1), loss=loss)

@@ -4,6 +4,6 @@ from metalit.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from metalit.callbacks.figures import FitFigures
 from metalit.callbacks.predictions import PredictionWriter
 from metalit.callbacks.progress import Progress
-from metalit.callbacks.report import TestReport
+from metalit.callbacks.report import Report
 
-__all__ = ["BestCheckpoint", "FitFigures", "LastCheckpoint", "PredictionWriter", "Progress", "TestReport"]
+__all__ = ["BestCheckpoint", "FitFigures", "LastCheckpoint", "PredictionWriter", "Progress", "Report"]

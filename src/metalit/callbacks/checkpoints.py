@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from metalit.errors import InputError
+
 
 class BestCheckpoint(ModelCheckpoint):
     """``best.ckpt``: the learner with the lowest value of a validation metric.
@@ -45,6 +47,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, seconds: float = 60.0) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=False)
+        if not seconds >= 0:
+            raise InputError(f"last_checkpoint.seconds={seconds} must not be negative")
         self.seconds = seconds
         self._saved_at = time.monotonic()
 
@@ -52,9 +56,14 @@ class LastCheckpoint(ModelCheckpoint):
         """Start the clock."""
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save when it is time: ModelCheckpoint's own interval does not count under manual optimisation."""
-        due = time.monotonic() - self._saved_at >= self.seconds
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time: ModelCheckpoint's own interval does not count under manual optimisation.
+
+        Before a validation it waits: what a resumed run goes on from must know the outcome.
+        """
+        due = time.monotonic() - self._saved_at >= self.seconds and (batch_idx + 1) % trainer.val_check_batch != 0
         if trainer.world_size > 1:
             due = trainer.strategy.broadcast(due)
         if due and not self._should_skip_saving_checkpoint(trainer):

@@ -96,7 +96,7 @@ def draw_fits(
             axes.set_xlabel(f"true {columns[2][0]}")
             axes.set_ylabel(f"predicted {columns[2][0]}")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * count), frameon=False)
     return figure
 
 

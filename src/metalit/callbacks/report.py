@@ -1,4 +1,4 @@
-"""The table of test errors, beside predictors that learned nothing from other tasks."""
+"""The table of errors, beside predictors that learned nothing from other tasks."""
 
 import csv
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.aggregation import CatMetric
 
+from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.modules.interval import Interval, mean_with_interval
 from metalit.modules.meta import MetaLearner
@@ -36,14 +37,14 @@ class _Judged(NamedTuple):
         return found
 
 
-class TestReport(Callback):
-    """Prints the test errors after each number of inner steps with 95 % intervals, and writes ``test.csv``.
+class Report(Callback):
+    """Prints the errors after each number of inner steps with 95 % intervals, and writes ``test.csv`` (``val.csv``).
+
+    It does so after ``test`` and ``validate``, not for the validations of a fit.
 
     Where the data has units, each output's mean absolute error in them stands beside the loss. The distribution's
     baselines are judged on the same query points.
     """
-
-    __test__ = False  # pytest: this is no test
 
     def __init__(self) -> None:
         self._losses: dict[str, CatMetric] = {}
@@ -53,8 +54,31 @@ class TestReport(Callback):
         """Start afresh."""
         self._losses, self._errors = {}, {}
 
+    def on_validation_start(self, trainer: Trainer, learner: MetaLearner) -> None:
+        """Start afresh."""
+        self._losses, self._errors = {}, {}
+
     def on_test_batch_end(self, trainer: Trainer, learner: MetaLearner, outputs: Any, tasks: Task, *_: Any) -> None:
         """Collect what the learner itself does not: baselines, and errors in the user's units."""
+        self._judge(trainer, learner, tasks)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, learner: MetaLearner, outputs: Any, tasks: Task, *_: Any
+    ) -> None:
+        """Collect likewise."""
+        if trainer.state.fn == "validate":
+            self._judge(trainer, learner, tasks)
+
+    def on_test_end(self, trainer: Trainer, learner: MetaLearner) -> None:
+        """Print the table and write the file."""
+        self._report(trainer, learner, "test")
+
+    def on_validation_end(self, trainer: Trainer, learner: MetaLearner) -> None:
+        """Print likewise."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, learner, "val")
+
+    def _judge(self, trainer: Trainer, learner: MetaLearner, tasks: Task) -> None:
         data = trainer.datamodule
         if not isinstance(data, TaskDataModule):
             return
@@ -66,23 +90,24 @@ class TestReport(Callback):
             for name, prediction in baselines.items():
                 _collect(self._errors, name, _absolute_errors(learner, prediction.unsqueeze(1), tasks.query))
 
-    def on_test_end(self, trainer: Trainer, learner: MetaLearner) -> None:
-        """Print the table and write the file."""
-        losses = {_LEARNER: learner.task_losses, **{name: metric.compute() for name, metric in self._losses.items()}}
-        errors = {name: metric.compute() for name, metric in self._errors.items()}
+    def _report(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
+        # reshaped, because torchmetrics squeezes a single value
+        losses = {name: metric.compute().reshape(-1, 1) for name, metric in self._losses.items()}
+        losses = {_LEARNER: learner.task_losses, **losses}
+        errors = {name: metric.compute().reshape(*losses[name].shape, -1) for name, metric in self._errors.items()}
         judged = [_Judged(name, values, errors.get(name)) for name, values in losses.items()]
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule
         outputs = data.tasks.columns.y if errors else []
         console = Console()
-        console.print(_protocol(data, learner), soft_wrap=True)
+        console.print(_protocol(data, learner, split), soft_wrap=True)
         console.print(_table(judged, outputs))
         for baseline in judged[1:]:
             console.print(_comparison(judged[0], baseline, outputs), soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _write(Path(logger.log_dir) / "test.csv", judged, outputs)
+                _write(Path(logger.log_dir) / f"{split}.csv", judged, outputs)
 
 
 def _collect(metrics: dict[str, CatMetric], name: str, values: Tensor) -> None:
@@ -100,14 +125,14 @@ def _absolute_errors(learner: MetaLearner, predictions: Tensor, query: Points) -
     return (errors * weights).sum(2) / weights.sum(2)
 
 
-def _protocol(data: Any, learner: MetaLearner) -> str:
+def _protocol(data: Any, learner: MetaLearner, split: Split) -> str:
     count = len(learner.task_losses)
     if not isinstance(data, TaskDataModule):
-        return f"{count} test tasks; mean ± 95 % interval over tasks"
-    episodes = data.episodes["test"]
+        return f"{count} {split} tasks; mean ± 95 % interval over tasks"
+    episodes = data.episodes[split]
     queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
     return (
-        f"{count} test tasks, adapted to {episodes.shots} points each and judged on {queries}; "
+        f"{count} {split} tasks, adapted to {episodes.shots} points each and judged on {queries}; "
         "mean ± 95 % interval over tasks"
     )
 

@@ -28,7 +28,7 @@ class Episodes:
         tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``"all"`` stands for
             each task once, where they are finitely many.
         shots: rows to adapt to.
-        queries: rows to be judged on; ``"all"`` for all the others.
+        queries: rows to be judged on, as far as a curve has so many; ``"all"`` for all the others.
     """
 
     tasks: Count = "all"

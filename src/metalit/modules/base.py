@@ -1,7 +1,7 @@
 """What every learner shares: an outer variable that gradients are written to in one place, stepped, watched, logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,16 @@ class OuterLearner(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
         groups = _groups(dict(leaves(self.outer())), self.lr_by_name)
-        optimizer = torch.optim.Adam(groups) if self.make_optimizer is None else self.make_optimizer(groups)
+        optimizer = _made("model.optimizer", self.make_optimizer or torch.optim.Adam, groups)
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
-            configured["lr_scheduler"] = self.make_scheduler(optimizer)
+            scheduler = _made("model.scheduler", self.make_scheduler, optimizer)
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
+                raise InputError(
+                    "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
+                    "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
+                )
+            configured["lr_scheduler"] = scheduler
         self._configured = _settings(optimizer, configured.get("lr_scheduler"))
         return configured
 
@@ -168,11 +174,17 @@ class OuterLearner(LightningModule, ABC):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.raise_if_not_finite()
 
-    def on_validation_end(self) -> None:
-        """Step a scheduler that waits for a metric."""
+    def step_plateau(self, metrics: dict[str, float]) -> None:
+        """Step a scheduler that waits for a metric; called at the end of a validation, before its checkpoint is saved.
+
+        Raises:
+            InputError: its metric is none of those that are validated.
+        """
         scheduler = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
-        if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
-            scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if scheduler.monitor not in metrics:
+                raise InputError(f"model.scheduler.monitor={scheduler.monitor!r} is none of {sorted(metrics)}")
+            scheduler.step(metrics[scheduler.monitor])
 
     def on_train_end(self) -> None:
         """Never end well on a loss that is not finite."""
@@ -181,8 +193,8 @@ class OuterLearner(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save what is not finite."""
         self.raise_if_not_finite()
-        bad = [name for name, value in checkpoint["state_dict"].items() if not bool(torch.isfinite(value).all())]
-        if bad:
+        # parameters alone: a buffer may hold infinities by right, such as the mask of an attention
+        if not all(bool(torch.isfinite(parameter).all()) for _, parameter in leaves(self.outer())):
             self._bad_step = torch.tensor(self.global_step)
             self.raise_if_not_finite()
 
@@ -232,10 +244,20 @@ class ParameterTree(nn.Module):
             owner.register_parameter(last, parameter)
 
 
+def _made(owner: str, make: Callable[[Any], Any], argument: Any) -> Any:
+    """Build an optimiser or a scheduler; what torch finds wrong is an input error of its owner's."""
+    try:
+        return make(argument)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{owner}: {error}") from error
+
+
 def _groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Sequence[dict[str, Any]]:
     rest = dict(parameters)
     groups = []
     for pattern, lr in lr_by_name.items():
+        if not lr >= 0:
+            raise InputError(f"model.lr_by_name: the rate {lr} of {pattern!r} must not be negative")
         chosen = [name for name in rest if fnmatchcase(name, pattern)]
         if not chosen:
             taken = " that an earlier pattern left over" if len(rest) < len(parameters) else ""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map as pytree_map
 from torchmetrics.aggregation import CatMetric
 
 from metalit.adapt import Outer, adapt, iterates, outer_variable
-from metalit.data.module import UserTask
+from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
@@ -91,6 +91,24 @@ class MetaLearner(OuterLearner):
         )
         self.step_outer(estimate.loss, estimate.gradient)
 
+    def on_fit_start(self) -> None:
+        """Try the network on a task, before anything is trained.
+
+        Raises:
+            InputError: it cannot take the inputs; also what the problem and :class:`OuterLearner` raise.
+        """
+        super().on_fit_start()
+        data = self.trainer.datamodule
+        if isinstance(data, TaskDataModule):
+            task = data.draw("train", torch.arange(1))
+            try:
+                self.query_losses(task)
+            except RuntimeError as error:
+                raise InputError(
+                    f"model.problem.network cannot take inputs of shape {tuple(task.support.x.shape[1:])}, "
+                    f"{task.support.x.shape[-1]} column(s) of x: {str(error).splitlines()[0]}"
+                ) from error
+
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
@@ -118,6 +136,7 @@ class MetaLearner(OuterLearner):
             self.log(name, mean, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
         if not self.trainer.sanity_checking:
             self.write_scalars(means, in_hparams=True)
+            self.step_plateau(means)
 
     def on_test_epoch_end(self) -> None:
         """Log the mean loss after every inner step, with its interval."""
@@ -172,17 +191,14 @@ class MetaLearner(OuterLearner):
         Raises:
             InputError: tensors of other shapes, no point, or values that are not finite.
         """
-        for name, value in (("x", x), ("y", y)):
-            columns = len(getattr(self.scaling, f"{name}_mean")) if self.scaling else None
-            if value.dim() != 2 or len(value) == 0 or columns not in (None, value.shape[1]):
-                raise InputError(
-                    f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {columns or 'columns'}] with a "
-                    "point at least (a single column: value.unsqueeze(-1))"
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise InputError(f"adapt: {name} holds values that are not finite; leave those points out")
-        if len(x) != len(y):
-            raise InputError(f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x")
+        self._check_points("x", x)
+        self._check_points("y", y)
+        if len(x) != len(y) or len(x) == 0:
+            raise InputError(
+                f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x, and one at least"
+            )
+        if steps is not None and steps < 0:
+            raise InputError(f"adapt: steps={steps} must not be negative")
         support = self._cast(Points(self._normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
         task = Task(support, support, torch.tensor(0, device=self.device))
         steps = self.eval_steps if steps is None else steps
@@ -204,6 +220,8 @@ class MetaLearner(OuterLearner):
             InputError: the checkpoint is of another network, or was trained on data of another scaling.
         """
         super().on_load_checkpoint(checkpoint)
+        if "scaling" not in checkpoint:
+            raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no scaling of its data")
         kept = checkpoint["scaling"]
         if self.scaling is not None and kept != self.scaling.state():
             raise InputError(
@@ -235,6 +253,16 @@ class MetaLearner(OuterLearner):
 
         return pytree_map(cast, tree)
 
+    def _check_points(self, name: str, value: Tensor) -> None:
+        columns = len(getattr(self.scaling, f"{name}_mean")) if self.scaling else None
+        if value.dim() != 2 or columns not in (None, value.shape[1]):
+            raise InputError(
+                f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {columns or 'columns'}] "
+                "(a single column: value.unsqueeze(-1))"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"adapt: {name} holds values that are not finite; leave those points out")
+
     def _normalise_x(self, x: Tensor) -> Tensor:
         return self.scaling.normalise_x(x) if self.scaling else x
 
@@ -261,8 +289,13 @@ class Adapted:
     inner: Tree
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``."""
+        """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``.
+
+        Raises:
+            InputError: inputs of another shape, or that are not finite.
+        """
         learner = self.learner
+        learner._check_points("x", x)
         with torch.no_grad(), learner._evaluating():
             x = learner._cast(learner._normalise_x(x))
             prediction = learner.problem.predict(self.inner, learner._constants()["problem"], x)

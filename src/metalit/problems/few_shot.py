@@ -30,7 +30,7 @@ class FewShot(FewShotProblem):
         adapt: shell-style patterns of the names of the parameters that are adapted.
 
     Raises:
-        InputError: a pattern that matches no trainable parameter, a network without any; when a loss is computed:
+        InputError: a pattern that matches no trainable parameter, a network without any, a loss with some; later:
             predictions and real-valued targets of different shapes, a loss that does not return a value for each row.
     """
 
@@ -38,6 +38,10 @@ class FewShot(FewShotProblem):
         super().__init__()
         self.network = network
         self.loss = nn.MSELoss(reduction="none") if loss is None else loss
+        if any(parameter.requires_grad for parameter in self.loss.parameters()):
+            raise InputError(
+                f"loss: {self.loss} has trainable parameters; only the network's are learned, so freeze them"
+            )
         self.adapted = _matching(self.outer(), adapt)
 
     def outer(self) -> dict[str, Tensor]:
