@@ -203,36 +203,37 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(stop, scheduler, tmp_path):
-    def fit(root, steps, ckpt=None, save=None):
+    def fit(root, *callbacks, ckpt=None):
         torch.manual_seed(0)
         module = learner(MLP([1, 8, 1], dropout=0.3), scheduler=SCHEDULERS[scheduler])
-        stopper = trainer(root, steps=6, callbacks=[LastCheckpoint(), *([_StopAt(save)] if save else [])])
-        stopper.fit(module, sine(), ckpt_path=ckpt)
-        return module, stopper.global_step
+        run = trainer(root, steps=6, callbacks=[LastCheckpoint(seconds=0.0), *callbacks])
+        run.fit(module, sine(), ckpt_path=ckpt)
+        return module
 
-    whole, _ = fit(tmp_path / "whole", 6)
-    _, reached = fit(tmp_path / "parts", 6, save=stop)
-    assert reached == stop
-    resumed, end = fit(tmp_path / "parts", 6, ckpt=str(tmp_path / "parts/run/version_0/checkpoints/last.ckpt"))
-    assert end == 6
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(_KilledError):
+        fit(tmp_path / "parts", _Kill(stop))
+    last = tmp_path / "parts/run/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == stop
+    resumed = fit(tmp_path / "parts", ckpt=str(last))
+    assert resumed.global_step == 6
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(resumed)[name]), name
+    rates = [module.optimizers().param_groups[0]["lr"] for module in (whole, resumed)]
+    assert rates[0] == rates[1] < 1e-3
 
 
-class _StopAt(LastCheckpoint):
-    """Ends the run after a step, as a signal would."""
+class _KilledError(Exception):
+    """Nobody catches it, as nobody catches a signal that kills."""
 
+
+class _Kill(Callback):
     def __init__(self, step):
-        super().__init__(seconds=0.0)
         self.step = step
 
-    @property
-    def state_key(self):
-        return "stop"
-
-    def on_train_batch_end(self, trainer, *rest):
-        if trainer.global_step >= self.step:
-            trainer.should_stop = True
+    def on_train_batch_start(self, trainer, *rest):
+        if trainer.global_step == self.step:
+            raise _KilledError
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
