@@ -78,6 +78,8 @@ def _steps(capfd):
         (["--model.lr_by_name={'head*': 0.1}"], ["lr_by_name", "'head*'", "problem.out.weight"]),
         (["--model.problem.network.sizes=[1,4,2]"], ["network", ", 2)", ", 1)", "as many outputs as the targets"]),
         (["--model.optimiser.lr=3"], ["'optimiser'", "did you mean 'optimizer'"]),
+        (["--model.optimizer.lrr=3"], ["model.optimizer: Adam has no key 'lrr'", "did you mean 'lr'"]),
+        (["--model.scheduler.T_mx=3"], ["CosineAnnealingLR has no key 'T_mx'", "did you mean 'T_max'"]),
         (["--model.optimizer.lr=-3"], ["model.optimizer", "-3"]),
         (["--model.lr_by_name={'*': -1.0}"], ["lr_by_name", "-1.0"]),
         (["--model.problem.network.sizes=[2,4,1]"], ["network", "inputs of shape (5, 1)"]),

@@ -11,7 +11,7 @@ _UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<flag>[^\s=]+)"
     r"|Subcommand '\w+' does not accept option '(?P<top>[^']+)'"
     r"|Group '(?P<group>[^']+)' does not accept option '(?P<grouped>[^']+)'"
-    r"|Option '(?P<option>[^']+)' is not accepted"
+    r"|Option '(?P<option>[^']+)' is not accepted(?:\. Got value: Namespace\(class_path='(?P<callable>[^']+)')?"
 )
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _KEY = re.compile(r"Parser key \"([^\"]+)\":?")
@@ -32,14 +32,12 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> str:
     >>> explain("unrecognized arguments: --trainer.max_stps 3", ["trainer.max_steps"], [])
     "there is no key 'trainer.max_stps'; did you mean 'trainer.max_steps'?"
     """
-    owner = (_CLASS.findall(message) or [None])[-1]
     where = ".".join(_KEY.findall(message))
     unknown = _UNKNOWN.search(message)
-    if unknown and owner and unknown["flag"]:
-        # an option below a dataclass inside a class: "--train.shts=3"
-        unknown = _UNKNOWN.search("Group '{}' does not accept option '{}'".format(*unknown["flag"].rsplit(".", 1)))
     if unknown:
-        return _unknown_key(unknown, where, owner, known)
+        owner = unknown["callable"] or (_CLASS.findall(message) or [None])[-1]
+        found = _no_key_of(owner, unknown) if owner else _no_key(unknown["flag"] or unknown["top"], known)
+        return f"{where}: {found}" if where else found
     lines = [_CLASS.sub("", _KEY.sub("", line)).strip(" :") for line in message.splitlines()]
     told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.match(line) and line.strip("- "))
     no_class = _NO_CLASS.search(told)
@@ -49,25 +47,22 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> str:
     return f"{where}: {told}" if where else told
 
 
-def _unknown_key(found: re.Match[str], where: str, owner: str | None, known: Iterable[str]) -> str:
-    if found["flag"] or found["top"]:
-        key = (found["flag"] or found["top"]).replace(".init_args", "")
-        known = list(known)
-        sections = {name.split(".")[0] for name in known}
-        section = key.split(".")[0]
-        if section in sections:
-            return f"there is no key {key!r}{_hint(key, [name for name in known if name.startswith(section)])}"
+def _no_key(key: str, known: Iterable[str]) -> str:
+    key, known = key.replace(".init_args", ""), list(known)
+    section, sections = key.split(".")[0], {name.split(".")[0] for name in known}
+    if section not in sections:
         return f"there is no key {section!r}{_hint(section, sections)}"
-    key = (found["option"] or found["grouped"]).split(".")[0]
-    names = _arguments(owner, None) if owner else []
-    if found["group"] and found["group"].split(".")[0] not in names:
-        place = f"{where}: " if where else ""
-        key = found["group"].split(".")[0]
-        return f"{place}{owner.rsplit('.', 1)[-1]} has no key {key!r}{_hint(key, names)} It takes {', '.join(names)}"
-    names = _arguments(owner, found["group"]) if owner else []
-    group = found["group"] or (owner.rsplit(".", 1)[-1] if owner else "")
-    place = f"{where}: " if where else ""
-    return f"{place}{group} has no key {key!r}{_hint(key, names)} It takes {', '.join(names)}"
+    return f"there is no key {key!r}{_hint(key, [name for name in known if name.startswith(section)])}"
+
+
+def _no_key_of(owner: str, unknown: re.Match[str]) -> str:
+    """The key may lie below one of the owner's arguments that is a group, such as ``train.shts`` of a DataModule."""
+    path = ".".join(filter(None, (unknown["group"], unknown["flag"] or unknown["grouped"] or unknown["option"])))
+    first, *rest = path.split(".")
+    names, holder = _arguments(owner, None), owner.rsplit(".", 1)[-1]
+    if first in names and rest:
+        names, holder, first = _arguments(owner, first), first, rest[0]
+    return f"{holder} has no key {first!r}{_hint(first, names)} It takes {', '.join(names)}"
 
 
 def _hint(name: str, candidates: Iterable[str]) -> str:
@@ -79,5 +74,5 @@ def _arguments(class_path: str, group: str | None) -> list[str]:
     module, name = class_path.rsplit(".", 1)
     target = getattr(import_module(module), name)
     if group:
-        target = get_type_hints(target.__init__)[group.split(".")[0]]
+        target = get_type_hints(target.__init__)[group]
     return list(inspect.signature(target).parameters)

@@ -45,28 +45,24 @@ class Scaling:
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``."""
-        return (x.double() - x.new_tensor(self.x_mean, dtype=torch.float64)) / x.new_tensor(
-            self.x_std, dtype=torch.float64
-        )
+        return (x.double() - _like(x, self.x_mean)) / _like(x, self.x_std)
 
     def normalise_y(self, y: Tensor) -> Tensor:
         """From the user's units, ``[..., outputs]``."""
-        return (y.double() - y.new_tensor(self.y_mean, dtype=torch.float64)) / y.new_tensor(
-            self.y_std, dtype=torch.float64
-        )
+        return (y.double() - _like(y, self.y_mean)) / _like(y, self.y_std)
 
     def restore_x(self, x: Tensor) -> Tensor:
         """To the user's units, ``[..., inputs]``."""
-        return x.double() * x.new_tensor(self.x_std, dtype=torch.float64) + x.new_tensor(
-            self.x_mean, dtype=torch.float64
-        )
+        return x.double() * _like(x, self.x_std) + _like(x, self.x_mean)
 
     def restore_y(self, y: Tensor) -> Tensor:
         """To the user's units, ``[..., outputs]``."""
-        return y.double() * y.new_tensor(self.y_std, dtype=torch.float64) + y.new_tensor(
-            self.y_mean, dtype=torch.float64
-        )
+        return y.double() * _like(y, self.y_std) + _like(y, self.y_mean)
 
     def state(self) -> dict[str, list[float]]:
         """Plain lists of numbers, safe to keep in a checkpoint; ``Scaling(**state)`` is the way back."""
         return {name: [float(value) for value in values] for name, values in asdict(self).items()}
+
+
+def _like(values: Tensor, numbers: Sequence[float]) -> Tensor:
+    return values.new_tensor(numbers, dtype=torch.float64)
