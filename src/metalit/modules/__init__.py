@@ -1,5 +1,6 @@
 """LightningModules: what trains a hypergradient under the Trainer. One file for each."""
 
-from metalit.modules.meta import Adapted, MetaLearner
+from metalit.modules.adapted import Adapted
+from metalit.modules.meta import MetaLearner
 
 __all__ = ["Adapted", "MetaLearner"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from metalit.data.scaling import Scaling
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
+from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.base import OuterLearner, ParameterTree
 from metalit.modules.interval import Interval, mean_with_interval
 from metalit.problem import FewShotProblem, Points, Task
@@ -87,7 +87,7 @@ class MetaLearner(OuterLearner):
     def training_step(self, tasks: Task, batch_idx: int) -> None:
         """Take one outer step."""
         estimate = over_tasks(
-            self.hypergradient, self.problem, self.inner_optimizer, self._constants(), self._cast(tasks)
+            self.hypergradient, self.problem, self.inner_optimizer, self.constants(), self.cast(tasks)
         )
         self.step_outer(estimate.loss, estimate.gradient)
 
@@ -172,12 +172,12 @@ class MetaLearner(OuterLearner):
 
     def judge(self, predictions: Tensor, tasks: Task) -> Tensor:
         """The mean query loss of anybody's ``[tasks, queries, outputs]`` predictions, ``[tasks]``."""
-        pairs = (self._cast(predictions), self._cast(tasks.query))
-        return for_each_task(lambda _, pair: self.problem.judge(*pair), self._constants(), pairs)
+        pairs = (self.cast(predictions), self.cast(tasks.query))
+        return for_each_task(lambda _, pair: self.problem.judge(*pair), self.constants(), pairs)
 
     # ---- use
 
-    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> "Adapted":
+    def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> Adapted:
         """Adapt what was learned to a few points of a new task.
 
         Args:
@@ -191,19 +191,19 @@ class MetaLearner(OuterLearner):
         Raises:
             InputError: tensors of other shapes, no point, or values that are not finite.
         """
-        self._check_points("x", x)
-        self._check_points("y", y)
+        check_points("x", x, self.scaling and self.scaling.x_mean)
+        check_points("y", y, self.scaling and self.scaling.y_mean)
         if len(x) != len(y) or len(x) == 0:
             raise InputError(
                 f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x, and one at least"
             )
         if steps is not None and steps < 0:
             raise InputError(f"adapt: steps={steps} must not be negative")
-        support = self._cast(Points(self._normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
+        support = self.cast(Points(self.normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
         task = Task(support, support, torch.tensor(0, device=self.device))
         steps = self.eval_steps if steps is None else steps
-        with torch.inference_mode(False), torch.no_grad(), self._evaluating():
-            inner = adapt(self.problem, self.inner_optimizer, self._constants(), task, steps)
+        with torch.inference_mode(False), torch.no_grad(), self.evaluating():
+            inner = adapt(self.problem, self.inner_optimizer, self.constants(), task, steps)
         return Adapted(self, inner)
 
     # ---- checkpoints
@@ -241,62 +241,31 @@ class MetaLearner(OuterLearner):
         return iterates(self.problem, self.inner_optimizer, outer, task, self.eval_steps)
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
-        return for_each_task(one, self._constants(), self._cast(tasks))
+        return for_each_task(one, self.constants(), self.cast(tasks))
 
-    def _constants(self) -> Outer:
-        # detached: autograd would otherwise record every operation a second time, outside torch.func
+    def constants(self) -> Outer:
+        """The outer variable, detached: autograd would else record every operation again, outside ``torch.func``."""
         return {level: tree_map(Tensor.detach, branch) for level, branch in self.outer().items()}
 
-    def _cast(self, tree: Any) -> Any:
-        def cast(leaf: Any) -> Any:
+    def cast(self, tree: Any) -> Any:
+        """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""
+
+        def moved(leaf: Any) -> Any:
             return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None) if leaf is not None else None
 
-        return pytree_map(cast, tree)
+        return pytree_map(moved, tree)
 
-    def _check_points(self, name: str, value: Tensor) -> None:
-        columns = len(getattr(self.scaling, f"{name}_mean")) if self.scaling else None
-        if value.dim() != 2 or columns not in (None, value.shape[1]):
-            raise InputError(
-                f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {columns or 'columns'}] "
-                "(a single column: value.unsqueeze(-1))"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise InputError(f"adapt: {name} holds values that are not finite; leave those points out")
-
-    def _normalise_x(self, x: Tensor) -> Tensor:
+    def normalise_x(self, x: Tensor) -> Tensor:
+        """From the user's units, ``[..., inputs]``; unchanged where the data had none."""
         return self.scaling.normalise_x(x) if self.scaling else x
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = self.training
+    def evaluating(self) -> Iterator[None]:
+        """Be in evaluation mode, and then have every module in the mode that it was in."""
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             yield
         finally:
-            self.train(was_training)
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A network adapted to one task: call it with inputs in the user's units.
-
-    Attributes:
-        learner: where it comes from.
-        inner: the adapted parameters by name.
-    """
-
-    learner: MetaLearner
-    inner: Tree
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``.
-
-        Raises:
-            InputError: inputs of another shape, or that are not finite.
-        """
-        learner = self.learner
-        learner._check_points("x", x)
-        with torch.no_grad(), learner._evaluating():
-            x = learner._cast(learner._normalise_x(x))
-            prediction = learner.problem.predict(self.inner, learner._constants()["problem"], x)
-        return learner.scaling.restore_y(prediction) if learner.scaling else prediction
+            for module, training in modes:
+                module.training = training

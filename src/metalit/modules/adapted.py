@@ -1,0 +1,58 @@
+"""What a meta-learner hands out: a network adapted to one task, as a function in the user's units."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metalit.errors import InputError
+from metalit.tree import Tree
+
+if TYPE_CHECKING:
+    from metalit.modules.meta import MetaLearner
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A network adapted to one task: call it with inputs in the user's units.
+
+    Attributes:
+        learner: where it comes from.
+        inner: the adapted parameters by name.
+    """
+
+    learner: "MetaLearner"
+    inner: Tree
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``.
+
+        Raises:
+            InputError: inputs of another shape, or that are not finite.
+        """
+        learner = self.learner
+        check_points("x", x, learner.scaling and learner.scaling.x_mean)
+        with torch.no_grad(), learner.evaluating():
+            inputs = learner.cast(learner.normalise_x(x))
+            prediction = learner.problem.predict(self.inner, learner.constants()["problem"], inputs)
+        return learner.scaling.restore_y(prediction) if learner.scaling else prediction
+
+
+def check_points(name: str, value: Tensor, columns: Sequence[float] | None) -> None:
+    """Raise an :class:`InputError` unless ``value`` is ``[points, columns]`` and finite.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+        columns: a sequence with one entry for each column, where their number is known.
+    """
+    known = len(columns) if columns is not None else None
+    if value.dim() != 2 or known not in (None, value.shape[1]):
+        raise InputError(
+            f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {known or 'columns'}] "
+            "(a single column: value.unsqueeze(-1))"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"adapt: {name} holds values that are not finite; leave those points out")
