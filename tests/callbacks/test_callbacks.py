@@ -103,7 +103,7 @@ class TestFigures:
 
     def test_draws_truth_support_and_the_fits_that_there_are(self):
         data = TaskDataModule(Sine(), *[Episodes(4, 5, 10)] * 3)
-        figure = draw_fits(self.learner(), data.pictured("val", 3), Sine().columns, (0, 1, 5, 10))
+        figure = draw_fits(self.learner(), data.pictured("val", 3), Sine(), (0, 1, 5, 10))
         assert len(figure.axes) == 3
         lines = {line.get_label(): line for line in figure.axes[0].lines}
         assert list(lines) == ["truth", "before adapting", "1 step", "5 steps", "support"]
@@ -117,13 +117,19 @@ class TestFigures:
     def test_padding_is_not_drawn(self):
         points = Points(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), torch.tensor([[True, True, False, False]]))
         task = Task(Points(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)), points, torch.zeros(1, dtype=torch.long))
-        figure = draw_fits(self.learner(), task, Sine().columns, (0,))
+        figure = draw_fits(self.learner(), task, Sine(), (0,))
         assert len(figure.axes[0].lines[0].get_xdata()) == 2
 
+    def test_noisy_points_are_not_joined_to_a_curve(self):
+        data = TaskDataModule(Sine(noise=0.5), *[Episodes(4, 5, 10)] * 3)
+        truth = draw_fits(self.learner(), data.pictured("val", 1), data.tasks, (0,)).axes[0].lines[0]
+        assert (truth.get_marker(), truth.get_linestyle()) == (".", "None")
+
     def test_several_inputs_are_drawn_as_predicted_over_true(self):
+        source = SimpleNamespace(columns=Columns("task", ["a", "b"], ["c"]), noisy=False)
         points = Points(torch.randn(1, 4, 2), torch.randn(1, 4, 1))
         task = Task(points, points, torch.zeros(1, dtype=torch.long))
-        figure = draw_fits(self.learner(2), task, Columns("task", ["a", "b"], ["c"]), (0, 1))
+        figure = draw_fits(self.learner(2), task, source, (0, 1))
         assert figure.axes[0].get_xlabel() == "true c"
 
     def test_appear_in_tensorboard_at_the_outer_step(self, metalit, tmp_path):

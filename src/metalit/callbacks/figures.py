@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from metalit.data.base import Split
+from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
 from metalit.modules.meta import MetaLearner
@@ -56,27 +56,31 @@ class FitFigures(Callback):
         logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
         if not (self.tasks and trainer.is_global_zero and logger and isinstance(data, TaskDataModule)):
             return
-        figure = draw_fits(learner, data.pictured(split, self.tasks), data.tasks.columns, self.steps)
+        figure = draw_fits(learner, data.pictured(split, self.tasks), data.tasks, self.steps)
         folder = Path(logger.log_dir) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{split}.png", dpi=110)
         logger.experiment.add_figure(f"fits/{split}", figure, learner.outer_step)
 
 
-def draw_fits(
-    learner: MetaLearner, tasks: Task, columns: tuple[str, Sequence[str], Sequence[str]], steps: Sequence[int]
-) -> "Figure":
+def draw_fits(learner: MetaLearner, tasks: Task, source: TaskDistribution, steps: Sequence[int]) -> "Figure":
     """Draw the fits to a batch of tasks, one panel for each, in the user's units.
 
     With one input column, y is drawn over x; with several, the predicted y over the true one. Of several outputs, the
     first is drawn.
+
+    Args:
+        learner: what is drawn.
+        tasks: a batch of tasks.
+        source: where they come from; it names the columns.
+        steps: after how many inner steps the fits are drawn.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     steps = [step for step in steps if step <= learner.eval_steps]
     predictions = learner.query_predictions(tasks)[:, steps].double().cpu()
-    scaling = learner.scaling
+    scaling, columns = learner.scaling, source.columns
     count = len(tasks.support.x)
     figure = Figure(figsize=(3.6 * count, 3.6), layout="constrained")
     colours = colormaps["viridis"](np.linspace(0.85, 0.1, len(steps)))
@@ -85,16 +89,16 @@ def draw_fits(
         support_x, support_y = scaling.restore_x(tasks.support.x[index]), scaling.restore_y(tasks.support.y[index])
         x, y = scaling.restore_x(tasks.query.x[index][real]), scaling.restore_y(tasks.query.y[index][real])
         fits = scaling.restore_y(predictions[index][:, real])
-        if len(columns[1]) == 1:
-            _draw_curves(axes, (support_x, support_y), (x, y), fits, steps, colours)
-            axes.set_xlabel(columns[1][0])
-            axes.set_ylabel(columns[2][0])
+        if len(columns.x) == 1:
+            _draw_curves(axes, (support_x, support_y), (x, y), fits, steps, colours, "." if source.noisy else "-")
+            axes.set_xlabel(columns.x[0])
+            axes.set_ylabel(columns.y[0])
         else:
             axes.axline((float(y[0, 0]), float(y[0, 0])), slope=1, color="0.7")
             for step, fit, colour in zip(steps, fits, colours, strict=True):
                 axes.plot(y[:, 0], fit[:, 0], ".", color=colour, label=_label(step))
-            axes.set_xlabel(f"true {columns[2][0]}")
-            axes.set_ylabel(f"predicted {columns[2][0]}")
+            axes.set_xlabel(f"true {columns.y[0]}")
+            axes.set_ylabel(f"predicted {columns.y[0]}")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * count), frameon=False)
     return figure
@@ -107,10 +111,11 @@ def _draw_curves(
     fits: Tensor,
     steps: Sequence[int],
     colours: np.ndarray,
+    truth: str,
 ) -> None:
     order = query[0][:, 0].argsort()
     x = query[0][order, 0]
-    axes.plot(x, query[1][order, 0], color="0.6", linewidth=3, label="truth")
+    axes.plot(x, query[1][order, 0], truth, color="0.6", linewidth=3, label="truth")
     for step, fit, colour in zip(steps, fits, colours, strict=True):
         axes.plot(x, fit[order, 0], color=colour, linewidth=1.5, label=_label(step))
     axes.plot(support[0][:, 0], support[1][:, 0], "^", color="crimson", markersize=8, label="support", zorder=3)

@@ -42,6 +42,11 @@ class TaskDistribution(ABC):
             A :class:`~metalit.problem.Task` with a leading task dimension.
         """
 
+    @property
+    def noisy(self) -> bool:
+        """Whether y scatters about its curve, so that pictures show it as dots."""
+        return False
+
     def prepare(self) -> None:  # noqa: B027  (most distributions are made from nothing)
         """Read and check what the tasks are made from; called once, before anything is drawn."""
 

@@ -50,6 +50,11 @@ class Sine(TaskDistribution):
         """``task``, ``x``, ``y``."""
         return Columns("task", ["x"], ["y"])
 
+    @property
+    def noisy(self) -> bool:
+        """Whether there is noise."""
+        return self.noise > 0
+
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Draw the curve of each task, then its points."""
         assert queries is not None
