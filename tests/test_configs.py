@@ -19,6 +19,7 @@ def test_fit_validate_test_predict(config, metalit, tmp_path):
 
     status, output = metalit("validate", str(config))
     assert status == 0, output
+    assert f"validating {run / 'checkpoints' / 'best.ckpt'}" in output
     assert "val tasks, adapted to" in output
     assert "│ 10 " in output
 

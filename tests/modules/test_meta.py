@@ -1,6 +1,7 @@
 """The meta-learner under the Trainer: what one step does, what is logged, what resumes, what it answers."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -157,6 +158,15 @@ def test_evaluation_adapts_as_the_inner_loop_does(tmp_path):
     assert not torch.equal(module.task_losses[:, 0], module.task_losses[:, 3])
 
 
+def test_validation_logs_the_means_of_the_query_losses(tmp_path):
+    module, data = learner(), sine()
+    run = trainer(tmp_path)
+    run.validate(module, data, verbose=False)
+    losses = module.query_losses(data.draw("val", torch.arange(6)))
+    for k, mean in enumerate(losses.mean(0)):
+        assert float(run.callback_metrics[f"val/loss_step_{k}"]) == pytest.approx(float(mean), rel=1e-6)
+
+
 def test_clips_the_true_gradient(tmp_path):
     module = learner(clip_norm=1e-3, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
     before = parameters(module)
@@ -215,7 +225,9 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(stop, schedu
         fit(tmp_path / "parts", _Kill(stop))
     last = tmp_path / "parts/run/version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == stop
-    resumed = fit(tmp_path / "parts", ckpt=str(last))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint keeps")
+        resumed = fit(tmp_path / "parts", ckpt=str(last))
     assert resumed.global_step == 6
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(resumed)[name]), name

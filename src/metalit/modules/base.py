@@ -18,7 +18,11 @@ from metalit.adapt import Outer
 from metalit.errors import InputError, NonFiniteError
 from metalit.tree import Tree, flatten, leaves, tree_map
 
-_MOVES_BY_ITSELF = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
+# what torch's schedulers keep of their progress, beside their settings
+_MOVES_BY_ITSELF = {
+    *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
+    *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
+}
 
 
 class OuterLearner(LightningModule, ABC):
