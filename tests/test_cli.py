@@ -221,11 +221,11 @@ class _Payload:
 
 
 def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(metalit, tmp_path):
-    # the rate is harmless for four steps and then overflows every weight
+    # the rate is harmless for three steps and then overflows every weight: step 5 sees it, step 6 reads the flag
     scheduler = tmp_path / "jump.yaml"
     scheduler.write_text(
         "model:\n  init_args:\n    scheduler:\n      class_path: torch.optim.lr_scheduler.MultiStepLR\n"
-        "      init_args: {milestones: [4], gamma: 1.0e+40}\n"
+        "      init_args: {milestones: [3], gamma: 1.0e+40}\n"
     )
     status, output = metalit(
         "fit", MAML, f"--config={scheduler}", "--trainer.max_steps=12", "--trainer.val_check_interval=3"
@@ -234,7 +234,7 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(metali
     last = tmp_path / "lightning_logs/sine_maml/version_0/checkpoints/last.ckpt"
     message = output.strip().splitlines()[-1]
     assert message.startswith("metalit: stopped: ")
-    assert "at outer step 6" in message
+    assert "at outer step 5" in message
     assert str(last) in message
     kept = torch.load(last, weights_only=True)
     assert kept["global_step"] == 3
