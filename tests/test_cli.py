@@ -1,5 +1,6 @@
 """The command line: what it builds, what it finds, and what it says of bad input."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,7 @@ class TestCheckpoints:
         metalit("fit", MAML)
         empty = tmp_path / "lightning_logs" / "sine_maml" / "version_10"
         empty.mkdir()
+        shutil.copytree(empty.with_name("version_1"), empty.with_name("version_3_old"))
         _, output = metalit("validate", MAML, "--ckpt_path=last")
         assert "version_1/checkpoints/last.ckpt" in output
 

@@ -206,7 +206,6 @@ def run(args: Sequence[str]) -> None:
         InputError: something that the user gave cannot be used.
         NonFiniteError: training became NaN or infinite.
     """
-    torch.set_float32_matmul_precision("high")
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -33,15 +33,17 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
         if not path.is_file():
             raise InputError(f"ckpt_path={name!r}: there is no such file (looked in {Path.cwd()}); or say best or last")
     else:
-        versions = [
-            folder for folder in experiment.glob("version_*") if (folder / "checkpoints" / f"{name}.ckpt").is_file()
-        ]
+        # by number: a folder that the user renamed, such as version_3_old, is no version any more
+        versions = {
+            int(folder.name.removeprefix("version_")): folder / "checkpoints" / f"{name}.ckpt"
+            for folder in experiment.glob("version_*")
+            if folder.name.removeprefix("version_").isdigit() and (folder / "checkpoints" / f"{name}.ckpt").is_file()
+        }
         if not versions:
             raise InputError(
                 f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"
             )
-        newest = max(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
-        path = newest / "checkpoints" / f"{name}.ckpt"
+        path = versions[max(versions)]
     return path
 
 

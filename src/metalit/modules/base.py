@@ -208,8 +208,10 @@ class OuterLearner(LightningModule, ABC):
         Raises:
             InputError: parameters that are missing, unknown or of another shape.
         """
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        own, found = (
+            {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
         if own != found:
             differ = [name for name in {**own, **found} if own.get(name) != found.get(name)]
             name = differ[0]
