@@ -1,4 +1,4 @@
-"""What is optimised: the protocol of a problem, and the task that a few-shot problem is posed on."""
+"""What is optimised: the protocol of a problem, and the tasks that problems are posed on."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -28,6 +28,29 @@ class Task(NamedTuple):
 
     support: Points
     query: Points
+    key: Tensor
+
+
+class Splits(NamedTuple):
+    """A table in three parts: the inner level fits ``train``, the outer one is judged on ``val``, both on ``test``.
+
+    What was spoiled on purpose is known to evaluation alone: ``noise`` of shape ``[inputs]`` is true for columns of
+    noise, ``corrupted`` of shape ``[rows of train]`` for rows whose label is wrong. ``key`` seeds every draw.
+    """
+
+    train: Points
+    val: Points
+    test: Points
+    noise: Tensor
+    corrupted: Tensor
+    key: Tensor
+
+
+class Matrix(NamedTuple):
+    """A matrix of shape ``[rows, columns]`` and where it was ``observed``; hidden entries are 0."""
+
+    values: Tensor
+    observed: Tensor
     key: Tensor
 
 

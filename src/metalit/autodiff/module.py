@@ -1,11 +1,11 @@
-"""Modules as functions of their parameters, and products with second derivatives."""
+"""Modules as functions of their parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from metalit.errors import InputError
 from metalit.keys import fold, uniform
-from metalit.tree import Tree
 
 
 def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, key: Tensor | None = None) -> Tensor:
@@ -99,22 +98,3 @@ class _KeyedDropout(TorchFunctionMode):
             shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
         keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32) >= p
         return x * keep.to(x.dtype) / (1.0 - p)
-
-
-def hessian_products(fn: Callable[[Tree, Tree], Tensor], inner: Tree, outer: Tree, vector: Tree) -> tuple[Tree, Tree]:
-    """Multiply a vector with both blocks of second derivatives of ``f(inner, outer)`` in one reverse sweep.
-
-    With g = ∂f/∂inner, returns ``(Hv, Jᵀv)``: Hv = (∂g/∂inner)ᵀ v and Jᵀv = (∂g/∂outer)ᵀ v. Nothing is accumulated
-    anywhere: no ``.grad`` is read or written (Pearlmutter 1994, "Fast exact multiplication by the Hessian").
-
-    Args:
-        fn: a scalar function of two trees.
-        inner, outer: the point.
-        vector: a tree shaped like ``inner``.
-
-    >>> f = lambda x, y: (x @ y) ** 2
-    >>> hessian_products(f, torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
-    (tensor([2., 4.]), tensor([16.,  2.]))
-    """
-    _, pull_back = vjp(grad(fn), inner, outer)
-    return pull_back(vector)
