@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.func import grad
+from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -17,7 +18,7 @@ Outer = dict[str, dict[str, Tree]]
 def outer_variable(problem: Problem, optimizer: InnerOptimizer, task: Any = None) -> Outer:
     """Return the whole outer variable with its initial values, ``{"problem": …, "optimizer": …}``."""
     own = problem.outer()
-    return {"problem": own, "optimizer": optimizer.outer(problem.init(own, task))}
+    return {"problem": own, "optimizer": optimizer.outer(problem.init(own, task)) if optimizer.learns else {}}
 
 
 def iterates(
@@ -28,6 +29,7 @@ def iterates(
     steps: int,
     start: Tree | None = None,
     first_order: bool = False,
+    dropped: int = 0,
 ) -> Iterator[Tree]:
     """Yield the inner variable before the first inner step and after each.
 
@@ -38,17 +40,43 @@ def iterates(
         steps: the number of inner steps.
         start: where to start instead of ``problem.init``; a constant for differentiation.
         first_order: treat the inner gradients as constants.
+        dropped: for differentiation, so many of the first steps are the identity in the inner variable and a constant
+            in the outer one.
     """
     own = outer["problem"]
     inner = problem.init(own, task) if start is None else tree_map(Tensor.detach, start)
     state = optimizer.init(inner)
     yield inner
     for step in range(steps):
-        grad_fn = grad(partial(problem.inner_loss, outer=own, task=task, step=step))
-        if first_order:
-            grad_fn = partial(_constant_gradient, grad_fn)
-        inner, state = optimizer.update(grad_fn, inner, state, outer["optimizer"], step)
+        seen = _constants(inner, state, outer) if step < dropped else (inner, state, outer)
+        moved, state = _update(problem, optimizer, *seen, task, step, first_order)
+        inner = tree_map(_identity, moved, inner) if step < dropped else moved
         yield inner
+
+
+def _update(
+    problem: Problem,
+    optimizer: InnerOptimizer,
+    inner: Tree,
+    state: Any,
+    outer: Outer,
+    task: Any,
+    step: int,
+    first_order: bool,
+) -> tuple[Tree, Any]:
+    grad_fn = grad(partial(problem.inner_loss, outer=outer["problem"], task=task, step=step))
+    if first_order:
+        grad_fn = partial(_constant_gradient, grad_fn)
+    return optimizer.update(grad_fn, inner, state, outer["optimizer"], step)
+
+
+def _constants(*trees: Any) -> tuple[Any, ...]:
+    return pytree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, trees)
+
+
+def _identity(moved: Tensor, before: Tensor) -> Tensor:
+    """``moved`` in value, to the last digit, and ``before`` in derivative."""
+    return moved + (before - before.detach())
 
 
 def _constant_gradient(grad_fn: Any, inner: Tree) -> Tree:

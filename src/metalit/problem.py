@@ -81,6 +81,29 @@ class Problem(nn.Module, ABC):
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
 
+    # ---- what a problem may tell of itself
+
+    def check(self, task: Any) -> None:
+        """Raise an ``InputError`` if a task is not of the size that the problem was made for."""
+
+    def watch(
+        self, start: Tree, inner: Tree, outer: dict[str, Tensor], gradient: dict[str, Tensor], task: Any
+    ) -> dict[str, Tensor]:
+        """Return scalars to log at an outer step: of the inner variable before and after it, and the outer gradient."""
+        return {}
+
+    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Any, split: str) -> dict[str, Tensor]:
+        """Return scalars that judge an inner variable on the split ``val`` or ``test``; ``loss`` must be among them."""
+        return {"loss": self.outer_loss(inner, outer, task)}
+
+    def baselines(self, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
+        """Return other outer variables, by name, whose scores stand beside the learned one's."""
+        return {}
+
+    def results(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> dict[str, Tensor]:
+        """Return vectors and matrices worth a file at the end of training, by name."""
+        return {}
+
 
 class FewShotProblem(Problem):
     """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""

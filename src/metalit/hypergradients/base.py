@@ -1,9 +1,8 @@
 """The protocol of a hypergradient, and its average over a batch of tasks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.func import vmap
@@ -11,17 +10,22 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.errors import InputError
+from metalit.hypergradients.paths import Path, check_paths
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
 
 
 class Estimate(NamedTuple):
-    """The outer loss at one task, its gradient (shaped like the outer variable), and the adapted inner variable."""
+    """The outer loss at one task, its gradient (shaped like the outer variable), and the adapted inner variable.
+
+    ``metrics`` holds what the estimator noticed on its way, such as the residual of a solver, as scalars by name.
+    """
 
     loss: Tensor
     gradient: Outer
     inner: Tree
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never changed)
 
 
 class Hypergradient(ABC):
@@ -29,9 +33,15 @@ class Hypergradient(ABC):
 
     Attributes:
         steps: the number of inner steps.
+        carries: the paths from the outer variable to the outer loss whose derivative it carries.
+        needs: those of them that the problem must have.
+        second_order: whether inner gradients are differentiated.
     """
 
     steps: int
+    carries: ClassVar[frozenset[Path]]
+    needs: ClassVar[frozenset[Path]] = frozenset()
+    second_order: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(
@@ -39,20 +49,46 @@ class Hypergradient(ABC):
     ) -> Estimate:
         """Estimate the hypergradient for one ``task``; ``start`` is that of :func:`metalit.adapt.iterates`."""
 
+    def check(
+        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+    ) -> None:
+        """Try the problem on one task, before anything is trained.
+
+        Raises:
+            InputError: a loss that is no scalar, or that the outer variable does not reach; a problem or an inner
+                optimiser for which this estimator is not valid.
+        """
+        check_paths(type(self), problem, optimizer, outer, task, start)
+
+    def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Say what the means of ``metrics`` over tasks tell against the estimate: by kind, each with the way out."""
+        return {}
+
 
 def over_tasks(
-    hypergradient: Hypergradient, problem: Problem, optimizer: InnerOptimizer, outer: Outer, tasks: Any
+    hypergradient: Hypergradient,
+    problem: Problem,
+    optimizer: InnerOptimizer,
+    outer: Outer,
+    tasks: Any,
+    start: Tree | None = None,
 ) -> Estimate:
-    """Average the loss and the gradient over a batch of tasks, vectorised by ``torch.func.vmap``.
+    """Average the loss, the gradient and the metrics over a batch of tasks, vectorised by ``torch.func.vmap``.
 
     Args:
         tasks: a task whose tensors have a leading task dimension.
+        start: where each task's inner variable starts, with a leading task dimension, instead of ``problem.init``.
 
     Returns:
         An :class:`Estimate` whose ``inner`` keeps the task dimension.
     """
-    each = for_each_task(partial(hypergradient, problem, optimizer), outer, tasks)
-    return Estimate(each.loss.mean(), tree_map(lambda value: value.mean(0), each.gradient), each.inner)
+
+    def one(outer: Outer, pair: tuple[Any, Tree | None]) -> tuple[Any, ...]:
+        return tuple(hypergradient(problem, optimizer, outer, *pair))
+
+    loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start))
+    metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
+    return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics)
 
 
 def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any) -> Any:

@@ -1,13 +1,14 @@
 """The first-order hypergradient: inner gradients count as constants."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.func import grad_and_value
 
 from metalit.adapt import Outer, iterates
 from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.paths import ALL, Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree
@@ -27,6 +28,8 @@ class FirstOrder(Hypergradient):
         InputError: no inner step.
     """
 
+    carries: ClassVar[frozenset[Path]] = ALL - {"inner_loss"}
+    second_order: ClassVar[bool] = False
     steps: int = 1
 
     def __post_init__(self) -> None:

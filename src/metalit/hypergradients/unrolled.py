@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.func import grad_and_value
@@ -10,6 +10,7 @@ from torch.func import grad_and_value
 from metalit.adapt import Outer, iterates
 from metalit.errors import InputError
 from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.paths import ALL, Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree
@@ -28,6 +29,7 @@ class Unrolled(Hypergradient):
         InputError: no inner step, or weights of another number or another sum.
     """
 
+    carries: ClassVar[frozenset[Path]] = ALL
     steps: int = 1
     weights: Sequence[float] | None = None
 

@@ -16,6 +16,16 @@ class InnerOptimizer(ABC):
         """The outer parameters that the optimiser brings, such as learned step sizes, with their initial values."""
         return {}
 
+    @property
+    def learns(self) -> bool:
+        """Whether it brings outer parameters."""
+        return type(self).outer is not InnerOptimizer.outer
+
+    @property
+    def second_order(self) -> bool:
+        """Whether it asks for derivatives of ``grad_fn``, which an estimator of first order takes for a constant."""
+        return False
+
     def init(self, inner: Tree) -> Any:
         """Return the state before the first step."""
         return None

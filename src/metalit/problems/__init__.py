@@ -1,5 +1,10 @@
-"""Problems: what is optimised. One file for each."""
+"""Problems: what is learned at both levels. One file for each."""
 
+from metalit.problems.cleaning import Cleaning
 from metalit.problems.few_shot import FewShot
+from metalit.problems.low_rank import LowRank
+from metalit.problems.penalised import Logistic, Ridge
+from metalit.problems.rows import RowsProblem
+from metalit.problems.theta_phi import ThetaPhi
 
-__all__ = ["FewShot"]
+__all__ = ["Cleaning", "FewShot", "Logistic", "LowRank", "Ridge", "RowsProblem", "ThetaPhi"]

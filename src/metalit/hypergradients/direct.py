@@ -1,0 +1,44 @@
+"""No inner step: the gradient of the outer loss as it stands."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from metalit.adapt import Outer
+from metalit.hypergradients.base import Estimate, Hypergradient
+from metalit.hypergradients.paths import Path
+from metalit.inner.base import InnerOptimizer
+from metalit.problem import Problem
+from metalit.tree import Tree, tree_map
+
+
+@dataclass(frozen=True)
+class Direct(Hypergradient):
+    """d outer_loss(init(φ), φ) / dφ: plain optimisation of the outer variable.
+
+    For a few-shot problem it is joint training on the query sets of all tasks, the baseline "pretrained on all tasks"
+    of Finn et al. 2017; for a problem without an inner variable it is all that there is.
+    """
+
+    carries: ClassVar[frozenset[Path]] = frozenset({"init", "outer_loss"})
+
+    @property
+    def steps(self) -> int:
+        """No inner step."""
+        return 0
+
+    def __call__(
+        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+    ) -> Estimate:
+        """Differentiate the outer loss at the initial inner variable."""
+
+        def loss(own: dict[str, Tensor]) -> tuple[Tensor, Tree]:
+            inner = problem.init(own, task) if start is None else start
+            return problem.outer_loss(inner, own, task), inner
+
+        gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer["problem"])
+        no_rates = tree_map(torch.zeros_like, outer["optimizer"])
+        return Estimate(value, {"problem": gradient, "optimizer": no_rates}, inner)

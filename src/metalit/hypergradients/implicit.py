@@ -1,0 +1,101 @@
+"""The implicit hypergradient: differentiate the condition that the inner problem is solved, not the way there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.func import grad, grad_and_value, vjp
+
+from metalit.adapt import Outer, adapt
+from metalit.autodiff import hessian_products
+from metalit.errors import InputError
+from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.paths import Path
+from metalit.inner.base import InnerOptimizer
+from metalit.linsolve import CG, LinearSolver
+from metalit.problem import Problem
+from metalit.tree import Tree, axpy, norm, tree_map
+
+_ENOUGH = 0.1  # of the right-hand side may be left over
+
+
+@dataclass(frozen=True)
+class Implicit(Hypergradient):
+    """dφ outer_loss(θ*(φ), φ) by the implicit function theorem (Pedregosa 2016; Rajeswaran et al. 2019, "iMAML").
+
+    ∂outer_loss/∂φ − Jᵀq,  (H + damping · I) q = ∂outer_loss/∂θ,  H = ∂²inner_loss/∂θ²,  J = ∂²inner_loss/∂φ∂θ at θ*.
+
+    Valid at a stationary point of the inner loss where H is positive definite: take enough inner steps (a warm start
+    saves them), and watch ``inner_grad_norm``. Where the inner loss takes minibatches, H and J are of the next one.
+
+    Args:
+        steps: the number of inner steps; memory does not grow with it.
+        solver: how the linear system is solved: :class:`~metalit.linsolve.CG`, ``Neumann`` or ``Dense``.
+        damping: what is added to the diagonal of H.
+        stationary: the inner gradient counts as solved below this share of what it is at ``init``; above, the learner
+            warns.
+
+    Raises:
+        InputError: no inner step, a negative damping, or ``stationary`` that is not positive.
+    """
+
+    carries: ClassVar[frozenset[Path]] = frozenset({"inner_loss", "outer_loss"})
+    needs: ClassVar[frozenset[Path]] = frozenset({"inner_loss"})
+    steps: int = 10
+    solver: LinearSolver = field(default_factory=CG)
+    damping: float = 0.0
+    stationary: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_steps("Implicit", self.steps)
+        if not self.damping >= 0:
+            raise InputError(f"Implicit: damping={self.damping} must not be negative")
+        if not self.stationary > 0:
+            raise InputError(f"Implicit: stationary={self.stationary} must be positive, such as 0.01")
+
+    def __call__(
+        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+    ) -> Estimate:
+        """Adapt, then solve; ``metrics`` are ``solver_residual``, ‖b − Aq‖/‖b‖, and ``indefinite``, 0 or 1."""
+        own = outer["problem"]
+        inner = adapt(problem, optimizer, outer, task, self.steps, start)
+
+        def inner_loss(inner: Tree, own: Tree) -> torch.Tensor:
+            return problem.inner_loss(inner, own, task, self.steps)
+
+        (b, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(inner, own, task)
+        _, hessian = vjp(lambda inner: grad(inner_loss)(inner, own), inner)
+        q, indefinite = self.solver(lambda v: axpy(self.damping, v, hessian(v)[0]), b)
+        product, indirect = hessian_products(inner_loss, inner, own, q)
+        left = norm(axpy(-1.0, axpy(self.damping, q, product), b))
+        size = norm(b)
+        metrics = {
+            "solver_residual": left / torch.where(size > 0, size, 1.0),
+            "indefinite": indefinite.to(left.dtype),
+        }
+        no_rates = tree_map(torch.zeros_like, outer["optimizer"])
+        return Estimate(loss, {"problem": axpy(-1.0, indirect, direct), "optimizer": no_rates}, inner, metrics)
+
+    def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Not stationary, not positive definite, not solved."""
+        found = {}
+        if metrics["inner_grad_ratio"] > self.stationary:
+            found["not stationary"] = (
+                "Implicit needs a stationary inner point, but the norm of the inner gradient is "
+                f"{metrics['inner_grad_norm']:.3g}, {100 * metrics['inner_grad_ratio']:.3g} % of that at init; take "
+                "more inner steps (hypergradient.steps), a larger inner lr or a warm start, or use Unrolled"
+            )
+        if metrics["indefinite"] > 0:
+            found["indefinite"] = (
+                "Implicit: the Hessian of the inner loss is not positive definite at the inner point "
+                f"({100 * metrics['indefinite']:.3g} % of the tasks); raise hypergradient.damping, regularise the "
+                "inner loss, or use Unrolled"
+            )
+        elif not metrics["solver_residual"] <= _ENOUGH:
+            found["not solved"] = (
+                f"Implicit: {type(self.solver).__name__} left {100 * metrics['solver_residual']:.3g} % of its "
+                "right-hand side; give it more iterations (Neumann: a scale below 2/‖H‖), or raise "
+                "hypergradient.damping"
+            )
+        return found

@@ -1,0 +1,99 @@
+"""Problems whose inner level fits the training rows of a table, judged by the outer level on its validation rows."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metalit.errors import InputError
+from metalit.keys import fold, permutation
+from metalit.problem import Points, Problem, Splits
+from metalit.tree import Tree
+
+Batch = int | Literal["all"]
+_OUTER_DRAW = -1  # the key of the outer minibatch; inner step k uses k
+
+
+class RowsProblem(Problem):
+    """inner_loss = weighted mean row loss on a minibatch of ``train`` + penalty, outer_loss = mean row loss on ``val``.
+
+    Minibatches are drawn without replacement from the task's key and the number of the inner step, and nothing else.
+
+    Args:
+        batch: rows of ``train`` in each inner step, or ``"all"``.
+        outer_batch: rows of ``val`` in each outer step, or ``"all"``.
+
+    Raises:
+        InputError: a number of rows that is not positive.
+    """
+
+    def __init__(self, batch: Batch = "all", outer_batch: Batch = "all") -> None:
+        super().__init__()
+        for name, size in (("batch", batch), ("outer_batch", outer_batch)):
+            if not (size == "all" or (isinstance(size, int) and size >= 1)):
+                raise InputError(f"{type(self).__name__}: {name}={size!r} must be a positive number of rows, or 'all'")
+        self.batch = batch
+        self.outer_batch = outer_batch
+
+    @abstractmethod
+    def predict(self, inner: Tree, x: Tensor) -> Tensor:
+        """Return what an inner variable says of ``[rows, inputs]``."""
+
+    @abstractmethod
+    def row_losses(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each row, ``[rows]``."""
+
+    def row_weights(self, outer: dict[str, Tensor], rows: Tensor) -> Tensor | None:
+        """Return the weights of these training rows in the inner loss; None if all count 1."""
+        return None
+
+    def penalty(self, inner: Tree, outer: dict[str, Tensor]) -> Tensor | float:
+        """Return what the inner loss has beside the rows."""
+        return 0.0
+
+    def inner_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits, step: int) -> Tensor:
+        """The weighted mean row loss on a minibatch of the training rows, and the penalty."""
+        rows = _draw(fold(task.key, step), len(task.train.x), self.batch)
+        losses = self.row_losses(self.predict(inner, task.train.x[rows]), task.train.y[rows])
+        weights = self.row_weights(outer, rows)
+        return (losses if weights is None else weights * losses).mean() + self.penalty(inner, outer)
+
+    def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> Tensor:
+        """The mean row loss on a minibatch of the validation rows."""
+        rows = _draw(fold(task.key, _OUTER_DRAW), len(task.val.x), self.outer_batch)
+        return self.row_losses(self.predict(inner, task.val.x[rows]), task.val.y[rows]).mean()
+
+    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
+        """The mean row loss over the whole split, with the accuracy of classes, or the R² of real numbers."""
+        points: Points = getattr(task, split)
+        prediction = self.predict(inner, points.x)
+        losses = self.row_losses(prediction, points.y)
+        return {"loss": losses.mean(), **_quality(prediction, points.y)}
+
+    def check(self, task: Splits) -> None:
+        """Raise an ``InputError`` for minibatches of more rows than there are."""
+        for name, size, points in (("batch", self.batch, task.train), ("outer_batch", self.outer_batch, task.val)):
+            if size != "all" and size > len(points.x):
+                raise InputError(
+                    f"{type(self).__name__}: {name}={size} is more than the {len(points.x)} rows that there are; "
+                    "say 'all', or a smaller number"
+                )
+
+
+def check_size(owner: str, name: str, value: int, there: int, what: str) -> None:
+    """Raise an ``InputError`` unless a size in the config is that of the data."""
+    if value != there:
+        raise InputError(f"{owner}: {name}={value}, but the data has {there} {what}; set {name} to {there}")
+
+
+def _draw(key: Tensor, count: int, size: Batch) -> Any:
+    return slice(None) if size == "all" else permutation(key, count)[:size]
+
+
+def _quality(prediction: Tensor, y: Tensor) -> dict[str, Tensor]:
+    if y.is_floating_point():
+        y = y.reshape(prediction.shape)
+        return {"r2": 1 - (prediction - y).square().sum() / (y - y.mean()).square().sum()}
+    answers = prediction.argmax(-1) if prediction.dim() > 1 else (prediction > 0).to(y.dtype)
+    return {"accuracy": (answers == y).to(torch.get_default_dtype()).mean()}
