@@ -35,8 +35,8 @@ class Asked(NamedTuple):
     y: np.ndarray
 
 
-def read_table(file: str | Path, owner: str, task: str) -> pd.DataFrame:
-    """Read a CSV file; the names in the column ``task`` stay as they are written.
+def read_table(file: str | Path, owner: str, task: str | None) -> pd.DataFrame:
+    """Read a CSV file; the names in the column ``task``, if there is one, stay as they are written.
 
     Raises:
         InputError: no such file, no table in it, no row, or rows of more cells than the header.
@@ -46,7 +46,9 @@ def read_table(file: str | Path, owner: str, task: str) -> pd.DataFrame:
         raise InputError(f"{owner}={str(file)!r}: there is no such file (looked in {Path.cwd()})")
     try:
         # na_values: an empty cell is missing; a text such as "NA" may be the name of a task
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], skipinitialspace=True, dtype={task: str})
+        frame = pd.read_csv(
+            path, keep_default_na=False, na_values=[""], skipinitialspace=True, dtype={task: str} if task else None
+        )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as cause:
         raise InputError(f"{owner}={str(file)!r} is no CSV table: {str(cause).strip()}") from None
     if frame.empty:
