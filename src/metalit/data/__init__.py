@@ -1,10 +1,30 @@
-"""Task distributions and the DataModule that draws from them."""
+"""What problems are posed on, tasks, tables and matrices, and the DataModules that draw from them."""
 
 from metalit.data.base import Split, TaskDistribution
+from metalit.data.batches import BatchDataModule
 from metalit.data.curves import Curves
+from metalit.data.matrix import MatrixDataModule
 from metalit.data.module import Episodes, TaskDataModule
+from metalit.data.rows import CsvRows, Rows, RowSource, SklearnTable
 from metalit.data.scaling import Scaling
 from metalit.data.sine import Sine
+from metalit.data.splits import SplitsDataModule
 from metalit.data.table import Columns
 
-__all__ = ["Columns", "Curves", "Episodes", "Scaling", "Sine", "Split", "TaskDataModule", "TaskDistribution"]
+__all__ = [
+    "BatchDataModule",
+    "Columns",
+    "CsvRows",
+    "Curves",
+    "Episodes",
+    "MatrixDataModule",
+    "RowSource",
+    "Rows",
+    "Scaling",
+    "Sine",
+    "SklearnTable",
+    "Split",
+    "SplitsDataModule",
+    "TaskDataModule",
+    "TaskDistribution",
+]
