@@ -1,6 +1,24 @@
 """Derivatives of functions and of ready-made modules, which stay exactly as they were. One file for each kind."""
 
 from metalit.autodiff.module import call, draws, sees_other_rows
+from metalit.autodiff.per_sample import per_sample_gradients, per_sample_hessian, per_sample_jacobian
+from metalit.autodiff.perturbations import SAM, AdaptiveSAM, Perturbation, WeightNoise
+from metalit.autodiff.perturbed import PerturbedGradient, gradient_at, perturbed_gradient
 from metalit.autodiff.second import hessian_products
 
-__all__ = ["call", "draws", "hessian_products", "sees_other_rows"]
+__all__ = [
+    "SAM",
+    "AdaptiveSAM",
+    "Perturbation",
+    "PerturbedGradient",
+    "WeightNoise",
+    "call",
+    "draws",
+    "gradient_at",
+    "hessian_products",
+    "per_sample_gradients",
+    "per_sample_hessian",
+    "per_sample_jacobian",
+    "perturbed_gradient",
+    "sees_other_rows",
+]

@@ -1,0 +1,210 @@
+"""A module or a function as a function of one row, and its derivatives for all rows at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from inspect import signature
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacfwd, jacrev, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
+
+from metalit.autodiff.module import _KeyedDropout, call, sees_other_rows
+from metalit.autodiff.names import matching, of_module
+from metalit.autodiff.untouched import untouched
+from metalit.errors import InputError
+from metalit.keys import fold
+from metalit.tree import Tree, leaves, tree_map
+
+By: TypeAlias = Literal["parameters"] | int
+Function: TypeAlias = Callable[..., Tensor]
+Derivative: TypeAlias = Callable[[Callable[[Tree], Tensor], Tree], Tree]
+
+
+def for_each_row(
+    derivative: Derivative,
+    fn: Function,
+    inputs: tuple[Tensor, ...],
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+    parameters: Mapping[str, Tensor] | None,
+    names: str | Sequence[str],
+    by: By,
+    chunk_size: int | None,
+    flat: bool,
+    key: Tensor | None,
+) -> Tree:
+    """Take ``derivative(value, point)`` of each row; arguments and errors as for :func:`per_sample_gradients`."""
+    count = _check_inputs(inputs, 1 if loss is None else 2)
+    if chunk_size is not None and chunk_size < 1:
+        raise InputError(f"chunk_size: {chunk_size} must be at least 1, or None for all rows at once")
+    evaluate, values = _evaluation(fn, inputs if loss is None else inputs[:-1], parameters, key)
+    if by == "parameters" and parameters is None and not isinstance(fn, nn.Module):
+        raise InputError(
+            "parameters: a plain function needs those to differentiate by; or give by=0 for its first input"
+        )
+    point = _point(values, inputs, names, by)
+
+    def row(point: Tree, inputs: tuple[Tensor, ...], key: Tensor | None) -> Tree:
+        def value(at: Tree) -> Tensor:
+            state = {**values, **at} if by == "parameters" else values
+            parts = inputs if by == "parameters" else (*inputs[:by], at, *inputs[by + 1 :])
+            if loss is None:
+                return _differentiable(evaluate(state, parts, key), "fn")
+            return _differentiable(loss(evaluate(state, parts[:-1], key), parts[-1]), "loss")
+
+        slopes = derivative(value, point)
+        return _flat(slopes, point) if flat else slopes
+
+    keys = None if key is None else fold(key, torch.arange(count, device=key.device))
+    dims = (None if by == "parameters" else 0, 0, None if key is None else 0)
+    each = _one_after_the_other if _is_recurrent(fn) else partial(vmap, chunk_size=chunk_size)
+    try:
+        # fused attention has neither a batching rule nor second derivatives
+        with untouched(fn), sdpa_kernel(SDPBackend.MATH):
+            return each(row, in_dims=dims)(point, inputs, keys)
+    except RuntimeError as error:
+        if "randomness error mode" not in str(error):
+            raise
+        raise InputError(
+            "fn: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d and "
+            "Dropout3d with key=, so its draws would not follow the row; use those, or call .eval()"
+        ) from error
+
+
+def _is_recurrent(fn: Function) -> bool:
+    return isinstance(fn, nn.Module) and any(isinstance(layer, nn.RNNBase) for layer in fn.modules())
+
+
+def _one_after_the_other(row: Callable[..., Tree], in_dims: tuple[int | None, ...]) -> Callable[..., Tree]:
+    """``vmap`` as a loop: torch's recurrent layers have no batching rule."""
+
+    def rows(point: Tree, inputs: tuple[Tensor, ...], keys: Tensor | None) -> Tree:
+        found = [
+            row(point if in_dims[0] is None else point[index], parts, None if keys is None else keys[index])
+            for index, parts in enumerate(zip(*inputs, strict=True))
+        ]
+        return tree_map(lambda *slopes: torch.stack(slopes), *found)
+
+    return rows
+
+
+def jacobian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
+    """``∂value/∂point``, ``[*outputs, *shape]``, in reverse mode unless there are more outputs than entries."""
+    output, pull_back = vjp(value, point)
+    if output.numel() > sum(leaf.numel() for _, leaf in leaves(point)):
+        return forward(value, point)
+    if output.numel() == 1:  # cheaper than a batch of one
+        (slopes,) = pull_back(torch.ones_like(output))
+    else:
+        basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
+        (slopes,) = vmap(pull_back)(basis.reshape(-1, *output.shape))
+    if isinstance(point, Tensor):
+        return slopes.reshape((*output.shape, *point.shape))
+    return {name: slopes[name].reshape((*output.shape, *leaf.shape)) for name, leaf in point.items()}
+
+
+def forward(value: Callable[[Tree], Tree], point: Tree) -> Tree:
+    """``∂value/∂point`` in forward mode, where the operations have one."""
+    try:
+        return jacfwd(value)(point)
+    except NotImplementedError:  # the LSTM, for one, has none
+        return jacrev(value)(point)
+
+
+def scalar(value: Tensor, owner: str) -> Tensor:
+    """The value of a row as a scalar; an :class:`InputError` unless it is a single number."""
+    if value.numel() != 1:
+        way_out = "use per_sample_jacobian, or give loss=, a scalar of each row" if owner == "fn" else "take its sum"
+        raise InputError(f"{owner}: its value for a row has shape {list(value.shape)} and so no gradient; {way_out}")
+    return value.reshape(())
+
+
+def _evaluation(
+    fn: Function, inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor] | None, key: Tensor | None
+) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
+    """``evaluate(parameters, row, key)`` and the parameters at which the derivatives are taken."""
+    if not isinstance(fn, nn.Module):
+        return _of_function(fn, inputs, dict(parameters or {}))
+    if sees_other_rows(fn):
+        raise InputError("fn: its BatchNorm mixes the rows, so no row has a gradient of its own; use GroupNorm")
+    if key is None and any(isinstance(layer, _DropoutNd) and layer.training and layer.p for layer in fn.modules()):
+        raise InputError("key: None, but the dropout is active; give a key of metalit.keys, or call .eval()")
+    own = {name: value.detach() for name, value in fn.named_parameters()}
+    trainable = {name: own[name] for name, value in fn.named_parameters() if value.requires_grad}
+    values = trainable if parameters is None else of_module(fn, parameters)
+
+    def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
+        # a batch of one: Flatten and its like count on a batch dimension
+        output = call(fn, {**own, **state}, *(part.unsqueeze(0) for part in row), key=key)
+        output = _tensor(output, "fn")
+        if output.dim() and output.shape[0] != 1:
+            raise InputError(f"fn: it makes {list(output.shape)} of one row; its output must keep the rows first")
+        return output.squeeze(0) if output.dim() else output
+
+    return evaluate, values
+
+
+def _of_function(
+    fn: Function, inputs: tuple[Tensor, ...], parameters: dict[str, Tensor]
+) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
+    for name, value in parameters.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"parameters: {name!r} is {value!r}, not a tensor")
+    try:
+        signature(fn).bind(*inputs, **parameters)
+    except TypeError as error:
+        raise InputError(f"parameters: {list(parameters)} and {len(inputs)} inputs do not fit fn: {error}") from None
+    except ValueError:  # functions of C have no signature
+        pass
+
+    def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
+        with nullcontext() if key is None else _KeyedDropout(key):
+            return _tensor(fn(*row, **state), "fn")
+
+    return evaluate, parameters
+
+
+def _point(values: dict[str, Tensor], inputs: tuple[Tensor, ...], names: str | Sequence[str], by: By) -> Tree:
+    if by == "parameters":
+        chosen = {name: values[name] for name in matching(values, names)}
+    elif isinstance(by, int) and not isinstance(by, bool) and 0 <= by < len(inputs):
+        chosen = {f"input {by}": inputs[by]}
+    else:
+        raise InputError(f"by: {by!r} is neither 'parameters' nor the position of one of {len(inputs)} inputs")
+    for name, value in chosen.items():
+        if not value.is_floating_point():
+            raise InputError(f"by: {name} is of {value.dtype}, which has no derivatives; convert it to floating point")
+    return chosen if by == "parameters" else inputs[by]
+
+
+def _check_inputs(inputs: tuple[Tensor, ...], at_least: int) -> int:
+    if len(inputs) < at_least:
+        raise InputError(f"inputs: {len(inputs)} given; at least {at_least} needed, with loss= the last is the target")
+    for index, value in enumerate(inputs):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise InputError(f"inputs: input {index} is no tensor with a leading dimension of rows: {value!r}")
+    counts = [len(value) for value in inputs]
+    if len(set(counts)) > 1:
+        raise InputError(f"inputs: their numbers of rows differ: {counts}; what all rows share belongs to parameters=")
+    return counts[0]
+
+
+def _tensor(value: object, owner: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{owner}: it returns a {type(value).__name__}; wrap it in a function that returns one tensor")
+    return value
+
+
+def _differentiable(value: Tensor, owner: str) -> Tensor:
+    if not _tensor(value, owner).is_floating_point():
+        raise InputError(f"{owner}: it returns {value.dtype}, which has no derivatives")
+    return value
+
+
+def _flat(slopes: Tree, point: Tree) -> Tensor:
+    pairs = zip(leaves(slopes), leaves(point), strict=True)
+    entries = [slope.reshape(*slope.shape[: slope.dim() - at.dim()], at.numel()) for (_, slope), (_, at) in pairs]
+    return torch.cat(entries, dim=-1)
