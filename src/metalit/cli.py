@@ -11,28 +11,54 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, PredictionWriter, Progress, Report
-from metalit.data import TaskDataModule, TaskDistribution
+from metalit.autodiff import Perturbation
+from metalit.callbacks import (
+    BestCheckpoint,
+    FitFigures,
+    LastCheckpoint,
+    PredictionWriter,
+    Progress,
+    Report,
+    SampleGradientNorms,
+    ScoreTable,
+)
+from metalit.data import (
+    BatchDataModule,
+    MatrixDataModule,
+    RowSource,
+    SplitsDataModule,
+    TaskDataModule,
+    TaskDistribution,
+)
 from metalit.errors import InputError
 from metalit.hypergradients import Hypergradient
 from metalit.inner import InnerOptimizer
+from metalit.linsolve import LinearSolver
 from metalit.messages import explain
-from metalit.modules import MetaLearner
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
-from metalit.problems import FewShot
+from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
 from metalit.runs import check_checkpoint, find_checkpoint, version_folder
 
 # importing them is what lets configs name them by their short names
-SHORT_NAMES = (MetaLearner, TaskDataModule, FewShot)
-_FAMILIES = (OuterLearner, TaskDataModule, TaskDistribution, Problem, InnerOptimizer, Hypergradient)
+SHORT_NAMES = (
+    *(BilevelLearner, MetaLearner, SupervisedLearner),
+    *(BatchDataModule, MatrixDataModule, SplitsDataModule, TaskDataModule),
+    *(Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi),
+    SampleGradientNorms,
+)
+_FAMILIES = (
+    *(OuterLearner, LightningDataModule, TaskDistribution, RowSource),
+    *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation),
+)
 
 
 class MetalitCLI(LightningCLI):
@@ -151,7 +177,7 @@ class MetalitCLI(LightningCLI):
             self.save_config_callback = None
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
-        callbacks = [Report(), PredictionWriter()]
+        callbacks = [Report(), ScoreTable(), PredictionWriter()]
         if config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             callbacks += [Progress()] if sys.stdout.isatty() else []
@@ -177,7 +203,7 @@ class MetalitCLI(LightningCLI):
             raise
         best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
         if best.best_model_score is not None:
-            _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4f})")
+            _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
         if folder and (Path(folder) / "figures").exists():
             _say(f"figures:         {Path(folder) / 'figures'}")
         if isinstance(self.trainer.logger, TensorBoardLogger):

@@ -100,8 +100,8 @@ class Problem(nn.Module, ABC):
         """Return other outer variables, by name, whose scores stand beside the learned one's."""
         return {}
 
-    def results(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> dict[str, Tensor]:
-        """Return vectors and matrices worth a file at the end of training, by name."""
+    def results(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what is worth a file at the end of training: by file, its columns by name, ``[rows]`` or a matrix."""
         return {}
 
 

@@ -5,5 +5,16 @@ from metalit.callbacks.figures import FitFigures
 from metalit.callbacks.predictions import PredictionWriter
 from metalit.callbacks.progress import Progress
 from metalit.callbacks.report import Report
+from metalit.callbacks.sample_gradients import SampleGradientNorms
+from metalit.callbacks.scores import ScoreTable
 
-__all__ = ["BestCheckpoint", "FitFigures", "LastCheckpoint", "PredictionWriter", "Progress", "Report"]
+__all__ = [
+    "BestCheckpoint",
+    "FitFigures",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "Progress",
+    "Report",
+    "SampleGradientNorms",
+    "ScoreTable",
+]

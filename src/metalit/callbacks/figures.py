@@ -54,7 +54,8 @@ class FitFigures(Callback):
     def _publish(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
         data = trainer.datamodule
         logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
-        if not (self.tasks and trainer.is_global_zero and logger and isinstance(data, TaskDataModule)):
+        few_shot = isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)
+        if not (self.tasks and trainer.is_global_zero and logger and few_shot):
             return
         figure = draw_fits(learner, data.pictured(split, self.tasks), data.tasks, self.steps)
         folder = Path(logger.log_dir) / "figures"

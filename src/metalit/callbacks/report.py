@@ -40,7 +40,7 @@ class _Judged(NamedTuple):
 class Report(Callback):
     """Prints the errors after each number of inner steps with 95 % intervals, and writes ``test.csv`` (``val.csv``).
 
-    It does so after ``test`` and ``validate``, not for the validations of a fit.
+    It does so after ``test`` and ``validate`` of a meta-learner, not for the validations of a fit.
 
     Where the data has units, each output's mean absolute error in them stands beside the loss. The distribution's
     baselines are judged on the same query points.
@@ -80,7 +80,7 @@ class Report(Callback):
 
     def _judge(self, trainer: Trainer, learner: MetaLearner, tasks: Task) -> None:
         data = trainer.datamodule
-        if not isinstance(data, TaskDataModule):
+        if not (isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)):
             return
         baselines = data.tasks.baselines(tasks)
         for name, prediction in baselines.items():
@@ -91,6 +91,8 @@ class Report(Callback):
                 _collect(self._errors, name, _absolute_errors(learner, prediction.unsqueeze(1), tasks.query))
 
     def _report(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
+        if not isinstance(learner, MetaLearner):
+            return
         # reshaped, because torchmetrics squeezes a single value
         losses = {name: metric.compute().reshape(-1, 1) for name, metric in self._losses.items()}
         losses = {_LEARNER: learner.task_losses, **losses}

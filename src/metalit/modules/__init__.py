@@ -1,6 +1,8 @@
-"""LightningModules: what trains a hypergradient under the Trainer. One file for each."""
+"""LightningModules: what trains a hypergradient, or a network, under the Trainer. One file for each."""
 
 from metalit.modules.adapted import Adapted
+from metalit.modules.bilevel import BilevelLearner
 from metalit.modules.meta import MetaLearner
+from metalit.modules.supervised import SupervisedLearner
 
-__all__ = ["Adapted", "MetaLearner"]
+__all__ = ["Adapted", "BilevelLearner", "MetaLearner", "SupervisedLearner"]

@@ -1,8 +1,7 @@
 """What every learner shares: an outer variable that gradients are written to in one place, stepped, watched, logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.errors import InputError, NonFiniteError
-from metalit.tree import Tree, flatten, leaves, tree_map
-
-# what torch's schedulers keep of their progress, beside their settings
-_MOVES_BY_ITSELF = {
-    *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
-    *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
-}
+from metalit.modules.optimizers import changes, groups, made, settings
+from metalit.tree import flatten, leaves, unflatten
 
 
 class OuterLearner(LightningModule, ABC):
@@ -60,50 +55,63 @@ class OuterLearner(LightningModule, ABC):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
-        groups = _groups(dict(leaves(self.outer())), self.lr_by_name)
-        optimizer = _made("model.optimizer", self.make_optimizer or torch.optim.Adam, groups)
+        parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
+        optimizer = made("model.optimizer", self.make_optimizer or torch.optim.Adam, parameters)
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
-            scheduler = _made("model.scheduler", self.make_scheduler, optimizer)
+            scheduler = made("model.scheduler", self.make_scheduler, optimizer)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
                 raise InputError(
                     "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
                 )
             configured["lr_scheduler"] = scheduler
-        self._configured = _settings(optimizer, configured.get("lr_scheduler"))
+        self._configured = settings(optimizer, configured.get("lr_scheduler"))
         return configured
 
-    def step_outer(self, loss: Tensor, gradient: Outer) -> None:
+    def step_outer(
+        self, loss: Tensor, gradient: Outer, diagnose: Callable[[], dict[str, Tensor]] | None = None
+    ) -> dict[str, float]:
         """Average loss and gradient over the ranks, write the gradient to the outer parameters, and step them.
 
         Args:
             loss: the outer loss of this rank's tasks.
             gradient: its gradient, shaped like :meth:`outer`; the only gradient that is ever written.
+            diagnose: makes more scalars by name, to be logged; called before the step, where a log is due.
+
+        Returns:
+            What was logged, by name without its ``train/``; nothing where no log was due.
         """
-        flat = torch.cat([loss.detach().reshape(1), flatten(gradient)])
-        if self.trainer.world_size > 1:
-            # not manual_backward: the reducer of DDP only sees gradients that autograd accumulates
-            flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        flat = self.mean_over_ranks(torch.cat([loss.detach().reshape(1), flatten(gradient)]))
         self._watch(flat)
-        parameters = [parameter for _, parameter in leaves(self.outer())]
-        pieces = flat[1:].split([parameter.numel() for parameter in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        outer = self.outer()
+        for (_, parameter), (_, piece) in zip(leaves(outer), leaves(unflatten(flat[1:], outer)), strict=True):
+            parameter.grad = piece.to(parameter.dtype)
         optimizer = self.optimizers()
         due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
-        if due:
-            # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
-            rates = {f"train/lr {group.get('name', '')}".strip(): group["lr"] for group in optimizer.param_groups}
-            scalars = {"train/loss": float(flat[0]), "train/grad_norm": float(flat[1:].norm()), **rates}
+        # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
+        scalars = self._scalars(flat, diagnose() if diagnose else {}) if due else {}
         optimizer.step()
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
         if due:
             self.raise_if_not_finite()
-            self.log("train/loss", scalars["train/loss"], logger=False, prog_bar=True)
-            self.write_scalars(scalars)
+            self.log("train/loss", scalars["loss"], logger=False, prog_bar=True)
+            self.write_scalars({f"train/{name}": value for name, value in scalars.items()})
+        return scalars
+
+    def _scalars(self, flat: Tensor, more: dict[str, Tensor]) -> dict[str, float]:
+        scalars = {"loss": float(flat[0]), "grad_norm": float(flat[1:].norm())}
+        if more:
+            values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
+            scalars |= dict(zip(more, values.tolist(), strict=True))
+        rates = self.optimizers().param_groups
+        return scalars | {f"lr {group.get('name', '')}".strip(): group["lr"] for group in rates}
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
+        return self.trainer.strategy.reduce(values, reduce_op="mean") if self.trainer.world_size > 1 else values
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here, where gradients are true ones in every precision."""
@@ -124,6 +132,14 @@ class OuterLearner(LightningModule, ABC):
                 logger.log_hyperparams(own, values, step=self.outer_step)
             else:
                 logger.log_metrics(values, step=self.outer_step)
+
+    def cast(self, tree: Any) -> Any:
+        """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""
+
+        def moved(leaf: Any) -> Any:
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None) if leaf is not None else None
+
+        return pytree_map(moved, tree)
 
     @property
     def outer_step(self) -> int:
@@ -167,7 +183,7 @@ class OuterLearner(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings."""
-        for name, (asked, present) in _changes(self._configured, self._present_settings()).items():
+        for name, (asked, present) in changes(self._configured, self._present_settings()).items():
             rank_zero_warn(
                 f"the checkpoint keeps {name}={present} from the run that it continues; {asked}, as now configured, is "
                 "not used. To train on with new settings, load the weights into a new run"
@@ -231,65 +247,4 @@ class OuterLearner(LightningModule, ABC):
             self.save_hyperparameters()
 
     def _present_settings(self) -> dict[str, Any]:
-        return _settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())
-
-
-class ParameterTree(nn.Module):
-    """A tree whose leaves are parameters, saved by their dotted names."""
-
-    def __init__(self, tree: Tree) -> None:
-        super().__init__()
-        self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
-        for name, parameter in leaves(self.tree):
-            *path, last = name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(last, parameter)
-
-
-def _made(owner: str, make: Callable[[Any], Any], argument: Any) -> Any:
-    """Build an optimiser or a scheduler; what torch finds wrong is an input error of its owner's."""
-    try:
-        return make(argument)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{owner}: {error}") from error
-
-
-def _groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Sequence[dict[str, Any]]:
-    rest = dict(parameters)
-    groups = []
-    for pattern, lr in lr_by_name.items():
-        if not lr >= 0:
-            raise InputError(f"model.lr_by_name: the rate {lr} of {pattern!r} must not be negative")
-        chosen = [name for name in rest if fnmatchcase(name, pattern)]
-        if not chosen:
-            taken = " that an earlier pattern left over" if len(rest) < len(parameters) else ""
-            raise InputError(
-                f"model.lr_by_name: the pattern {pattern!r} matches no outer parameter{taken}; there are {list(rest)}"
-            )
-        groups.append({"params": [rest.pop(name) for name in chosen], "lr": lr, "name": pattern})
-    if rest:
-        groups.insert(0, {"params": list(rest.values())})
-    return groups
-
-
-def _settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
-    """What the user configured of an optimiser and its scheduler, less what moves in training."""
-    settings = {}
-    for number, group in enumerate(optimizer.param_groups):
-        where = f"optimizer[{group.get('name', number)}]" if len(optimizer.param_groups) > 1 else "optimizer"
-        for name, value in group.items():
-            if name not in ("params", "name", "initial_lr") and not (name == "lr" and scheduler is not None):
-                settings[f"{where}.{name}"] = value
-    if scheduler is not None:
-        for name, value in scheduler.state_dict().items():
-            if name not in _MOVES_BY_ITSELF and isinstance(value, int | float | str | list | tuple):
-                settings[f"scheduler.{name}"] = value
-    return settings
-
-
-def _changes(asked: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (value, present[name]) for name, value in asked.items() if present.get(name, value) != value}
+        return settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())

@@ -7,23 +7,22 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.utils._pytree import tree_map as pytree_map
 from torchmetrics.aggregation import CatMetric
 
-from metalit.adapt import Outer, adapt, iterates, outer_variable
+from metalit.adapt import Outer, adapt, iterates
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
-from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
+from metalit.hypergradients.base import Hypergradient, for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.adapted import Adapted, check_points
-from metalit.modules.base import OuterLearner, ParameterTree
 from metalit.modules.interval import Interval, mean_with_interval
+from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import FewShotProblem, Points, Task
-from metalit.tree import Tree, tree_map
+from metalit.tree import Tree
 
 
-class MetaLearner(OuterLearner):
+class MetaLearner(TwoLevelLearner):
     """Learns to learn: each outer step draws a batch of tasks and descends the mean hypergradient over them.
 
     φ ← outer optimiser(φ, 1/T Σ_tasks d outer_loss(θ_k(φ)) / dφ)
@@ -56,25 +55,25 @@ class MetaLearner(OuterLearner):
         lr_by_name: dict[str, float] | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, lr_by_name, clip_norm)
+        super().__init__(
+            problem,
+            inner_optimizer,
+            hypergradient,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            lr_by_name=lr_by_name,
+            clip_norm=clip_norm,
+        )
         if eval_steps < hypergradient.steps:
             raise InputError(
                 f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
                 "trained: val/loss is the loss after those"
             )
         self.save_given_hyperparameters()
-        self.problem = problem
-        self.inner_optimizer = inner_optimizer
-        self.hypergradient = hypergradient
         self.eval_steps = eval_steps
-        self.learned = ParameterTree(outer_variable(problem, inner_optimizer)["optimizer"])
         self.scaling: Scaling | None = None
         self.losses = CatMetric(nan_strategy="disable")
         self.task_losses = torch.empty(0, eval_steps + 1)
-
-    def outer(self) -> Outer:
-        """``{"problem": …, "optimizer": …}``"""
-        return {"problem": self.problem.outer(), "optimizer": self.learned.tree}
 
     # ---- training
 
@@ -86,10 +85,7 @@ class MetaLearner(OuterLearner):
 
     def training_step(self, tasks: Task, batch_idx: int) -> None:
         """Take one outer step."""
-        estimate = over_tasks(
-            self.hypergradient, self.problem, self.inner_optimizer, self.constants(), self.cast(tasks)
-        )
-        self.step_outer(estimate.loss, estimate.gradient)
+        self.step_on(self.cast(tasks))
 
     def on_fit_start(self) -> None:
         """Try the network on a task, before anything is trained.
@@ -108,6 +104,7 @@ class MetaLearner(OuterLearner):
                     f"model.problem.network cannot take inputs of shape {tuple(task.support.x.shape[1:])}, "
                     f"{task.support.x.shape[-1]} column(s) of x: {str(error).splitlines()[0]}"
                 ) from error
+            self.try_out(self.cast(task))
 
     # ---- evaluation
 
@@ -242,18 +239,6 @@ class MetaLearner(OuterLearner):
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
         return for_each_task(one, self.constants(), self.cast(tasks))
-
-    def constants(self) -> Outer:
-        """The outer variable, detached: autograd would else record every operation again, outside ``torch.func``."""
-        return {level: tree_map(Tensor.detach, branch) for level, branch in self.outer().items()}
-
-    def cast(self, tree: Any) -> Any:
-        """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""
-
-        def moved(leaf: Any) -> Any:
-            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None) if leaf is not None else None
-
-        return pytree_map(moved, tree)
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``; unchanged where the data had none."""

@@ -93,9 +93,10 @@ class Cleaning(RowsProblem):
             same["the clean examples alone"] = {"logit": torch.where(task.corrupted, -certain, certain)}
         return same
 
-    def results(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> dict[str, Tensor]:
-        """The weight of each example, and whether it was corrupted."""
-        return {"weight": torch.stack([torch.sigmoid(outer["logit"]), task.corrupted.to(outer["logit"].dtype)], 1)}
+    def results(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
+        """``examples``: the weight of each, its label, and whether that was corrupted."""
+        weight = torch.sigmoid(outer["logit"])
+        return {"examples": {"weight": weight, "label": task.train.y, "corrupted": task.corrupted}}
 
     def check(self, task: Splits) -> None:
         """Raise an ``InputError`` for data of another number of rows, or without classes."""

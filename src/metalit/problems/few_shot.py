@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from metalit.autodiff import call, draws, sees_other_rows
 from metalit.errors import InputError
 from metalit.keys import fold
+from metalit.losses import check_loss, row_losses
 from metalit.problem import FewShotProblem, Points, Task
 
 _OUTER_DRAW = -1  # the dropout key of the outer loss; inner step k uses k
@@ -26,7 +27,8 @@ class FewShot(FewShotProblem):
         network: any module that maps ``[rows, inputs]`` to ``[rows, outputs]``. Tied weights, unused and frozen
             parameters are fine. BatchNorm uses the statistics of the set before it, in both levels.
         loss: any criterion of ``torch.nn`` with ``reduction="none"``, or a module of your own that returns one value
-            for each row (trailing dimensions are averaged). The mean squared error if not given.
+            for each row (trailing dimensions are averaged). If not given, the squared error for real targets, and the
+            cross-entropy for classes.
         adapt: shell-style patterns of the names of the parameters that are adapted.
 
     Raises:
@@ -37,11 +39,8 @@ class FewShot(FewShotProblem):
     def __init__(self, network: nn.Module, loss: nn.Module | None = None, adapt: Sequence[str] = ("*",)) -> None:
         super().__init__()
         self.network = network
-        self.loss = nn.MSELoss(reduction="none") if loss is None else loss
-        if any(parameter.requires_grad for parameter in self.loss.parameters()):
-            raise InputError(
-                f"loss: {self.loss} has trainable parameters; only the network's are learned, so freeze them"
-            )
+        check_loss(loss)
+        self.loss = loss
         self.adapted = _matching(self.outer(), adapt)
 
     def outer(self) -> dict[str, Tensor]:
@@ -66,21 +65,7 @@ class FewShot(FewShotProblem):
 
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
         """The mean of the row losses over the real rows."""
-        target = points.y
-        # a criterion would broadcast [rows, 1] against [rows] to [rows, rows] without a word
-        if target.is_floating_point() and prediction.shape != target.shape:
-            raise InputError(
-                f"network: its predictions have shape {tuple(prediction.shape)} and the targets "
-                f"{tuple(target.shape)}; they must be equal: as many outputs as the targets have columns, and targets "
-                "with a column even if there is but one"
-            )
-        values = self.loss(prediction, target)
-        if values.shape not in (target.shape, target.shape[:1]):
-            raise InputError(
-                f"loss: {self.loss} returned shape {tuple(values.shape)} for targets of shape {tuple(target.shape)}; "
-                'it must return one value for each row, so set reduction="none"'
-            )
-        rows = values.flatten(1).mean(1) if values.dim() > 1 else values
+        rows = row_losses(self.loss, prediction, points.y)
         if points.mask is None:
             return rows.mean()
         weights = points.mask.to(rows.dtype)

@@ -54,16 +54,16 @@ class LowRank(Problem):
     def scores(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Matrix, split: str) -> dict[str, Tensor]:
         """The squared error and the optimum by Eckart and Young, where it is known, both relative to ‖P(M)‖²."""
         loss, total = self.outer_loss(inner, outer, task), task.values.square().sum()
-        scores = {"loss": loss, "relative error": loss / total}
+        scores = {"loss": loss, "relative_error": loss / total}
         if bool(task.observed.all()):
             rest = torch.linalg.svdvals(task.values.double())[outer["u"].shape[1] :].square().sum()
-            scores["Eckart-Young optimum"] = rest / total
+            scores["eckart_young"] = rest / total
             scores["excess"] = loss / total - rest / total
         return scores
 
-    def results(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Matrix) -> dict[str, Tensor]:
+    def results(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Matrix) -> dict[str, dict[str, Tensor]]:
         """Both factors."""
-        return {"u": outer["u"], "v": {**outer, **inner}["v"]}
+        return {"u": {"u": outer["u"]}, "v": {"v": {**outer, **inner}["v"]}}
 
     def check(self, task: Matrix) -> None:
         """Raise an ``InputError`` for a matrix of another shape, or one that does not determine V."""

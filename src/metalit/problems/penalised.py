@@ -59,8 +59,8 @@ class _Penalised(RowsProblem):
         """The scores of the rows; where columns of noise were added, the mean log-penalties of both kinds too."""
         scores = super().scores(inner, outer, task, split)
         if bool(task.noise.any()):
-            scores["log_penalty noise"] = outer["log_penalty"][task.noise].mean()
-            scores["log_penalty real"] = outer["log_penalty"][~task.noise].mean()
+            scores["log_penalty_noise"] = outer["log_penalty"][task.noise].mean()
+            scores["log_penalty_real"] = outer["log_penalty"][~task.noise].mean()
         return scores
 
     def baselines(self, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
@@ -68,9 +68,9 @@ class _Penalised(RowsProblem):
         same = {f"{torch.tensor(value).exp():.3g} for all": value for value in _GRID}
         return {name: {"log_penalty": torch.full_like(outer["log_penalty"], value)} for name, value in same.items()}
 
-    def results(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Splits) -> dict[str, Tensor]:
-        """The log-penalties and the weights."""
-        return {"log_penalty": outer["log_penalty"], "weight": inner["weight"]}
+    def results(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
+        """``features``: their log-penalties and weights."""
+        return {"features": {"log_penalty": outer["log_penalty"], "weight": inner["weight"]}}
 
     def check(self, task: Splits) -> None:
         """Raise an ``InputError`` for a table of another number of columns, or of other targets."""

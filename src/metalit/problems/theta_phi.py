@@ -58,11 +58,11 @@ class ThetaPhi(Problem):
         expected = {"theta": 2 * square * start, "phi": 8 * square * start.dot(start) * phi}
         values = {"f": self.outer_loss(start, outer, task)}
         for name, slope in expected.items():
-            values[f"{name}_gradient actual"] = norm(taken[name])
-            values[f"{name}_gradient expected"] = norm(slope)
-            values[f"{name}_gradient difference"] = norm(taken[name] - slope)
+            values[f"{name}_gradient_actual"] = norm(taken[name])
+            values[f"{name}_gradient_expected"] = norm(slope)
+            values[f"{name}_gradient_difference"] = norm(taken[name] - slope)
         return values
 
-    def results(self, inner: Tensor, outer: dict[str, Tensor], task: Any) -> dict[str, Tensor]:
+    def results(self, inner: Tensor, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
         """Both vectors."""
-        return {"theta": inner, "phi": outer["phi"]}
+        return {"theta": {"theta": inner}, "phi": {"phi": outer["phi"]}}

@@ -1,0 +1,92 @@
+"""The scores of a learner beside baselines, as a table and a file, and what a bilevel learner found."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from metalit.data.base import Split
+from metalit.modules.bilevel import BilevelLearner
+from metalit.modules.scores import Scores
+from metalit.tree import leaves
+
+
+class ScoreTable(Callback):
+    """Prints the scores after ``validate`` and ``test``, and writes ``val.csv`` or ``test.csv``.
+
+    For a bilevel learner it does so at the end of a fit too, and writes the problem's results to ``results/``; each
+    validation sends histograms of the outer variable to TensorBoard.
+    """
+
+    def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
+        """Print what ``validate`` found; draw the outer variable in the validations of a fit."""
+        if trainer.state.fn == "validate":
+            _report(trainer, learner, "val")
+        elif isinstance(learner, BilevelLearner) and not trainer.sanity_checking:
+            for logger in _tensorboards(trainer):
+                for name, value in leaves(learner.constants()):
+                    logger.experiment.add_histogram(f"outer/{name}", value, learner.outer_step)
+
+    def on_test_end(self, trainer: Trainer, learner: LightningModule) -> None:
+        """Print what ``test`` found."""
+        _report(trainer, learner, "test")
+
+    def on_train_end(self, trainer: Trainer, learner: LightningModule) -> None:
+        """Print the scores of the outer variable as training left it, and write what it is."""
+        loader = trainer.val_dataloaders
+        if not (isinstance(learner, BilevelLearner) and loader):
+            return
+        tasks = next(iter(loader))
+        learner.eval()
+        with torch.no_grad():
+            (learner.scores,) = learner.judge(tasks, "val", baselines=True)[:1]
+            results = learner.results(tasks)
+        _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
+        for logger in _tensorboards(trainer):
+            _write(Path(logger.log_dir) / "results", results, getattr(trainer.datamodule, "columns", None))
+
+
+def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str = "") -> None:
+    scores: Scores = getattr(learner, "scores", {})
+    if not (scores and trainer.is_global_zero):
+        return
+    console = Console()
+    console.print(f"scores on {split}{when}", soft_wrap=True)
+    console.print(_table(scores))
+    for logger in _tensorboards(trainer):
+        pd.DataFrame.from_dict(scores, orient="index").to_csv(Path(logger.log_dir) / f"{split}.csv", index_label="row")
+
+
+def _table(scores: Scores) -> Table:
+    columns = list(dict.fromkeys(name for row in scores.values() for name in row))
+    table = Table()
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row, values in scores.items():
+        table.add_row(row, *(f"{values[name]:.4g}" if name in values else "" for name in columns))
+    return table
+
+
+def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: list[str] | None) -> None:
+    for file, columns in results.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        frame = pd.DataFrame()
+        for name, value in columns.items():
+            numbers = value.cpu().double() if value.is_floating_point() else value.cpu()
+            for number, column in enumerate(numbers.reshape(len(numbers), -1).unbind(1), 1):
+                frame[name if value.dim() == 1 else f"{name}{number}"] = column.numpy()
+        if names is not None and len(names) == len(frame):
+            frame.index = pd.Index(names)
+        frame.to_csv(folder / f"{file}.csv", index_label="row")
+        print(f"{file + ':':<16} {folder / f'{file}.csv'}")
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero]

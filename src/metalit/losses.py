@@ -1,0 +1,48 @@
+"""Losses with one value for each row, and what must hold for them: nothing is ever broadcast."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metalit.errors import InputError
+
+
+def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the loss of each row, ``[rows]``; trailing dimensions are averaged.
+
+    Args:
+        loss: a criterion with ``reduction="none"``; if none is given, the cross-entropy for classes (integers), and
+            the squared error for real numbers.
+        prediction: ``[rows, outputs]``.
+        target: ``[rows, outputs]`` real numbers, or ``[rows]`` classes.
+
+    Raises:
+        InputError: real targets of another shape than the predictions, or a loss without a value for each row.
+
+    >>> import torch
+    >>> row_losses(None, torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([2.])
+    """
+    # a criterion would broadcast [rows, 1] against [rows] to [rows, rows] without a word
+    if target.is_floating_point() and prediction.shape != target.shape:
+        raise InputError(
+            f"network: its predictions have shape {tuple(prediction.shape)} and the targets "
+            f"{tuple(target.shape)}; they must be equal: as many outputs as the targets have columns, and targets "
+            "with a column even if there is but one"
+        )
+    if loss is None:
+        measure = F.mse_loss if target.is_floating_point() else F.cross_entropy
+        values = measure(prediction, target, reduction="none")
+    else:
+        values = loss(prediction, target)
+    if values.shape not in (target.shape, target.shape[:1]):
+        raise InputError(
+            f"loss: {loss} returned shape {tuple(values.shape)} for targets of shape {tuple(target.shape)}; "
+            'it must return one value for each row, so set reduction="none"'
+        )
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def check_loss(loss: nn.Module | None) -> None:
+    """Raise an :class:`InputError` for a loss with parameters of its own to train."""
+    if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
+        raise InputError(f"loss: {loss} has trainable parameters; only the network's are learned, so freeze them")

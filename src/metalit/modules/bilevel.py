@@ -1,0 +1,276 @@
+"""The bilevel learner: hyperparameters, weights of examples, factors: any outer variable of any problem."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map as pytree_map
+
+from metalit.adapt import Outer, adapt
+from metalit.autodiff import per_sample_gradients
+from metalit.data.base import Split, task_keys
+from metalit.data.stream import EvalStream, TrainStream
+from metalit.errors import InputError
+from metalit.hypergradients.base import Hypergradient
+from metalit.inner.base import InnerOptimizer
+from metalit.modules.scores import LEARNED, Scores, means
+from metalit.modules.two_level import TwoLevelLearner
+from metalit.problem import Problem, Splits
+from metalit.problems.rows import RowsProblem
+from metalit.tree import Tree, tree_map
+
+
+class BilevelLearner(TwoLevelLearner):
+    """Learns the outer variable of any problem: φ ← outer optimiser(φ, hypergradient), θ ← inner optimiser(θ, φ).
+
+    What a DataModule gives in each outer step are the tasks, with a leading dimension of tasks. Without one, a task is
+    a key (:mod:`metalit.keys`) of (seed, outer step): all that a problem needs that holds its own data.
+
+    Validation and test judge the inner variable by the problem's ``scores``, beside its ``baselines``.
+
+    Attributes:
+        scores: of the last evaluation, by row (the learned outer variable, then baselines) and name.
+        inner: where the next outer step's inner variables start, with a leading dimension of tasks, if warm-started.
+
+    Args:
+        problem: what is learned.
+        inner_optimizer: how the inner variable moves.
+        hypergradient: how the outer variable learns from it, and in how many inner steps.
+        warm_start: start each outer step where the last one left the inner variable, instead of at ``init``; then it is
+            part of the checkpoint.
+        eval_steps: judge the inner variable after so many steps from ``init``; if not given, as training takes them,
+            from the warm start if there is one. Baselines always start from ``init``.
+        draws: without a DataModule, the number of keys in each outer step, over all ranks.
+        seed: without a DataModule, the seed of the keys.
+        optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
+
+    Raises:
+        InputError: numbers out of range; when training starts: what
+            :meth:`~metalit.modules.two_level.TwoLevelLearner.try_out` raises, or ranks that do not divide ``draws``.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inner_optimizer: InnerOptimizer,
+        hypergradient: Hypergradient,
+        warm_start: bool = False,
+        eval_steps: int | None = None,
+        draws: int = 1,
+        seed: int = 0,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        lr_by_name: dict[str, float] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            problem,
+            inner_optimizer,
+            hypergradient,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            lr_by_name=lr_by_name,
+            clip_norm=clip_norm,
+        )
+        if eval_steps is not None and eval_steps < 0:
+            raise InputError(f"model.eval_steps={eval_steps} must not be negative")
+        if draws < 1:
+            raise InputError(f"model.draws={draws} must be at least 1")
+        self.save_given_hyperparameters()
+        self.warm_start = warm_start
+        self.eval_steps = eval_steps
+        self.draws = draws
+        self.seed = seed
+        self.inner: Tree | None = None
+        self.scores: Scores = {}
+        self._collected: list[Scores] = []
+
+    # ---- data, where no DataModule gives any
+
+    def train_dataloader(self) -> TrainStream:
+        """Keys, a pure function of (seed, outer step)."""
+        steps, ranks = self.trainer.max_steps, self.trainer.world_size
+        if steps < 1:
+            raise InputError(f"trainer.max_steps={steps}: give the number of outer steps, such as 1000")
+        if self.draws % ranks:
+            raise InputError(
+                f"model.draws={self.draws} draws in each outer step cannot be shared by {ranks} processes; choose a "
+                f"multiple of {ranks}"
+            )
+        draw = partial(task_keys, self.seed, "train")
+        return TrainStream(draw, self.draws, steps, lambda: self.trainer.global_step, self.trainer.global_rank, ranks)
+
+    def val_dataloader(self) -> EvalStream:
+        """One key."""
+        return EvalStream(partial(task_keys, self.seed, "val"), 1, 1)
+
+    def test_dataloader(self) -> EvalStream:
+        """One key."""
+        return EvalStream(partial(task_keys, self.seed, "test"), 1, 1)
+
+    # ---- training
+
+    def training_step(self, tasks: Any, batch_idx: int) -> None:
+        """Take one outer step."""
+        tasks = self.cast(tasks)
+        start = self._start(tasks) if self.warm_start else None
+        inner = self.step_on(tasks, start)
+        if self.warm_start:
+            self.inner = tree_map(Tensor.detach, inner)
+
+    def _start(self, tasks: Any) -> Tree:
+        share = _count(tasks)
+        if self.inner is None:
+            own = self.constants()["problem"]
+            self.inner = _stack([self.problem.init(own, _take(tasks, index)) for index in range(share)])
+        held = _count(self.inner)
+        if held != share:
+            # a checkpoint holds those of all ranks
+            first = self.trainer.global_rank * share
+            if held != share * self.trainer.world_size:
+                raise InputError(
+                    f"ckpt_path: the checkpoint holds the inner variables of {held} tasks, and each outer step has "
+                    f"{share * self.trainer.world_size}; use the number that it was trained with"
+                )
+            self.inner = tree_map(lambda value: value[first : first + share], self.inner)
+        return self.cast(self.inner)
+
+    # ---- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._collected = []
+
+    def on_test_epoch_start(self) -> None:
+        """Start afresh."""
+        self._collected = []
+
+    def validation_step(self, tasks: Any, batch_idx: int) -> None:
+        """Judge; beside baselines only where it is not one of many validations."""
+        self._collected += self.judge(tasks, "val", baselines=self.trainer.state.fn != "fit")
+
+    def test_step(self, tasks: Any, batch_idx: int) -> None:
+        """Judge, beside baselines."""
+        self._collected += self.judge(tasks, "test", baselines=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        self.scores = means(self._collected)
+        values = {f"val/{name}": value for name, value in self.scores[LEARNED].items()}
+        for name, value in values.items():
+            self.log(name, value, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
+        if not self.trainer.sanity_checking:
+            self.write_scalars(values, in_hparams=True)
+            self.step_plateau(values)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self.scores = means(self._collected)
+        values = {f"test/{name}": value for name, value in self.scores[LEARNED].items()}
+        self.log_dict(values, logger=False, sync_dist=True, batch_size=1)
+        self.write_scalars(values)
+
+    def judge(self, tasks: Any, split: Split, baselines: bool) -> list[Scores]:
+        """Score the learned outer variable on each task of a batch, and the problem's baselines if they are asked for.
+
+        Raises:
+            InputError: ``scores`` without a ``loss``.
+        """
+        tasks = self.cast(tasks)
+        self.try_out(tasks, self._start(tasks) if self.warm_start and self.inner is not None else None)
+        found = []
+        for index in range(_count(tasks)):
+            task, outer = _take(tasks, index), self.constants()
+            inner = self.solve(task, index)
+            table = {LEARNED: self._scored(inner, outer, task, split)}
+            others = self.problem.baselines(outer["problem"], task) if baselines else {}
+            for name, own in others.items():
+                other = {**outer, "problem": {**outer["problem"], **own}}
+                table[name] = self._scored(self._from_init(other, task), other, task, split)
+            found.append(table)
+        return found
+
+    def solve(self, task: Any, index: int = 0) -> Tree:
+        """The inner variable at the present outer one.
+
+        Args:
+            task: one task, without a dimension of tasks.
+            index: which one it is of a batch, where training is warm-started.
+        """
+        outer = self.constants()
+        if self.eval_steps is None and self.warm_start and self.inner is not None:
+            start = tree_map(lambda value: value[index], self.cast(self.inner))
+            return adapt(self.problem, self.inner_optimizer, outer, task, self.hypergradient.steps, start)
+        return self._from_init(outer, task)
+
+    def _from_init(self, outer: Outer, task: Any) -> Tree:
+        steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
+        return adapt(self.problem, self.inner_optimizer, outer, task, steps)
+
+    def _scored(self, inner: Tree, outer: Outer, task: Any, split: Split) -> dict[str, float]:
+        scores = self.problem.scores(inner, outer["problem"], task, split)
+        if "loss" not in scores:
+            raise InputError(
+                f"{type(self.problem).__name__}.scores returned {sorted(scores)}; 'loss' must be among them"
+            )
+        return {name: float(value) for name, value in scores.items()}
+
+    def results(self, tasks: Any) -> Mapping[str, Mapping[str, Tensor]]:
+        """The problem's ``results`` on the first task of a batch."""
+        task = _take(self.cast(tasks), 0)
+        return self.problem.results(self.solve(task), self.constants()["problem"], task)
+
+    def sample_gradient_norms(self, tasks: Splits) -> tuple[Tensor, Tensor]:
+        """The norm of each training row's own loss gradient, ‖∇θ ℓᵢ(θ)‖, and which rows are corrupted, both ``[rows]``.
+
+        Raises:
+            InputError: the problem does not fit rows.
+        """
+        if not isinstance(self.problem, RowsProblem):
+            raise InputError(
+                f"SampleGradientNorms: {type(self.problem).__name__} does not fit rows; leave the callback out"
+            )
+        problem, task = self.problem, _take(self.cast(tasks), 0)
+
+        def loss(x: Tensor, y: Tensor, **inner: Tensor) -> Tensor:
+            return problem.row_losses(problem.predict(inner, x.unsqueeze(0)), y.unsqueeze(0))[0]
+
+        slopes = per_sample_gradients(loss, *task.train[:2], parameters=self.solve(task), flat=True)
+        return slopes.norm(dim=1), task.corrupted
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the inner variables of all ranks, if they are warm-started."""
+        super().on_save_checkpoint(checkpoint)
+        inner = self.inner
+        if inner is not None and self.trainer.world_size > 1:
+            inner = tree_map(lambda value: value.flatten(0, 1), self.all_gather(inner))
+        checkpoint["inner"] = inner
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the inner variables up again.
+
+        Raises:
+            InputError: the checkpoint is of another kind of learner, or network.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "inner" not in checkpoint:
+            raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no inner variable")
+        self.inner = checkpoint["inner"]
+
+
+def _count(tasks: Any) -> int:
+    return len(next(leaf for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor)))
+
+
+def _take(tasks: Any, index: int) -> Any:
+    return pytree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def _stack(trees: list[Tree]) -> Tree:
+    return tree_map(lambda *values: torch.stack(values), *trees)

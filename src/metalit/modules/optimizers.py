@@ -1,0 +1,67 @@
+"""Outer optimisers and schedulers: built with errors that name their owner, grouped by name, compared on resume."""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalit.errors import InputError
+
+# what torch's schedulers keep of their progress, beside their settings
+_MOVES_BY_ITSELF = {
+    *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
+    *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
+}
+
+
+def made(owner: str, make: Callable[[Any], Any], argument: Any) -> Any:
+    """Build an optimiser or a scheduler; what torch finds wrong is an input error of its owner's."""
+    try:
+        return make(argument)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{owner}: {error}") from error
+
+
+def groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Sequence[dict[str, Any]]:
+    """Make parameter groups by shell-style patterns of names, the first match counts.
+
+    Raises:
+        InputError: a negative rate, or a pattern that matches nothing.
+    """
+    rest = dict(parameters)
+    found = []
+    for pattern, lr in lr_by_name.items():
+        if not lr >= 0:
+            raise InputError(f"model.lr_by_name: the rate {lr} of {pattern!r} must not be negative")
+        chosen = [name for name in rest if fnmatchcase(name, pattern)]
+        if not chosen:
+            taken = " that an earlier pattern left over" if len(rest) < len(parameters) else ""
+            raise InputError(
+                f"model.lr_by_name: the pattern {pattern!r} matches no outer parameter{taken}; there are {list(rest)}"
+            )
+        found.append({"params": [rest.pop(name) for name in chosen], "lr": lr, "name": pattern})
+    if rest:
+        found.insert(0, {"params": list(rest.values())})
+    return found
+
+
+def settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """What the user configured of an optimiser and its scheduler, less what moves in training."""
+    settings = {}
+    for number, group in enumerate(optimizer.param_groups):
+        where = f"optimizer[{group.get('name', number)}]" if len(optimizer.param_groups) > 1 else "optimizer"
+        for name, value in group.items():
+            if name not in ("params", "name", "initial_lr") and not (name == "lr" and scheduler is not None):
+                settings[f"{where}.{name}"] = value
+    if scheduler is not None:
+        for name, value in scheduler.state_dict().items():
+            if name not in _MOVES_BY_ITSELF and isinstance(value, int | float | str | list | tuple):
+                settings[f"scheduler.{name}"] = value
+    return settings
+
+
+def changes(asked: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What was asked for and what there is, where they differ."""
+    return {name: (value, present[name]) for name, value in asked.items() if present.get(name, value) != value}

@@ -1,0 +1,193 @@
+"""The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchmetrics import MeanMetric
+
+from metalit.adapt import Outer
+from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients
+from metalit.data.batches import BatchDataModule
+from metalit.errors import InputError
+from metalit.keys import fold
+from metalit.losses import check_loss, row_losses
+from metalit.modules.base import OuterLearner
+from metalit.modules.scores import LEARNED, Scores
+from metalit.problem import Points
+from metalit.tree import flatten, norm, unflatten
+
+Batch = Points | tuple[Tensor, Tensor] | list[Tensor]
+
+
+class SupervisedLearner(OuterLearner):
+    """Descends ∇L(w + α) of the mean loss L over a batch, at perturbed weights: w ← optimiser(w, ∇L(w + α)).
+
+    Without a perturbation α = 0, plain training. ``WeightNoise`` draws α anew in each step, from (seed, step) alone.
+    ``SAM`` and ``AdaptiveSAM`` take α along the gradient at w, which costs a second pass; BatchNorm's running
+    statistics are those of the first. One step of either is one outer step. Dropout draws from (seed, step) too, and
+    drops the same in both passes.
+
+    Attributes:
+        scores: of the last evaluation: ``loss``, and for classes ``accuracy``.
+
+    Args:
+        network: any module that maps ``[rows, ...]`` to ``[rows, outputs]``; frozen parameters stay as they are.
+        loss: any criterion with ``reduction="none"``; if not given, the squared error for real targets, and the
+            cross-entropy for classes.
+        perturbation: what is added to the weights before the gradient is taken.
+        seed: the seed of noise and dropout.
+        optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
+
+    Raises:
+        InputError: a network without a trainable parameter, a loss with some; when training starts: rows that the
+            network cannot take, what :func:`~metalit.losses.row_losses` raises.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module | None = None,
+        perturbation: Perturbation | None = None,
+        seed: int = 0,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        lr_by_name: dict[str, float] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler, lr_by_name, clip_norm)
+        check_loss(loss)
+        self.save_given_hyperparameters()
+        self.network = network
+        self.loss = loss
+        self.perturbation = perturbation
+        self.seed = seed
+        if not self.outer()["network"]:
+            raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
+        self.collected = nn.ModuleDict({"loss": MeanMetric(), "accuracy": MeanMetric()})
+        self.scores: Scores = {}
+
+    def outer(self) -> Outer:
+        """``{"network": …}``: its trainable parameters by name."""
+        return {"network": {name: value for name, value in self.network.named_parameters() if value.requires_grad}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's outputs."""
+        return self.network(x)
+
+    # ---- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take one step, on ∇L(w + α)."""
+        points = self._points(batch)
+        key = fold(torch.tensor(self.seed, device=self.device), self.global_step)
+        own, plain = dict(self.network.named_buffers()), []
+
+        def loss(network: Any) -> Tensor:
+            return row_losses(self.loss, network(points.x), points.y).mean()
+
+        def gradient() -> dict[str, Tensor]:
+            plain.append(gradient_at(self.network, loss, key=key, buffers=own))
+            return self._mean_gradient(plain[0][1])
+
+        weights = {name: value.detach() for name, value in self.outer()["network"].items()}
+        alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
+        moved = {name: weights[name] + change for name, change in alpha.items()}
+        # the running statistics of BatchNorm follow the first pass alone
+        value, slopes = gradient_at(self.network, loss, moved, key, buffers=None if plain else own)
+
+        def diagnose() -> dict[str, Tensor]:
+            told = {"weight_norm": norm(weights)}
+            told |= {"perturbation_norm": norm(alpha)} if alpha else {}
+            return told | ({"sharpness": value - plain[0][0]} if plain else {})
+
+        self.step_outer(plain[0][0] if plain else value, {"network": slopes}, diagnose)
+
+    def _mean_gradient(self, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Over the ranks, so that α is that of the whole batch."""
+        if self.trainer.world_size == 1:
+            return slopes
+        return unflatten(self.mean_over_ranks(flatten(slopes)), slopes)
+
+    def on_fit_start(self) -> None:
+        """Try the network on two rows, before anything is trained.
+
+        Raises:
+            InputError: it cannot take them.
+        """
+        super().on_fit_start()
+        data = self.trainer.datamodule
+        if isinstance(data, BatchDataModule):
+            x = self.cast(data.points("val").x[:2])
+            state = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+            try:
+                with torch.no_grad():
+                    functional_call(self.network, state, x)
+            except RuntimeError as error:
+                raise InputError(
+                    f"model.network cannot take inputs of shape {tuple(x.shape)}, {x.shape[-1]} column(s) of x: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect losses and right answers."""
+        self._collect(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect losses and right answers."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        values = {f"val/{name}": value for name, value in self._scored().items()}
+        for name, value in values.items():
+            self.log(name, value, logger=False, prog_bar=True, batch_size=1)
+        if not self.trainer.sanity_checking:
+            self.write_scalars(values, in_hparams=True)
+            self.step_plateau(values)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        values = {f"test/{name}": value for name, value in self._scored().items()}
+        self.log_dict(values, logger=False, batch_size=1)
+        self.write_scalars(values)
+
+    def _collect(self, batch: Batch) -> None:
+        points = self._points(batch)
+        prediction = self.network(points.x)
+        self.collected["loss"].update(row_losses(self.loss, prediction, points.y))
+        if not points.y.is_floating_point():
+            self.collected["accuracy"].update((prediction.argmax(1) == points.y).float())
+
+    def _scored(self) -> dict[str, float]:
+        """Both metrics are over the rows of all ranks."""
+        found = {name: metric for name, metric in self.collected.items() if metric.update_called}
+        self.scores = {LEARNED: {name: float(metric.compute()) for name, metric in found.items()}}
+        for metric in self.collected.values():
+            metric.reset()
+        return self.scores[LEARNED]
+
+    def sample_gradient_norms(self, _: Any) -> tuple[Tensor, Tensor]:
+        """The norm of each training row's own loss gradient, ‖∇w ℓᵢ(w)‖, and which rows are corrupted, both ``[rows]``.
+
+        Raises:
+            InputError: the data is none of a :class:`~metalit.data.BatchDataModule`, or a network with BatchNorm.
+        """
+        data = self.trainer.datamodule
+        if not isinstance(data, BatchDataModule):
+            raise InputError("SampleGradientNorms: the rows must come from a BatchDataModule; leave the callback out")
+        points = self.cast(data.points("train"))
+
+        def loss(prediction: Tensor, target: Tensor) -> Tensor:
+            return row_losses(self.loss, prediction.unsqueeze(0), target.unsqueeze(0))[0]
+
+        slopes = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
+        return slopes.norm(dim=1), data.splits.corrupted
+
+    def _points(self, batch: Batch) -> Points:
+        points = batch if isinstance(batch, Points) else Points(*batch)
+        return self.cast(points)
