@@ -270,7 +270,7 @@ def test_support_adapts_and_query_judges():
 def test_integer_targets_are_not_broadcast():
     points = Points(torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))
     with pytest.raises(InputError, match=r"returned shape \(4, 4\)"):
-        FewShot(nn.Linear(2, 1)).judge(torch.tensor([[1.0], [2], [3], [4]]), points)
+        FewShot(nn.Linear(2, 1), nn.MSELoss(reduction="none")).judge(torch.tensor([[1.0], [2], [3], [4]]), points)
 
 
 def test_batch_norm_is_refused_where_rows_are_padding():
