@@ -9,12 +9,46 @@ import runpy
 from pathlib import Path
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
 
+from metalit.data import MatrixDataModule
+
 FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def second_singular_value(seed: int) -> float:
+    """Of the matrix that ``MatrixDataModule(rows=2, columns=5, seed=seed)`` gives."""
+    data = MatrixDataModule(rows=2, columns=5, seed=seed)
+    data.prepare()
+    return float(np.linalg.svd(data.matrix.values.numpy(), compute_uv=False)[1])
+
+
 NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
 
+# σ₂² of the 2×5 matrices of the seeds 0 to 9, by NumPy
+ECKART_YOUNG = [round(second_singular_value(seed) ** 2, 6) for seed in range(10)]
+
+# f = (θᵀθ)(φᵀφ) at the θ₀ and φ₀ of examples/bilevel.py
+G = [0.74854169, 1.15876757, 0.13345726]
+JTG = [0.67254598, 1.56597150, 3.22991363, 2.49647154]
+INDIRECT = [-0.05711007, -0.13297641, -0.27427211, -0.21199097]
+
 PRINTED = {
+    "bilevel": {
+        "g      actual": G,
+        "expected": G,
+        "Jᵀg    actual": JTG,
+        "θ₁ = θ₀ − αg": [0.42140242, 0.65234504, 0.07513171],
+        "φ₁ = φ₀ − βJᵀg": [0.06477589, 0.15082567, 0.31108732, 0.24044626],
+        "largest error of Jᵀg:": [pytest.approx(0, abs=1e-14)],
+        "right": JTG,
+        "θ stepped by an optimiser:    RuntimeError": [],
+        "θ stepped through .data:": [0.57110074, 1.32976407, 2.74272110, 2.11990968],
+        "two backward(), not cleared:": [0.89548305, 2.08506328, 4.30057271, 3.32400758],
+        "indirect term, unrolled": INDIRECT,
+        "−α(1 − 2αφᵀφ) · Jᵀg": INDIRECT,
+    },
     "create_graph": {
         "∇x w   ∇y w": [10, 20, 30, 10],
         "∂(∂w/∂x₁)/∂x   ∂(∂w/∂x₁)/∂y, cleared": [2, 4, 16, 2],
@@ -53,6 +87,12 @@ PRINTED = {
         "norm of the concatenation:": [pytest.approx(72.438983590735, rel=1e-12)],
         "[4, 1] − [4]": [16, pytest.approx(4 * 11.968091, abs=1e-5), -16, -16],
         "[4] − [4]": [4, pytest.approx(11.968091, abs=1e-5), -4, -4],
+    },
+    "low_rank": {
+        **{f"{seed} ": [ANY, pytest.approx(ECKART_YOUNG[seed], rel=1e-3), ECKART_YOUNG[seed]] for seed in range(10)},
+        "largest excess over the optimum:": [pytest.approx(0, abs=0.1)],
+        "both factors by Adam:": [ANY, ANY, 10, 10],
+        "v solved for exactly:": [ANY, ANY, 10, 10],
     },
 }
 
@@ -103,6 +143,21 @@ def test_the_three_gradients_at_perturbed_weights_are_equal_to_the_last_digit(pr
     lines = [line.split() for line in printed("perturbed").splitlines() if line.startswith(("0.", "1."))]
     assert [line[0] for line in lines] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert all(line[-1] == "True" for line in lines)
+
+
+def test_expected_and_actual_products_are_equal(printed):
+    lines = [
+        line.split("[")[1] for line in printed("bilevel").splitlines() if "actual  " in line or "expected  " in line
+    ]
+    assert len(lines) == 4
+    assert lines[0::2] == lines[1::2]
+
+
+def test_solving_for_one_factor_saves_most_steps(printed):
+    both, exact = (
+        numbers_after(label, printed("low_rank")) for label in ("both factors by Adam:", "v solved for exactly:")
+    )
+    assert 3 * exact[0] < both[0]
 
 
 def test_every_example_is_tested():
