@@ -57,7 +57,7 @@ def stepped_first(theta: Tensor, phi: Tensor) -> None:
     try:
         torch.autograd.grad(g, phi_0, g.detach())
     except RuntimeError as error:
-        print("θ stepped by an optimiser:   ", f"RuntimeError, {str(error).split(':')[0].split(' has ')[1]}")
+        print("θ stepped by an optimiser:   ", f"RuntimeError: θ was {str(error).split(':')[0].split('has been ')[1]}")
 
     theta_0, phi_0 = theta.clone().requires_grad_(), phi.clone().requires_grad_()
     (g,) = torch.autograd.grad(f(theta_0, phi_0), theta_0, create_graph=True)
