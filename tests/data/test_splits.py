@@ -159,17 +159,18 @@ def test_a_column_that_is_constant_in_training_alone_stays_finite():
 # --- what is spoiled on purpose -------------------------------------------------------------------------------------
 
 
-def test_noise_is_standard_normal_in_every_split_and_known_by_its_mask():
-    data, clean = module_of(rows=rows_of(4000), noise_columns=3), module_of(rows=rows_of(4000))
-    assert data.splits.noise.tolist() == [False] * 3 + [True] * 3
+@pytest.mark.parametrize("columns", [1, 3])
+def test_noise_is_standard_normal_in_every_split_and_known_by_its_mask(columns):
+    data, clean = module_of(rows=rows_of(4000), noise_columns=columns), module_of(rows=rows_of(4000))
+    assert data.splits.noise.tolist() == [False] * 3 + [True] * columns
     assert clean.splits.noise.tolist() == [False] * 3
     for points, other in zip(parts(data.splits), parts(clean.splits), strict=True):
         assert torch.equal(points.x[:, :3], other.x)
         noise = points.x[:, 3:]
         assert noise.mean(0).abs().max() < SIGMAS / len(noise) ** 0.5
         assert (noise.square().mean(0) - 1).abs().max() < SIGMAS * (2 / len(noise)) ** 0.5
-    everything = torch.cat([points.x for points in parts(data.splits)])[:, [0, 3, 4, 5]]
-    correlation = torch.corrcoef(everything.T)[~torch.eye(4, dtype=torch.bool)]
+    everything = torch.cat([points.x for points in parts(data.splits)])[:, [0, *range(3, 3 + columns)]]
+    correlation = torch.corrcoef(everything.T)[~torch.eye(1 + columns, dtype=torch.bool)]
     assert correlation.abs().max() < SIGMAS / 4000**0.5
 
 
@@ -402,7 +403,7 @@ def test_fractions_beyond_their_range_are_told(kind, name, fraction):
 
 @pytest.mark.parametrize(
     ("rows", "val", "test"),
-    [(40, 0.5, 0.5), (40, 0.7, 0.5), (40, 0.01, 0.2), (40, 0.2, 0.01), (2, 0.4, 0.4), (10, 0.49, 0.49)],
+    [(40, 0.5, 0.5), (5, 0.5, 0.5), (40, 0.7, 0.5), (40, 0.01, 0.2), (40, 0.2, 0.01), (2, 0.4, 0.4), (10, 0.49, 0.49)],
 )
 def test_fractions_that_leave_a_split_without_a_row_are_told(rows, val, test):
     told(
