@@ -272,19 +272,43 @@ def test_second_derivatives_go_through_attention():
     assert_close(found[..., 1, 2], (above - below) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
-def test_recurrent_layers_go_row_by_row_and_without_a_forward_mode():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_go_row_by_row(dtype):
     class Last(nn.LSTM):
         def forward(self, x):
             return super().forward(x)[0][:, -1]
 
-    module, x = filled(Last(2, 3, batch_first=True)), draw(4, 5, 2)
+    module, x = filled(Last(2, 3, batch_first=True)).to(dtype), draw(4, 5, 2).to(dtype)
     expected = one_by_one(module, lambda out: out.sum(), x)
-    assert_close(
-        per_sample_gradients(module, x, torch.zeros(4), loss=lambda out, _: out.sum()), expected, rtol=1e-11, atol=1e-13
-    )
-    x = draw(4, 1, 2)  # fewer entries than outputs, for which forward mode is tried first
+    assert_close(per_sample_gradients(module, x, x, loss=lambda out, _: out.sum()), expected)
+    x = x[:, :1]  # fewer entries than outputs, for which forward mode is tried first
     expected = torch.stack([jacrev(lambda row: module(row.unsqueeze(0))[0])(row) for row in x])
-    assert_close(per_sample_jacobian(module, x, by=0), expected, rtol=1e-11, atol=1e-13)
+    assert_close(per_sample_jacobian(module, x, by=0), expected)
+
+
+class Powers(torch.autograd.Function):
+    """(x, x²), without a forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return torch.stack([x, x**2])
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        context.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(context, slope):
+        return slope[0] + 2 * context.saved_tensors[0] * slope[1]
+
+
+def test_operations_without_a_forward_mode():
+    x = draw(5)
+    expected = torch.stack([torch.ones_like(x), 2 * x], 1)
+    assert_close(per_sample_jacobian(Powers.apply, x, by=0), expected, rtol=0, atol=0)
+    assert_close(per_sample_hessian(Powers.apply, x), f64(0, 2).expand(5, 2), rtol=0, atol=0)
 
 
 def test_a_module_of_several_inputs():
@@ -380,6 +404,18 @@ def test_chunks_change_nothing(chunk_size):
         lambda size: per_sample_hessian(module, x, chunk_size=size, key=KEY),
     ):
         assert_close(derivative(chunk_size), derivative(None), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(("chunk_size", "calls"), [(None, 1), (1, 7), (3, 3), (7, 1), (100, 1)])
+def test_only_the_rows_of_a_chunk_are_evaluated_together(chunk_size, calls):
+    evaluated = []
+
+    def square(x):
+        evaluated.append(1)
+        return x**2
+
+    per_sample_gradients(square, draw(7), by=0, chunk_size=chunk_size)
+    assert len(evaluated) == calls
 
 
 def test_no_rows_give_no_derivatives():
@@ -609,7 +645,7 @@ def test_inputs_that_do_not_fit_are_refused():
     refused("input 0 is no tensor", per_sample_gradients, linear, [1.0, 2.0], by=0)
 
 
-@pytest.mark.parametrize("by", [2, -1, True, "params", 0.0, None])
+@pytest.mark.parametrize("by", [2, -1, True, False, "params", 0.0, None])
 def test_by_out_of_range_is_refused(by):
     refused("by: .* is neither 'parameters' nor the position of one of 1 inputs", per_sample_jacobian, LAYER, X, by=by)
 

@@ -478,6 +478,8 @@ def test_dropout_follows_the_key_in_both_evaluations():
     slope = gradient_at(module, twice(x), key=KEY)[1]
     assert_close(flatten(found.perturbation), 0.1 * flatten(slope) / norm(slope), rtol=1e-13, atol=1e-16)
     assert not torch.equal(gradient_at(module, twice(x), key=KEY + 1)[0], gradient_at(module, twice(x), key=KEY)[0])
+    by_call = call(module, {}, x, key=fold(KEY, -1)).detach()  # apart from the keys of perturbations
+    exact(gradient_at(module, lambda network: network(x).square().sum(), key=KEY)[0], by_call.square().sum())
     layers = nn.Sequential(nn.Linear(9, 9), nn.Dropout(0.5)).double()
     mask = gradient_at(layers, lambda network: network(torch.zeros(9).double()).sum(), key=KEY)[1]["0.bias"]
     exact(mask.unique(), f64(0, 2))

@@ -45,26 +45,27 @@ def for_each_row(
         raise InputError(
             "parameters: a plain function needs those to differentiate by; or give by=0 for its first input"
         )
-    point = _point(values, inputs, names, by)
+    chosen = _chosen(values, inputs, names, by)
 
-    def row(point: Tree, inputs: tuple[Tensor, ...], key: Tensor | None) -> Tree:
+    def row(*parts: Tensor) -> Tree:
+        row_key, parts = (None, parts) if key is None else (parts[-1], parts[:-1])
+
         def value(at: Tree) -> Tensor:
-            state = {**values, **at} if by == "parameters" else values
-            parts = inputs if by == "parameters" else (*inputs[:by], at, *inputs[by + 1 :])
+            state, seen = ({**values, **at}, parts) if isinstance(at, dict) else (values, _put(parts, by, at))
             if loss is None:
-                return _differentiable(evaluate(state, parts, key), "fn")
-            return _differentiable(loss(evaluate(state, parts[:-1], key), parts[-1]), "loss")
+                return _differentiable(evaluate(state, seen, row_key), "fn")
+            return _differentiable(loss(evaluate(state, seen[:-1], row_key), seen[-1]), "loss")
 
+        point = parts[by] if chosen is None else chosen
         slopes = derivative(value, point)
         return _flat(slopes, point) if flat else slopes
 
-    keys = None if key is None else fold(key, torch.arange(count, device=key.device))
-    dims = (None if by == "parameters" else 0, 0, None if key is None else 0)
+    keys = () if key is None else (fold(key, torch.arange(count, device=key.device)),)
     each = _one_after_the_other if _is_recurrent(fn) else partial(vmap, chunk_size=chunk_size)
     try:
         # fused attention has neither a batching rule nor second derivatives
         with untouched(fn), sdpa_kernel(SDPBackend.MATH):
-            return each(row, in_dims=dims)(point, inputs, keys)
+            return each(row)(*inputs, *keys)
     except RuntimeError as error:
         if "randomness error mode" not in str(error):
             raise
@@ -78,17 +79,18 @@ def _is_recurrent(fn: Function) -> bool:
     return isinstance(fn, nn.Module) and any(isinstance(layer, nn.RNNBase) for layer in fn.modules())
 
 
-def _one_after_the_other(row: Callable[..., Tree], in_dims: tuple[int | None, ...]) -> Callable[..., Tree]:
+def _one_after_the_other(row: Callable[..., Tree]) -> Callable[..., Tree]:
     """``vmap`` as a loop: torch's recurrent layers have no batching rule."""
 
-    def rows(point: Tree, inputs: tuple[Tensor, ...], keys: Tensor | None) -> Tree:
-        found = [
-            row(point if in_dims[0] is None else point[index], parts, None if keys is None else keys[index])
-            for index, parts in enumerate(zip(*inputs, strict=True))
-        ]
+    def rows(*batches: Tensor) -> Tree:
+        found = [row(*parts) for parts in zip(*batches, strict=True)]
         return tree_map(lambda *slopes: torch.stack(slopes), *found)
 
     return rows
+
+
+def _put(parts: tuple[Tensor, ...], position: int, part: Tensor) -> tuple[Tensor, ...]:
+    return *parts[:position], part, *parts[position + 1 :]
 
 
 def jacobian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
@@ -102,8 +104,8 @@ def jacobian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
         basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
         (slopes,) = vmap(pull_back)(basis.reshape(-1, *output.shape))
     if isinstance(point, Tensor):
-        return slopes.reshape((*output.shape, *point.shape))
-    return {name: slopes[name].reshape((*output.shape, *leaf.shape)) for name, leaf in point.items()}
+        return slopes.reshape(output.shape + point.shape)
+    return {name: slopes[name].reshape(output.shape + leaf.shape) for name, leaf in point.items()}
 
 
 def forward(value: Callable[[Tree], Tree], point: Tree) -> Tree:
@@ -167,7 +169,10 @@ def _of_function(
     return evaluate, parameters
 
 
-def _point(values: dict[str, Tensor], inputs: tuple[Tensor, ...], names: str | Sequence[str], by: By) -> Tree:
+def _chosen(
+    values: dict[str, Tensor], inputs: tuple[Tensor, ...], names: str | Sequence[str], by: By
+) -> dict[str, Tensor] | None:
+    """The parameters to differentiate by, or None for an input."""
     if by == "parameters":
         chosen = {name: values[name] for name in matching(values, names)}
     elif isinstance(by, int) and not isinstance(by, bool) and 0 <= by < len(inputs):
@@ -177,7 +182,7 @@ def _point(values: dict[str, Tensor], inputs: tuple[Tensor, ...], names: str | S
     for name, value in chosen.items():
         if not value.is_floating_point():
             raise InputError(f"by: {name} is of {value.dtype}, which has no derivatives; convert it to floating point")
-    return chosen if by == "parameters" else inputs[by]
+    return chosen if by == "parameters" else None
 
 
 def _check_inputs(inputs: tuple[Tensor, ...], at_least: int) -> int:
