@@ -3,9 +3,10 @@ import torch
 from cases import draw
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.func import vmap
 from torch.testing import assert_close
 
-from metalit.tree import axpy, dot, flatten, leaves, norm, tree_map
+from metalit.tree import axpy, dot, flatten, leaves, norm, tree_map, unflatten
 
 shapes = st.recursive(
     st.lists(st.integers(0, 3), max_size=2).map(tuple),
@@ -26,6 +27,29 @@ def tree_of(shape, seed):
 def test_flatten_lays_the_leaves_out_in_order(shape, seed):
     tree = tree_of(shape, seed)
     assert flatten(tree).tolist() == [entry for _, leaf in leaves(tree) for entry in leaf.flatten().tolist()]
+
+
+@given(shapes, seeds, seeds)
+def test_unflatten_is_the_way_back(shape, seed, other):
+    tree, like = tree_of(shape, seed), tree_of(shape, other)
+    found = unflatten(flatten(tree), like)
+    assert [name for name, _ in leaves(found)] == [name for name, _ in leaves(like)]
+    assert_close(found, tree, rtol=0, atol=0)
+
+
+def test_unflatten_under_vmap_is_a_loop():
+    like = {"b": draw(2, 1), "a": {"c": draw(), "d": draw(3)}}
+    vectors = draw(4, 6, seed=1)
+    found = vmap(lambda vector: unflatten(vector, like))(vectors)
+    each = [unflatten(vector, like) for vector in vectors]
+    assert_close(found, tree_map(lambda *values: torch.stack(values), *each), rtol=0, atol=0)
+    assert_close(found["a"]["d"], vectors[:, 3:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("entries", [5, 7])
+def test_unflatten_takes_a_vector_of_the_right_length_alone(entries):
+    with pytest.raises(RuntimeError, match="split"):
+        unflatten(draw(entries), {"b": draw(2, 1), "a": draw(4)})
 
 
 @given(shapes, seeds, seeds, scales)

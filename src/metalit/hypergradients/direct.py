@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from metalit.adapt import Outer
+from metalit.adapt import Outer, adapt
 from metalit.hypergradients.base import Estimate, Hypergradient
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
@@ -36,7 +36,7 @@ class Direct(Hypergradient):
         """Differentiate the outer loss at the initial inner variable."""
 
         def loss(own: dict[str, Tensor]) -> tuple[Tensor, Tree]:
-            inner = problem.init(own, task) if start is None else start
+            inner = adapt(problem, optimizer, {**outer, "problem": own}, task, 0, start)
             return problem.outer_loss(inner, own, task), inner
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer["problem"])

@@ -80,7 +80,7 @@ class Implicit(Hypergradient):
     def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Not stationary, not positive definite, not solved."""
         found = {}
-        if metrics["inner_grad_ratio"] > self.stationary:
+        if not metrics["inner_grad_ratio"] <= self.stationary:
             found["not stationary"] = (
                 "Implicit needs a stationary inner point, but the norm of the inner gradient is "
                 f"{metrics['inner_grad_norm']:.3g}, {100 * metrics['inner_grad_ratio']:.3g} % of that at init; take "

@@ -40,7 +40,7 @@ class JTg(Hypergradient):
     ) -> Estimate:
         """Take g and Jᵀg in one sweep each, then move θ."""
         own = outer["problem"]
-        before = problem.init(own, task) if start is None else start
+        before = adapt(problem, optimizer, outer, task, 0, start)
 
         def inner_loss(inner: Tree, own: Tree) -> torch.Tensor:
             return problem.inner_loss(inner, own, task, 0)

@@ -60,7 +60,8 @@ def check_paths(
     """Raise an :class:`InputError` where ``kind`` is no estimator for this problem with this inner optimiser."""
     name, estimator = type(problem).__name__, kind.__name__
     found = paths(problem, optimizer, outer, task, start)
-    if not found:
+    own = found - {"inner optimiser"}
+    if not own and (outer["problem"] or not found):
         warm = " (with a warm start, its init does not count)" if start is not None else ""
         raise InputError(
             f"{name}: neither loss depends on the outer variable{warm}, so there is nothing to learn; use the argument "
@@ -76,10 +77,10 @@ def check_paths(
             f"inner_optimizer {type(optimizer).__name__} brings outer parameters, to which hypergradient {estimator} "
             "carries no derivative: they would never learn; use SGD inside, or Unrolled outside"
         )
-    if not found & kind.carries or kind.needs - found:
+    if (own and not own & kind.carries) or kind.needs - own:
         raise InputError(
             f"hypergradient {estimator} learns through {_words(kind.needs or kind.carries)}, but the outer variable of "
-            f"{name} enters through {_words(found)} alone: its gradient would be zero; use Unrolled"
+            f"{name} enters through {_words(own)} alone: its gradient would be zero or wrong; use Unrolled"
         )
 
 

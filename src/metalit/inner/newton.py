@@ -9,7 +9,7 @@ from torch.func import jacrev
 
 from metalit.errors import InputError
 from metalit.inner.base import GradFn, InnerOptimizer
-from metalit.tree import Tree, axpy, flatten, unflatten
+from metalit.tree import Tree, axpy, flatten, leaves, unflatten
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Newton(InnerOptimizer):
 
     def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
         """Step to the minimum of the quadratic model."""
+        if next(leaves(inner), None) is None:
+            return inner, state
 
         def slope(flat: Tensor) -> Tensor:
             return flatten(grad_fn(unflatten(flat, inner)))

@@ -1,0 +1,282 @@
+"""The derivatives of each problem, derived by hand: nothing here is differentiated by autograd.
+
+θ and φ are flat vectors, in the order of ``flatten``. With f the inner loss, L the outer one, n and m their lengths:
+
+- ``init(φ)``: θ₀ and dθ₀/dφ, ``[n, m]``
+- ``g``, ``H``, ``J``: ∂f/∂θ ``[n]``, ∂²f/∂θ² ``[n, n]``, ∂²f/∂θ∂φ ``[n, m]``, all of (θ, φ, step)
+- ``twist``: ∂(Hp)/∂θ and ∂(Hp)/∂φ for a constant vector p, which Newton's derivative needs
+- ``outer(θ, φ)``: L, ∂L/∂θ, ∂L/∂φ
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from metalit.keys import fold, permutation
+from metalit.problem import Points
+from metalit.tree import flatten
+
+
+class Derivatives(ABC):
+    """What is 0 for most problems is 0 here."""
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        self.problem, self.task = problem, task
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.problem.init(self.problem.outer(), self.task)
+        theta = flatten(inner) if inner != {} else phi[:0]
+        return theta.detach(), phi.new_zeros(len(theta), len(phi))
+
+    @abstractmethod
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor: ...
+
+    @abstractmethod
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor: ...
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return phi.new_zeros(len(theta), len(phi))
+
+    def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        return phi.new_zeros(len(theta), len(theta)), phi.new_zeros(len(theta), len(phi))
+
+    @abstractmethod
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class OfBowl(Derivatives):
+    """½(θ − c)ᵀA(θ − c) + ½λ‖θ − φ‖², θ₀ = φ; without the second term as outer loss."""
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return phi, _eye(phi)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.task.A @ (theta - self.task.c) + self.problem.weight * (theta - phi)
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.task.A + self.problem.weight * _eye(theta)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return -self.problem.weight * _eye(phi)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope = self.task.A @ (theta - self.task.c)
+        return 0.5 * slope @ (theta - self.task.c), slope, 0 * phi
+
+
+class OfThetaPhi(Derivatives):
+    """(θᵀθ)(φᵀφ)."""
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return 2 * (phi @ phi) * theta
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return 2 * (phi @ phi) * _eye(theta)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return 4 * theta.outer(phi)
+
+    def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        return 0 * self.H(theta, phi, step), 4 * p.outer(phi)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (theta @ theta) * (phi @ phi), self.g(theta, phi, 0), 2 * (theta @ theta) * phi
+
+
+class OfRegression(Derivatives):
+    """Mean squared error of ``nn.Linear``, ½ψᵀAψ − bᵀψ + constant in all weights and biases ψ, of which some adapt."""
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        outer = problem.outer()
+        self.adapts = torch.cat([torch.full((v.numel(),), name in problem.adapted) for name, v in outer.items()])
+        self.A, self.b, _ = _normal_equations(task.support, outer["weight"].shape[0])
+        self.Q, self.d, self.constant = _normal_equations(task.query, outer["weight"].shape[0])
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return phi[self.adapts], _eye(phi)[self.adapts]
+
+    def _all(self, theta: Tensor, phi: Tensor) -> Tensor:
+        return phi.masked_scatter(self.adapts, theta)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return (self.A @ self._all(theta, phi) - self.b)[self.adapts]
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.A[self.adapts][:, self.adapts]
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.A[self.adapts] * ~self.adapts  # what adapts hides its own outer value
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        psi = self._all(theta, phi)
+        slope = self.Q @ psi - self.d
+        return 0.5 * psi @ self.Q @ psi - self.d @ psi + self.constant, slope[self.adapts], slope * ~self.adapts
+
+
+def _normal_equations(points: Points, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    real = slice(None) if points.mask is None else points.mask
+    x, y = points.x[real], points.y[real]
+    identity = torch.eye(outputs, dtype=x.dtype)
+    # prediction j of row i is weight[j] · x[i] + bias[j], linear in (weight, bias) laid out row by row
+    Z = torch.cat([torch.kron(identity, x), torch.kron(identity, torch.ones_like(x[:, :1]))], dim=1)
+    target, count = y.T.reshape(-1), len(x) * outputs
+    return 2 / count * Z.T @ Z, 2 / count * Z.T @ target, target @ target / count
+
+
+class OfRidge(Derivatives):
+    """1/n Σ ½(xᵢᵀw + b − yᵢ)² + ½ Σⱼ λⱼwⱼ², λ = exp(φ): row loss with slope z − y and curvature 1 in z = xᵀw + b."""
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.train, self.val = (_with_intercept(problem, points) for points in (task.train, task.val))
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        x, y = self.train
+        return _minibatch(fold(self.task.key, step), self.problem.batch, x, y)
+
+    def row(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss of each row, and its first three derivatives."""
+        return 0.5 * (z - y) ** 2, z - y, torch.ones_like(z), torch.zeros_like(z)
+
+    def penalties(self, theta: Tensor, phi: Tensor) -> Tensor:
+        return torch.cat([phi.exp(), phi.new_zeros(len(theta) - len(phi))])
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        x, y = self.rows(step)
+        return x.T @ self.row(x @ theta, y)[1] / len(x) + self.penalties(theta, phi) * theta
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        x, y = self.rows(step)
+        return x.T * self.row(x @ theta, y)[2] @ x / len(x) + self.penalties(theta, phi).diag()
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return (self.penalties(theta, phi) * theta).diag()[:, : len(phi)]
+
+    def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows(step)
+        return x.T * (self.row(x @ theta, y)[3] * (x @ p)) @ x / len(x), self.J(p, phi, step)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = _minibatch(fold(self.task.key, -1), self.problem.outer_batch, *self.val)
+        loss, slope, *_ = self.row(x @ theta, y)
+        return loss.mean(), x.T @ slope / len(x), 0 * phi
+
+
+class OfLogistic(OfRidge):
+    """Row loss −y log σ(z) − (1 − y) log(1 − σ(z)): slope σ − y, curvature σ(1 − σ)."""
+
+    def row(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p = 1 / (1 + (-z).exp())
+        loss = -torch.where(y == 1, p, 1 - p).log()
+        return loss, p - y, p * (1 - p), p * (1 - p) * (1 - 2 * p)
+
+
+def _with_intercept(problem: Any, points: Points) -> tuple[Tensor, Tensor]:
+    x = torch.cat([points.x, torch.ones_like(points.x[:, :1])], 1) if problem.intercept else points.x
+    return x, points.y.reshape(-1)
+
+
+def _minibatch(key: Tensor, size: Any, *columns: Tensor) -> tuple[Tensor, ...]:
+    rows = slice(None) if size == "all" else permutation(key, len(columns[0]))[:size]
+    return tuple(column[rows] for column in columns)
+
+
+class OfCleaning(Derivatives):
+    """1/n Σᵢ sᵢ·(−log pᵢ[yᵢ]) + ½ decay ‖θ‖², sᵢ = σ(φᵢ), p the softmax of linear scores: its slope is p − e_y."""
+
+    def rows(self, step: int) -> Any:
+        x, y = self.task.train.x, self.task.train.y
+        return zip(*_minibatch(fold(self.task.key, step), self.problem.batch, x, y, torch.arange(len(x))), strict=True)
+
+    def row(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, p, p − e_y, and the scores' derivative by θ = (W row by row, bias)."""
+        classes = self.problem.network.weight.shape[0]
+        identity = torch.eye(classes, dtype=x.dtype)
+        G = torch.kron(identity, x[None])
+        G = G if self.problem.network.bias is None else torch.cat([G, identity], 1)
+        p = (G @ theta).exp() / (G @ theta).exp().sum()
+        return -p[y].log(), p, p - one_hot(y, classes), G
+
+    def _sum(self, theta: Tensor, step: int, term: Any) -> Tensor:
+        terms = [term(i, *self.row(theta, x, y)[1:]) for x, y, i in self.rows(step)]
+        return sum(terms) / len(terms)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        s = phi.sigmoid()
+        return self._sum(theta, step, lambda i, p, error, G: s[i] * G.T @ error) + self.problem.decay * theta
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        s = phi.sigmoid()
+        rows = self._sum(theta, step, lambda i, p, error, G: s[i] * G.T @ (p.diag() - p.outer(p)) @ G)
+        return rows + self.problem.decay * _eye(theta)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        ds = (phi.sigmoid() * (1 - phi.sigmoid())).diag()  # row i is dsᵢ/dφ
+        return self._sum(theta, step, lambda i, p, error, G: (G.T @ error).outer(ds[i]))
+
+    def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        s = phi.sigmoid()
+        ds, vector = (s * (1 - s)).diag(), p
+
+        def by_theta(i: int, p: Tensor, error: Tensor, G: Tensor) -> Tensor:
+            S, a = p.diag() - p.outer(p), G @ vector
+            return s[i] * G.T @ (a.diag() @ S - (p @ a) * S - p.outer(S @ a)) @ G
+
+        def by_phi(i: int, p: Tensor, error: Tensor, G: Tensor) -> Tensor:
+            return (G.T @ (p.diag() - p.outer(p)) @ G @ vector).outer(ds[i])
+
+        return self._sum(theta, step, by_theta), self._sum(theta, step, by_phi)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        val = _minibatch(fold(self.task.key, -1), self.problem.outer_batch, self.task.val.x, self.task.val.y)
+        rows = [self.row(theta, x, y) for x, y in zip(*val, strict=True)]
+        slope = sum(G.T @ error for _, _, error, G in rows) / len(rows)
+        return sum(loss for loss, *_ in rows) / len(rows), slope, 0 * phi
+
+
+class OfLowRank(Derivatives):
+    """Σ over observed entries of (M − UVᵀ)²: θ is nothing and φ both factors; or θ is V, and φ is U."""
+
+    def _split(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rank, rows = self.problem.u.shape[1], self.problem.u.shape[0]
+        U, V = torch.cat([phi, theta]).view(-1, rank).split([rows, self.task.values.shape[1]])
+        return U, V, self.task.observed * (self.task.values - U @ V.T)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        U, _, R = self._split(theta, phi)
+        return -2 * (R.T @ U).flatten()[: len(theta)]
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        U, *_ = self._split(theta, phi)
+        blocks = torch.block_diag(*(2 * U.T * seen @ U for seen in self.task.observed.T.to(U.dtype)))
+        return blocks[: len(theta), : len(theta)]
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        U, V, R = self._split(theta, phi)
+        return self._by_u(U, -R, V) if len(theta) else super().J(theta, phi, step)
+
+    def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        U, V, _ = self._split(theta, phi)
+        if len(theta) == 0:
+            return super().twist(theta, phi, step, p)
+        return 0 * self.H(theta, phi, step), self._by_u(U, U @ p.view_as(V).T, p.view_as(V))
+
+    def _by_u(self, U: Tensor, E: Tensor, V: Tensor) -> Tensor:
+        """The derivative by U of 2 Σₐ observed[a, j] U[a] E[a, j], where dE[a, j] = V[j] · dU[a]."""
+        seen = self.task.observed.to(U.dtype)
+        own = torch.einsum("aj,bc->jbac", seen * E, torch.eye(U.shape[1], dtype=U.dtype))
+        return 2 * (own + torch.einsum("aj,ab,jc->jbac", seen, U, V)).reshape(V.numel(), U.numel())
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        U, V, R = self._split(theta, phi)
+        by_u, by_v = -2 * (R @ V).flatten(), -2 * (R.T @ U).flatten()
+        exact = len(theta) > 0
+        return R.square().sum(), by_v if exact else theta, by_u if exact else torch.cat([by_u, by_v])
+
+
+def _eye(vector: Tensor) -> Tensor:
+    return torch.eye(len(vector), dtype=vector.dtype)

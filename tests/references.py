@@ -1,0 +1,101 @@
+"""Each estimator by hand: plain linear algebra on the derivatives of ``derivatives.py``, without autograd.
+
+Z = dθ/d(φ, rates) is carried along with θ: a step of gradient descent makes it (I − αH)Z − α[J, 0] − [0, diag(g)].
+"""
+
+from typing import Any
+
+import torch
+from derivatives import Derivatives
+from torch import Tensor
+from torch.linalg import matrix_power, solve
+
+from metalit.adapt import Outer
+from metalit.hypergradients import Direct, Estimate, FirstOrder, Hypergradient, Implicit, JTg, Truncated
+from metalit.inner import InnerOptimizer, MetaSGD, Newton
+from metalit.linsolve import Neumann
+from metalit.tree import Tree, flatten, leaves, unflatten
+
+
+class Point:
+    """θ and Z after some steps."""
+
+    def __init__(self, hand: Derivatives, optimizer: InnerOptimizer, outer: Outer, start: Tree | None) -> None:
+        self.hand, self.optimizer = hand, optimizer
+        self.phi, self.rates = _flat(outer["problem"]), _flat(outer["optimizer"])
+        self.theta, by_phi = hand.init(self.phi)
+        if start is not None:
+            self.theta, by_phi = _flat(start), 0 * by_phi
+        self.Z = torch.cat([by_phi, self.phi.new_zeros(len(self.theta), len(self.rates))], 1)
+
+    def step(self, number: int, first_order: bool = False, dropped: bool = False) -> None:
+        """Take one inner step; a dropped one leaves Z as it is."""
+        given = (self.theta, self.phi, number)
+        g, slope = self.hand.g(*given), 0 * self.Z
+        if not first_order:
+            slope = self.hand.H(*given) @ self.Z + self._padded(self.hand.J(*given))
+        if isinstance(self.optimizer, Newton):
+            K = self.hand.H(*given) + self.optimizer.damping * torch.eye(len(g), dtype=g.dtype)
+            move = solve(K, g)
+            by_theta, by_phi = self.hand.twist(*given, move)
+            turn = solve(K, slope - by_theta @ self.Z - self._padded(by_phi))
+        elif isinstance(self.optimizer, MetaSGD):
+            move = self.rates * g
+            turn = self.rates[:, None] * slope
+            turn[:, len(self.phi) :] += g.diag()
+        else:
+            move, turn = self.optimizer.lr * g, self.optimizer.lr * slope
+        self.theta = self.theta - move
+        if not dropped:
+            self.Z = self.Z - turn
+
+    def _padded(self, by_phi: Tensor) -> Tensor:
+        return torch.cat([by_phi, by_phi.new_zeros(*by_phi.shape[:-1], len(self.rates))], -1)
+
+    def judge(self) -> tuple[Tensor, Tensor]:
+        """The outer loss, and its gradient with respect to (φ, rates)."""
+        loss, by_theta, by_phi = self.hand.outer(self.theta, self.phi)
+        return loss, self.Z.T @ by_theta + self._padded(by_phi)
+
+    def implicit(self, kind: Implicit) -> tuple[Tensor, Tensor]:
+        """The outer loss, and ∂L/∂φ − Jᵀ(H + damping · I)⁻¹ ∂L/∂θ, or the Neumann series for the inverse."""
+        given = (self.theta, self.phi, kind.steps)
+        loss, by_theta, by_phi = self.hand.outer(self.theta, self.phi)
+        identity = torch.eye(len(self.theta), dtype=self.phi.dtype)
+        K = self.hand.H(*given) + kind.damping * identity
+        if isinstance(kind.solver, Neumann):
+            eta = kind.solver.scale
+            q = eta * sum(matrix_power(identity - eta * K, i) @ by_theta for i in range(kind.solver.terms))
+        else:
+            q = solve(K, by_theta)
+        return loss, self._padded(by_phi - self.hand.J(*given).T @ q)
+
+
+def reference(
+    hand: Derivatives, optimizer: InnerOptimizer, kind: Hypergradient, outer: Outer, start: Tree | None = None
+) -> Estimate:
+    """The estimate of ``kind`` on one task."""
+    at = Point(hand, optimizer, outer, start)
+    weights = getattr(kind, "weights", None) or [0.0] * (kind.steps - 1) + [1.0]
+    dropped = kind.steps - kind.kept if isinstance(kind, Truncated) else 0
+    if isinstance(kind, JTg):
+        g, J = hand.g(at.theta, at.phi, 0), hand.J(at.theta, at.phi, 0)
+        found = 0.5 * g @ g, at._padded(J.T @ g)
+    else:
+        found = at.judge() if isinstance(kind, Direct) else (0.0, 0.0)
+    for step in range(kind.steps):
+        at.step(step, first_order=isinstance(kind, FirstOrder), dropped=step < dropped)
+        if not isinstance(kind, Implicit | JTg):
+            found = tuple(total + weights[step] * part for total, part in zip(found, at.judge(), strict=True))
+    loss, gradient = at.implicit(kind) if isinstance(kind, Implicit) else found
+    by_phi, by_rates = gradient.split([len(at.phi), len(at.rates)])
+    pieces = {"problem": _like(by_phi, outer["problem"]), "optimizer": _like(by_rates, outer["optimizer"])}
+    return Estimate(loss, pieces, _like(at.theta, hand.problem.init(outer["problem"], hand.task)))
+
+
+def _flat(tree: Any) -> Tensor:
+    return flatten(tree) if next(leaves(tree), None) is not None else torch.zeros(0, dtype=torch.float64)
+
+
+def _like(vector: Tensor, tree: Tree) -> Tree:
+    return unflatten(vector, tree) if next(leaves(tree), None) is not None else tree
