@@ -5,14 +5,13 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from fits import Kill, KilledError, parameters, scalars, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalit.adapt import adapt
-from metalit.callbacks import BestCheckpoint, LastCheckpoint
+from metalit.callbacks import LastCheckpoint
 from metalit.data import Curves, Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
@@ -40,32 +39,6 @@ def learner(network=None, inner=None, hypergradient=None, **options):
     return MetaLearner(
         FewShot(network), inner or SGD(0.05), hypergradient or Unrolled(1), **{"eval_steps": 3, **options}
     )
-
-
-def trainer(tmp_path, steps=4, **options):
-    defaults = {
-        "max_steps": steps,
-        "max_epochs": -1,
-        "val_check_interval": 0.5,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": TensorBoardLogger(tmp_path, name="run", version=0, default_hp_metric=False),
-        "callbacks": [BestCheckpoint(), LastCheckpoint()],
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-    }
-    return Trainer(**{**defaults, **options})
-
-
-def scalars(tmp_path):
-    events = EventAccumulator(str(tmp_path / "run" / "version_0"), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def parameters(module):
-    return {name: value.detach().clone() for name, value in leaves(module.outer())}
 
 
 def test_one_step_is_that_of_a_bare_loop(tmp_path):
@@ -221,8 +194,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(stop, schedu
         return module
 
     whole = fit(tmp_path / "whole")
-    with pytest.raises(_KilledError):
-        fit(tmp_path / "parts", _Kill(stop))
+    with pytest.raises(KilledError):
+        fit(tmp_path / "parts", Kill(stop))
     last = tmp_path / "parts/run/version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == stop
     with warnings.catch_warnings():
@@ -233,19 +206,6 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(stop, schedu
         assert torch.equal(value, parameters(resumed)[name]), name
     rates = [module.optimizers().param_groups[0]["lr"] for module in (whole, resumed)]
     assert rates[0] == rates[1] < 1e-3
-
-
-class _KilledError(Exception):
-    """Nobody catches it, as nobody catches a signal that kills."""
-
-
-class _Kill(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *rest):
-        if trainer.global_step == self.step:
-            raise _KilledError
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):

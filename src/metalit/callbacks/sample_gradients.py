@@ -1,5 +1,6 @@
 """Per-sample gradient norms, which tell wrong labels from right ones."""
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchmetrics.functional.classification import binary_auroc
@@ -18,17 +19,24 @@ class SampleGradientNorms(Callback):
         InputError: the learner has no rows.
     """
 
-    def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
-        """Differentiate row by row, all at once."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+    def on_fit_start(self, trainer: Trainer, learner: LightningModule) -> None:
+        """Refuse other learners."""
         if not hasattr(learner, "sample_gradient_norms"):
             raise InputError(f"SampleGradientNorms: {type(learner).__name__} has no rows; leave the callback out")
+
+    def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
+        """Differentiate row by row, all at once; in the sanity check too, where what cannot be done is found early."""
+        if trainer.state.fn != "fit":
+            return
         norms, corrupted = learner.sample_gradient_norms(next(iter(trainer.val_dataloaders)))
+        if trainer.sanity_checking:
+            return
         groups = {"all": norms}
         if bool(corrupted.any()):
             groups = {"clean": norms[~corrupted], "corrupted": norms[corrupted]}
-            learner.write_scalars({"sample_gradients/auroc": binary_auroc(norms, corrupted.long())})
+            # to at most 1: torchmetrics would squash larger ones by a sigmoid, to 1 and to ties
+            shares = norms / norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
+            learner.write_scalars({"sample_gradients/auroc": binary_auroc(shares, corrupted.long())})
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for name, values in groups.items():

@@ -1,6 +1,8 @@
 """The scores of a learner beside baselines, as a table and a file, and what a bilevel learner found."""
 
+import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -13,15 +15,16 @@ from torch import Tensor
 
 from metalit.data.base import Split
 from metalit.modules.bilevel import BilevelLearner
-from metalit.modules.scores import Scores
+from metalit.modules.scores import Scores, means
 from metalit.tree import leaves
 
 
 class ScoreTable(Callback):
     """Prints the scores after ``validate`` and ``test``, and writes ``val.csv`` or ``test.csv``.
 
-    For a bilevel learner it does so at the end of a fit too, and writes the problem's results to ``results/``; each
-    validation sends histograms of the outer variable to TensorBoard.
+    For a bilevel learner it does so at the end of a fit too, and writes the problem's results to ``results/``, the file
+    ``features`` with the names of the input columns; each validation sends histograms of the outer variable to
+    TensorBoard.
     """
 
     def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
@@ -42,11 +45,12 @@ class ScoreTable(Callback):
         loader = trainer.val_dataloaders
         if not (isinstance(learner, BilevelLearner) and loader):
             return
-        tasks = next(iter(loader))
-        learner.eval()
-        with torch.no_grad():
-            (learner.scores,) = learner.judge(tasks, "val", baselines=True)[:1]
-            results = learner.results(tasks)
+        learner.check_finite()
+        most = trainer.num_val_batches[0]
+        batches = islice(loader, None if most == math.inf else most)
+        with learner.evaluating(), torch.no_grad():
+            learner.scores = means([table for tasks in batches for table in learner.judge(tasks, "val", True)])
+            results = learner.results(next(iter(loader)))
         _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
         for logger in _tensorboards(trainer):
             _write(Path(logger.log_dir) / "results", results, getattr(trainer.datamodule, "columns", None))
@@ -82,7 +86,7 @@ def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: lis
             numbers = value.cpu().double() if value.is_floating_point() else value.cpu()
             for number, column in enumerate(numbers.reshape(len(numbers), -1).unbind(1), 1):
                 frame[name if value.dim() == 1 else f"{name}{number}"] = column.numpy()
-        if names is not None and len(names) == len(frame):
+        if names is not None and file == "features":
             frame.index = pd.Index(names)
         frame.to_csv(folder / f"{file}.csv", index_label="row")
         print(f"{file + ':':<16} {folder / f'{file}.csv'}")

@@ -1,7 +1,8 @@
 """What every learner shares: an outer variable that gradients are written to in one place, stepped, watched, logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ class OuterLearner(LightningModule, ABC):
         """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""
 
         def moved(leaf: Any) -> Any:
-            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None) if leaf is not None else None
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
 
         return pytree_map(moved, tree)
 
@@ -168,6 +171,14 @@ class OuterLearner(LightningModule, ABC):
             "Lower the inner or the outer learning rate, or set model.clip_norm, such as 10"
         )
 
+    def check_finite(self) -> None:
+        """Stop likewise if an outer parameter is not finite; this reads them all."""
+        self.raise_if_not_finite()
+        # parameters alone: a buffer may hold infinities by right, such as the mask of an attention
+        if not all(bool(torch.isfinite(parameter).all()) for _, parameter in leaves(self.outer())):
+            self._bad_step = torch.tensor(self.global_step)
+            self.raise_if_not_finite()
+
     def on_fit_start(self) -> None:
         """Forget earlier flags.
 
@@ -192,7 +203,7 @@ class OuterLearner(LightningModule, ABC):
     def on_validation_start(self) -> None:
         """Judge only what is finite."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.raise_if_not_finite()
+            self.check_finite()
 
     def step_plateau(self, metrics: dict[str, float]) -> None:
         """Step a scheduler that waits for a metric; called at the end of a validation, before its checkpoint is saved.
@@ -207,16 +218,12 @@ class OuterLearner(LightningModule, ABC):
             scheduler.step(metrics[scheduler.monitor])
 
     def on_train_end(self) -> None:
-        """Never end well on a loss that is not finite."""
-        self.raise_if_not_finite()
+        """Never end well on what is not finite."""
+        self.check_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save what is not finite."""
-        self.raise_if_not_finite()
-        # parameters alone: a buffer may hold infinities by right, such as the mask of an attention
-        if not all(bool(torch.isfinite(parameter).all()) for _, parameter in leaves(self.outer())):
-            self._bad_step = torch.tensor(self.global_step)
-            self.raise_if_not_finite()
+        self.check_finite()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this network.
@@ -245,6 +252,17 @@ class OuterLearner(LightningModule, ABC):
         """
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Be in evaluation mode, and then have every module in the mode that it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def _present_settings(self) -> dict[str, Any]:
         return settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())

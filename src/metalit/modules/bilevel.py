@@ -34,7 +34,6 @@ class BilevelLearner(TwoLevelLearner):
 
     Attributes:
         scores: of the last evaluation, by row (the learned outer variable, then baselines) and name.
-        inner: where the next outer step's inner variables start, with a leading dimension of tasks, if warm-started.
 
     Args:
         problem: what is learned.
@@ -85,7 +84,8 @@ class BilevelLearner(TwoLevelLearner):
         self.eval_steps = eval_steps
         self.draws = draws
         self.seed = seed
-        self.inner: Tree | None = None
+        self._own: Tree | None = None
+        self._all: Tree | None = None
         self.scores: Scores = {}
         self._collected: list[Scores] = []
 
@@ -117,27 +117,40 @@ class BilevelLearner(TwoLevelLearner):
     def training_step(self, tasks: Any, batch_idx: int) -> None:
         """Take one outer step."""
         tasks = self.cast(tasks)
-        start = self._start(tasks) if self.warm_start else None
-        inner = self.step_on(tasks, start)
+        inner = self.step_on(tasks, self._start(tasks) if self.warm_start else None)
         if self.warm_start:
-            self.inner = tree_map(Tensor.detach, inner)
+            self._own, self._all = tree_map(Tensor.detach, inner), None
+
+    @property
+    def inner(self) -> Tree | None:
+        """Where the next outer step's inner variables start, with a leading dimension of tasks, if warm-started.
+
+        They are those of all ranks, which must ask together.
+        """
+        if self._all is None and self._own is not None:
+            alone = self.trainer.world_size == 1
+            self._all = self._own if alone else tree_map(lambda value: value.flatten(0, 1), self.all_gather(self._own))
+        return self._all
 
     def _start(self, tasks: Any) -> Tree:
-        share = _count(tasks)
-        if self.inner is None:
-            own = self.constants()["problem"]
-            self.inner = _stack([self.problem.init(own, _take(tasks, index)) for index in range(share)])
-        held = _count(self.inner)
-        if held != share:
-            # a checkpoint holds those of all ranks
+        """Those of this rank's tasks."""
+        share, ranks = _count(tasks), self.trainer.world_size
+        if self._own is None and self._all is None:
+            self._own = self._initial(tasks)
+        held = _count(self._all) if self._own is None else _count(self._own) * ranks
+        if held != share * ranks:
+            raise InputError(
+                f"model.warm_start: training, or the checkpoint, left the inner variables of {held} tasks, and each "
+                f"outer step now has {share * ranks}; use the number that it was trained with"
+            )
+        if self._own is None:
             first = self.trainer.global_rank * share
-            if held != share * self.trainer.world_size:
-                raise InputError(
-                    f"ckpt_path: the checkpoint holds the inner variables of {held} tasks, and each outer step has "
-                    f"{share * self.trainer.world_size}; use the number that it was trained with"
-                )
-            self.inner = tree_map(lambda value: value[first : first + share], self.inner)
-        return self.cast(self.inner)
+            self._own = tree_map(lambda value: value[first : first + share], self._all)
+        return self.cast(self._own)
+
+    def _initial(self, tasks: Any) -> Tree:
+        own = self.constants()["problem"]
+        return _stack([self.problem.init(own, _take(tasks, index)) for index in range(_count(tasks))])
 
     # ---- evaluation
 
@@ -181,7 +194,8 @@ class BilevelLearner(TwoLevelLearner):
             InputError: ``scores`` without a ``loss``.
         """
         tasks = self.cast(tasks)
-        self.try_out(tasks, self._start(tasks) if self.warm_start and self.inner is not None else None)
+        held = self.inner if self.warm_start else None
+        self.try_out(tasks, self._initial(tasks) if self.warm_start and held is None else held)
         found = []
         for index in range(_count(tasks)):
             task, outer = _take(tasks, index), self.constants()
@@ -200,12 +214,20 @@ class BilevelLearner(TwoLevelLearner):
         Args:
             task: one task, without a dimension of tasks.
             index: which one it is of a batch, where training is warm-started.
+
+        Raises:
+            InputError: warm-started training had fewer tasks.
         """
-        outer = self.constants()
-        if self.eval_steps is None and self.warm_start and self.inner is not None:
-            start = tree_map(lambda value: value[index], self.cast(self.inner))
-            return adapt(self.problem, self.inner_optimizer, outer, task, self.hypergradient.steps, start)
-        return self._from_init(outer, task)
+        outer, held = self.constants(), self.inner
+        if self.eval_steps is not None or not self.warm_start or held is None:
+            return self._from_init(outer, task)
+        if index >= _count(held):
+            raise InputError(
+                f"model.warm_start: training left the inner variables of {_count(held)} task(s), and a batch of more "
+                "is judged; set model.eval_steps, to judge each from its init"
+            )
+        start = self.cast(tree_map(lambda value: value[index], held))
+        return adapt(self.problem, self.inner_optimizer, outer, task, self.hypergradient.steps, start)
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
         steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
@@ -247,10 +269,7 @@ class BilevelLearner(TwoLevelLearner):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the inner variables of all ranks, if they are warm-started."""
         super().on_save_checkpoint(checkpoint)
-        inner = self.inner
-        if inner is not None and self.trainer.world_size > 1:
-            inner = tree_map(lambda value: value.flatten(0, 1), self.all_gather(inner))
-        checkpoint["inner"] = inner
+        checkpoint["inner"] = self.inner
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the inner variables up again.
@@ -261,7 +280,7 @@ class BilevelLearner(TwoLevelLearner):
         super().on_load_checkpoint(checkpoint)
         if "inner" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no inner variable")
-        self.inner = checkpoint["inner"]
+        self._own, self._all = None, checkpoint["inner"]
 
 
 def _count(tasks: Any) -> int:

@@ -1,7 +1,6 @@
 """The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -243,14 +242,3 @@ class MetaLearner(TwoLevelLearner):
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``; unchanged where the data had none."""
         return self.scaling.normalise_x(x) if self.scaling else x
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Be in evaluation mode, and then have every module in the mode that it was in."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -1,5 +1,6 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class SupervisedLearner(OuterLearner):
         self.seed = seed
         if not self.outer()["network"]:
             raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
-        self.collected = nn.ModuleDict({"loss": MeanMetric(), "accuracy": MeanMetric()})
+        # not the default, which leaves NaN out of the mean
+        self.collected = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "accuracy")})
         self.scores: Scores = {}
 
     def outer(self) -> Outer:
@@ -83,20 +85,23 @@ class SupervisedLearner(OuterLearner):
         """Take one step, on ∇L(w + α)."""
         points = self._points(batch)
         key = fold(torch.tensor(self.seed, device=self.device), self.global_step)
+        # noise is that of all ranks, but each drops for itself
+        drop = fold(key, self.trainer.global_rank)
         own, plain = dict(self.network.named_buffers()), []
 
         def loss(network: Any) -> Tensor:
             return row_losses(self.loss, network(points.x), points.y).mean()
 
+        @cache
         def gradient() -> dict[str, Tensor]:
-            plain.append(gradient_at(self.network, loss, key=key, buffers=own))
+            plain.append(gradient_at(self.network, loss, key=drop, buffers=own))
             return self._mean_gradient(plain[0][1])
 
         weights = {name: value.detach() for name, value in self.outer()["network"].items()}
         alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
         moved = {name: weights[name] + change for name, change in alpha.items()}
         # the running statistics of BatchNorm follow the first pass alone
-        value, slopes = gradient_at(self.network, loss, moved, key, buffers=None if plain else own)
+        value, slopes = gradient_at(self.network, loss, moved, drop, buffers=None if plain else own)
 
         def diagnose() -> dict[str, Tensor]:
             told = {"weight_norm": norm(weights)}
@@ -115,23 +120,39 @@ class SupervisedLearner(OuterLearner):
         """Try the network on two rows, before anything is trained.
 
         Raises:
-            InputError: it cannot take them.
+            InputError: it cannot take them, or lacks a score for each class.
         """
         super().on_fit_start()
         data = self.trainer.datamodule
         if isinstance(data, BatchDataModule):
-            x = self.cast(data.points("val").x[:2])
+            x = self.cast(data.points("train").x[:2])
             state = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             try:
                 with torch.no_grad():
-                    functional_call(self.network, state, x)
+                    scores = functional_call(self.network, state, x)
             except RuntimeError as error:
                 raise InputError(
                     f"model.network cannot take inputs of shape {tuple(x.shape)}, {x.shape[-1]} column(s) of x: "
                     f"{str(error).splitlines()[0]}"
                 ) from error
+            classes = len(data.classes)
+            if classes and (scores.dim() < 2 or scores.shape[1] < classes):
+                raise InputError(
+                    f"model.network returned shape {tuple(scores.shape)} for two rows; it must be [rows, classes] for "
+                    f"at least {classes} classes"
+                )
 
     # ---- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Collect in double precision, which torchmetrics forgets whenever a module moves."""
+        for metric in self.collected.values():
+            metric.set_dtype(torch.float64)
+
+    def on_test_epoch_start(self) -> None:
+        """Collect in double precision."""
+        for metric in self.collected.values():
+            metric.set_dtype(torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect losses and right answers."""
@@ -186,7 +207,7 @@ class SupervisedLearner(OuterLearner):
             return row_losses(self.loss, prediction.unsqueeze(0), target.unsqueeze(0))[0]
 
         slopes = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
-        return slopes.norm(dim=1), data.splits.corrupted
+        return slopes.norm(dim=1), data.splits.corrupted.to(self.device)
 
     def _points(self, batch: Batch) -> Points:
         points = batch if isinstance(batch, Points) else Points(*batch)

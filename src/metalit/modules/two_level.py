@@ -10,6 +10,7 @@ from torch.func import grad
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, outer_variable
+from metalit.errors import InputError
 from metalit.hypergradients.base import Estimate, Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner
@@ -37,7 +38,7 @@ class TwoLevelLearner(OuterLearner):
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
-        self.learned = ParameterTree(outer_variable(problem, inner_optimizer)["optimizer"])
+        self.learned = ParameterTree(_brought(problem, inner_optimizer))
         self._tried = False
         self._told: set[str] = set()
 
@@ -94,7 +95,7 @@ class TwoLevelLearner(OuterLearner):
             task, inner, begun = given
             init = self.problem.init(own, task)
             slope = grad(partial(self.problem.inner_loss, outer=own, task=task, step=step))
-            values = self.problem.watch(init if begun is None else begun, inner, own, slopes, task)
+            values = dict(self.problem.watch(init if begun is None else begun, inner, own, slopes, task))
             if next(leaves(inner), None) is not None:
                 values |= {
                     "inner_norm": norm(inner),
@@ -104,12 +105,24 @@ class TwoLevelLearner(OuterLearner):
             return values
 
         means = {
-            name: value.mean() for name, value in for_each_task(one, outer, (tasks, estimate.inner, start)).items()
+            name: value.to(estimate.loss.dtype).mean()
+            for name, value in for_each_task(one, outer, (tasks, estimate.inner, start)).items()
         }
         at_init = means.pop("inner_grad_norm at init", None)
         if at_init is not None:
             means["inner_grad_ratio"] = means["inner_grad_norm"] / torch.where(at_init > 0, at_init, 1.0)
         return {"outer_norm": norm(outer), **means, **estimate.metrics}
+
+
+def _brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:
+    try:
+        return outer_variable(problem, optimizer)["optimizer"]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise InputError(
+            f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "
+            f"{type(problem).__name__}.init is called before there is any task, with None: {error}; use SGD inside, or "
+            "let init do without its task"
+        ) from error
 
 
 class ParameterTree(nn.Module):
