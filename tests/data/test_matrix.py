@@ -64,6 +64,12 @@ def test_a_product_of_factors_has_their_rank_and_its_variance(rank):
     assert abs(float(values.square().mean()) / rank - 1) < SIGMAS * (2 / 400 + 2 / 300) ** 0.5
 
 
+def test_the_two_factors_are_independent():
+    values = matrix_of(rows=100, columns=100, inner_rank=1).values
+    # the diagonal of l rᵀ has the mean 0, of l lᵀ it would have 1
+    assert abs(float(values.diagonal().mean())) < SIGMAS / 100**0.5
+
+
 def test_noise_is_added_to_the_product():
     clean, noisy = (matrix_of(rows=300, columns=200, inner_rank=2, noise=noise).values for noise in (0.0, 0.1))
     noise = (noisy - clean) / 0.1
