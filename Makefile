@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sine_maml.yaml
 
-.PHONY: help install fit test test-long lint tensorboard clean
+.PHONY: help install fit examples compare test test-long lint tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,12 @@ $(BIN)/installed: pyproject.toml constraints.txt
 fit: install ## train CONFIG, test its best checkpoint, print the table of errors and where everything is
 	$(BIN)/metalit fit --config $(CONFIG)
 	$(BIN)/metalit test --config $(CONFIG) --ckpt_path best
+
+examples: install ## run the five examples, that answer the questions of the notebooks
+	@for file in examples/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+compare: install ## train sgd_digits and sam_digits with five seeds each, and print the table of their test scores
+	$(BIN)/python scripts/compare_seeds.py configs/sgd_digits.yaml configs/sam_digits.yaml --seeds 5
 
 test: install ## run the test suite
 	$(BIN)/python -m pytest -m "not long"

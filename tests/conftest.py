@@ -7,18 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "--trainer.max_steps=6",
-    "--trainer.val_check_interval=0.5",
-    "--trainer.log_every_n_steps=2",
-    "--data.train.tasks=4",
-    "--data.val.tasks=6",
-    "--data.test.tasks=6",
-    "--figures.tasks=2",
-)
+TINY = ("--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=2")
+TINY_BY_CLASS = {
+    "TaskDataModule": ("--data.train.tasks=4", "--data.val.tasks=6", "--data.test.tasks=6", "--figures.tasks=2"),
+    "BilevelLearner": ("--model.eval_steps=5",),
+}
 
 torch.set_num_threads(1)
 settings.register_profile("metalit", deadline=None, derandomize=True, database=None)
@@ -37,7 +34,9 @@ def metalit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
     from metalit.__main__ import main
 
     def run(subcommand: str, config: str, *options: str, tiny: bool = True) -> tuple[int, str]:
-        sizes = TINY if tiny else ()
+        parts = yaml.safe_load(Path(config).read_text())
+        classes = [parts[part]["class_path"] for part in ("model", "data") if part in parts]
+        sizes = [*TINY, *(size for name in classes for size in TINY_BY_CLASS.get(name, ()))] if tiny else []
         status = main(
             [subcommand, "--config", config, f"--trainer.default_root_dir={tmp_path}", *sizes, *map(str, options)]
         )

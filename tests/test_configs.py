@@ -1,5 +1,6 @@
-"""Every config that ships runs under all four subcommands."""
+"""Every config that ships runs under all the subcommands that its learner knows."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,18 @@ import yaml
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_fit_validate_test_predict(config, metalit, tmp_path):
+def learner_of(config):
+    return yaml.safe_load(config.read_text())["model"]["class_path"]
+
+
+def of_learner(name):
+    configs = [config for config in CONFIGS if learner_of(config) == name]
+    assert configs
+    return pytest.mark.parametrize("config", configs, ids=lambda path: path.stem)
+
+
+@of_learner("MetaLearner")
+def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
     status, output = metalit("fit", str(config))
     assert status == 0, output
     run = tmp_path / "lightning_logs" / config.stem / "version_0"
@@ -38,6 +49,47 @@ def test_fit_validate_test_predict(config, metalit, tmp_path):
     assert header == f"{columns},{columns.split(',')[-1]}_predicted"
     assert len(lines) == 3
     assert (tmp_path / "points_predicted.png").stat().st_size > 5_000
+
+
+@of_learner("BilevelLearner")
+def test_bilevel_learner_fits_validates_tests(config, metalit, tmp_path):
+    status, output = metalit("fit", str(config))
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / config.stem / "version_0"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert "scores on val after 6 outer steps" in output
+    results = list((run / "results").iterdir())
+    assert results
+    for path in results:
+        assert str(path) in output
+        header, *rows = csv.reader(path.open())
+        assert header[0] == "row"
+        assert all(len(row) == len(header) for row in rows)
+        assert rows
+    _check_scores(config, metalit, run)
+
+
+@of_learner("SupervisedLearner")
+def test_supervised_learner_fits_validates_tests(config, metalit, tmp_path):
+    status, output = metalit("fit", str(config))
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / config.stem / "version_0"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    _check_scores(config, metalit, run)
+
+
+def _check_scores(config, metalit, run):
+    for subcommand, split in (("validate", "val"), ("test", "test")):
+        status, output = metalit(subcommand, str(config))
+        assert status == 0, output
+        assert f"scores on {split}" in output
+        with (run / f"{split}.csv").open() as handle:
+            first = next(csv.DictReader(handle))
+        assert first["row"] == "learned"
+        assert float(first["loss"]) >= 0
+    status, output = metalit("predict", str(config))
+    assert status == 2
+    assert "predict" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

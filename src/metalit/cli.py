@@ -235,6 +235,7 @@ def run(args: Sequence[str]) -> None:
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():
+        warnings.showwarning = _show
         # a run that is continued writes into its own folder, and its stream of tasks goes on at the trainer's step
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
@@ -260,6 +261,13 @@ def _class_names() -> set[str]:
             yield from below(member)
 
     return {member.__name__ for family in _FAMILIES for member in (family, *below(family))}
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """A warning of ours is a line for the user, who has no use for the line of code that gave it."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    text = f"metalit: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(text)
 
 
 @rank_zero_only

@@ -1,0 +1,73 @@
+"""Train and test configs with several seeds each, and print their test scores: mean ± deviation, and differences.
+
+    python scripts/compare_seeds.py configs/sgd_digits.yaml configs/sam_digits.yaml --seeds 5
+    python scripts/compare_seeds.py configs/bilevel_ridge.yaml
+
+Seed s sets the initial weights, the order of the rows and the split into train, val and test, alike for all configs, so
+that they, and the baselines that a test prints, are compared with the first one pair by pair. Whatever else is given
+goes on to ``metalit fit`` and ``metalit test``.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.console import Console
+from rich.table import Table
+
+
+Scores = dict[str, dict[str, float]]  # by row of the table of a test, then by name
+
+
+def scores(config: Path, seed: int, options: Sequence[str]) -> Scores:
+    """Train and test one config with one seed; returns its ``test.csv``."""
+    experiment = f"{config.stem}_seed{seed}"
+    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--data.split_seed={seed}"]
+    for subcommand in ("fit", "test"):
+        command = [sys.executable, "-m", "metalit", subcommand, "--config", str(config), "--experiment", experiment]
+        done = subprocess.run([*command, *seeds, *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
+    tested = next(line for line in done.stdout.splitlines() if line.startswith("testing "))
+    version = Path(tested.removeprefix("testing ")).parent.parent
+    with (version / "test.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    return {row.pop("row"): {name: float(value) for name, value in row.items() if value} for row in rows}
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):.4f} ± {stdev(values):.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0; at least 2")
+    given, options = parser.parse_known_args()
+    if given.seeds < 2:
+        parser.error("--seeds must be at least 2")
+    found: dict[str, list[dict[str, float]]] = {}
+    for config in given.configs:
+        runs = [scores(config, seed, options) for seed in range(given.seeds)]
+        for row in runs[0]:
+            found[f"{config.stem}, {row}"] = [run[row] for run in runs]
+    (first, best), *others = found.items()
+    table = Table(title=f"test scores over {given.seeds} seeds, mean ± standard deviation", title_justify="left")
+    for heading in ("", *best[0]):
+        table.add_column(heading)
+    for label, rows in found.items():
+        table.add_row(label, *(summary([row[name] for row in rows]) for name in best[0]))
+    table.add_section()
+    for label, rows in others:
+        pairs = list(zip(rows, best, strict=True))
+        table.add_row(f"{label} − {first}", *(summary([a[name] - b[name] for a, b in pairs]) for name in best[0]))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
