@@ -19,7 +19,6 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-
 Scores = dict[str, dict[str, float]]  # by row of the table of a test, then by name
 
 

@@ -364,3 +364,20 @@ def test_dropout2d_reads_three_dimensions_as_a_batch_of_channels_as_torch_does()
     assert torch.equal(dropped, per_channel.unsqueeze(-1).expand(40, 5, 7))
     assert int((per_channel.sum(1) > 0).sum()) > 0
     assert int((per_channel == 0).any(1).sum()) > 30
+
+
+def test_a_recurrent_layer_keeps_its_own_list_of_weights():
+    layer, x = nn.LSTM(2, 3).double(), draw(4, 1, 2)
+    held = list(layer._flat_weights)
+    call(nn.Sequential(layer, _First()), {"0.weight_ih_l0": torch.zeros(12, 2, dtype=torch.float64)}, x)
+    assert all(now is before for now, before in zip(layer._flat_weights, held, strict=True))
+
+
+class _First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+def test_dropout_of_rate_zero_draws_nothing():
+    assert draws(nn.Dropout(0.1))
+    assert not draws(nn.Dropout(0.0))

@@ -1,6 +1,7 @@
 """Modules as functions of their parameters."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
+from metalit.autodiff.untouched import untouched
 from metalit.errors import InputError
 from metalit.keys import fold, uniform
 
@@ -39,9 +41,7 @@ def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, k
     if unknown:
         raise InputError(f"parameters: {sorted(unknown)} are no parameters of {type(module).__name__}")
     state: dict[str, Tensor | None] = {**_without_running_statistics(module), **parameters}
-    if key is None:
-        return functional_call(module, state, inputs)
-    with _KeyedDropout(key):
+    with untouched(module), nullcontext() if key is None else _KeyedDropout(key):
         return functional_call(module, state, inputs)
 
 
@@ -57,7 +57,8 @@ def _without_running_statistics(module: nn.Module) -> dict[str, None]:
 
 def draws(module: nn.Module) -> bool:
     """Whether ``module`` holds active dropout, for which :func:`call` needs a key."""
-    return any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training for layer in module.modules())
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd))
+    return any(layer.training and layer.p > 0 for layer in layers)
 
 
 def sees_other_rows(module: nn.Module) -> bool:
