@@ -48,7 +48,7 @@ class OuterLearner(LightningModule, ABC):
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"model.clip_norm={clip_norm} must be positive; leave it out to clip nothing")
         self._bad_step = torch.tensor(-1)
-        self._loaded_step = 0
+        self._known_step = 0
 
     @abstractmethod
     def outer(self) -> Outer:
@@ -147,7 +147,7 @@ class OuterLearner(LightningModule, ABC):
     @property
     def outer_step(self) -> int:
         """How many outer steps these parameters have been trained for."""
-        return self.global_step if self.trainer.state.fn == "fit" else self._loaded_step
+        return self.global_step if self.trainer.state.fn == "fit" else self._known_step
 
     # ---- what is not finite must neither go on nor be saved
 
@@ -191,6 +191,7 @@ class OuterLearner(LightningModule, ABC):
                 "use bf16-mixed or 32-true"
             )
         self._bad_step = torch.tensor(-1, device=self.device)
+        self._log_hyperparameters()
 
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings."""
@@ -220,6 +221,7 @@ class OuterLearner(LightningModule, ABC):
     def on_train_end(self) -> None:
         """Never end well on what is not finite."""
         self.check_finite()
+        self._known_step = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save what is not finite."""
@@ -243,7 +245,7 @@ class OuterLearner(LightningModule, ABC):
                 f"checkpoint and {own.get(name, 'none')} in the config ({len(differ)} such parameter(s)); "
                 "use the config that the checkpoint was trained with: config.yaml in its version folder"
             )
-        self._loaded_step = int(checkpoint["global_step"])
+        self._known_step = int(checkpoint["global_step"])
 
     def save_given_hyperparameters(self) -> None:
         """Keep the configuration that the command line gave, so that a checkpoint rebuilds its learner.
@@ -251,7 +253,14 @@ class OuterLearner(LightningModule, ABC):
         What Python code passes instead are live objects, which a checkpoint must not hold: those are left out.
         """
         if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()
+            self.save_hyperparameters(logger=False)
+
+    def _log_hyperparameters(self) -> None:
+        """Those of model and data apart: Lightning merges them, and fails where both have a ``seed``."""
+        parts = {"model": self, "data": self.trainer.datamodule}
+        given = {name: dict(part.hparams) for name, part in parts.items() if part is not None and part.hparams}
+        for logger in self.trainer.loggers if given else []:
+            logger.log_hyperparams(given)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
