@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metalit.errors import InputError
-from metalit.tree import Tree, axpy, dot, flatten, tree_map, unflatten
+from metalit.tree import Tree, axpy, dot, flatten, norm, tree_map, unflatten
 
 MatVec = Callable[[Tree], Tree]
 
@@ -63,9 +63,13 @@ class CG(LinearSolver):
 
     def __call__(self, matvec: MatVec, b: Tree) -> Solution:
         """Iterate; steps beyond the tolerance change nothing."""
-        x, residual, direction = tree_map(torch.zeros_like, b), b, b
-        square = dot(b, b)
-        enough = self.tolerance**2 * square
+        size = norm(b)
+        # with b of norm 1, and an end to it, squares do not underflow, which would look like no curvature
+        unit = torch.where(size > 0, size, 1.0)
+        residual = direction = tree_map(lambda value: value / unit, b)
+        x = tree_map(torch.zeros_like, b)
+        square = dot(residual, residual)
+        enough = max(self.tolerance, torch.finfo(square.dtype).eps ** 2) ** 2
         indefinite = torch.zeros_like(square, dtype=torch.bool)
         for _ in range(self.iterations):
             product = matvec(direction)
@@ -78,7 +82,7 @@ class CG(LinearSolver):
             x, residual = axpy(step, direction, x), axpy(-step, product, residual)
             before, square = square, dot(residual, residual)
             direction = axpy(torch.where(active, square, 0.0) / torch.where(active, before, 1.0), direction, residual)
-        return Solution(x, indefinite)
+        return Solution(tree_map(lambda value: unit * value, x), indefinite)
 
 
 @dataclass(frozen=True)
