@@ -166,8 +166,11 @@ class TestCheckpoints:
 
     def test_says_when_it_keeps_a_setting_of_the_checkpoint(self, metalit):
         metalit("fit", MAML, "--model.scheduler=null", "--trainer.max_steps=3")
-        with pytest.warns(UserWarning, match=r"keeps optimizer.lr=0.003 .*; 0.5, as now configured"):
-            metalit("fit", MAML, "--model.scheduler=null", "--ckpt_path=last", "--model.optimizer.lr=0.5")
+        _, output = metalit("fit", MAML, "--model.scheduler=null", "--ckpt_path=last", "--model.optimizer.lr=0.5")
+        told = [line for line in output.splitlines() if line.startswith("metalit: warning: the checkpoint keeps")]
+        assert len(told) == 1
+        assert "keeps optimizer.lr=0.003 " in told[0]
+        assert "; 0.5, as now configured" in told[0]
 
     def test_never_overrides_the_configuration(self, metalit):
         metalit("fit", MAML)
@@ -258,3 +261,8 @@ def test_predict_without_a_file(metalit):
     status, output = metalit("predict", MAML)
     assert status == 2
     assert "data.predict_file" in output
+
+
+def test_model_and_data_may_have_arguments_of_one_name(metalit):
+    status, output = metalit("fit", "configs/sgd_digits.yaml", "--model.seed=1", "--data.seed=2")
+    assert status == 0, output

@@ -37,7 +37,7 @@ class DrawsDataModule(LightningDataModule, ABC):
         super().__init__()
         if _given_hyperparameters.get() is not None:
             # what the command line gave; what Python code passes are live objects, and no checkpoint may hold those
-            self.save_hyperparameters()
+            self.save_hyperparameters(logger=False)
         self.number = number
         self.argument = argument
         self.seed = seed

@@ -63,7 +63,7 @@ class TaskDataModule(LightningDataModule):
         super().__init__()
         if _given_hyperparameters.get() is not None:
             # what the command line gave; what Python code passes are live objects, and no checkpoint may hold those
-            self.save_hyperparameters()
+            self.save_hyperparameters(logger=False)
         self.tasks = tasks
         self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
         self.seed = seed

@@ -129,8 +129,7 @@ class OuterLearner(LightningModule, ABC):
         values = {name: float(value) for name, value in scalars.items()}
         for logger in self.trainer.loggers:
             if in_hparams and isinstance(logger, TensorBoardLogger):
-                own = {name: value for name, value in logger.hparams.items() if not name.startswith("_")}
-                logger.log_hyperparams(own, values, step=self.outer_step)
+                logger.log_hyperparams(dict(logger.hparams), values, step=self.outer_step)
             else:
                 logger.log_metrics(values, step=self.outer_step)
 
@@ -258,7 +257,11 @@ class OuterLearner(LightningModule, ABC):
     def _log_hyperparameters(self) -> None:
         """Those of model and data apart: Lightning merges them, and fails where both have a ``seed``."""
         parts = {"model": self, "data": self.trainer.datamodule}
-        given = {name: dict(part.hparams) for name, part in parts.items() if part is not None and part.hparams}
+        given = {
+            name: {key: value for key, value in part.hparams.items() if not key.startswith("_")}
+            for name, part in parts.items()
+            if part is not None and part.hparams
+        }
         for logger in self.trainer.loggers if given else []:
             logger.log_hyperparams(given)
 
