@@ -442,7 +442,7 @@ def test_logs_what_the_inner_level_did_when_due(tmp_path):
             "outer_norm": norm(outer),
             "inner_norm": sum(norm(task_at(inner, index)) for index in range(2)) / 2,
             "inner_grad_norm": sum(slopes[:2]) / 2,
-            "inner_grad_ratio": sum(slopes[:2]) / sum(slopes[2:]),
+            "inner_grad_ratio": (slopes[0] / slopes[2] + slopes[1] / slopes[3]) / 2,
             "solver_residual": estimate.metrics["solver_residual"],
             "indefinite": 0.0,
             "lr": 0.3,

@@ -97,10 +97,11 @@ class TwoLevelLearner(OuterLearner):
             slope = grad(partial(self.problem.inner_loss, outer=own, task=task, step=step))
             values = dict(self.problem.watch(init if begun is None else begun, inner, own, slopes, task))
             if next(leaves(inner), None) is not None:
+                left, at_init = norm(slope(inner)), norm(slope(init))
                 values |= {
                     "inner_norm": norm(inner),
-                    "inner_grad_norm": norm(slope(inner)),
-                    "inner_grad_norm at init": norm(slope(init)),
+                    "inner_grad_norm": left,
+                    "inner_grad_ratio": left / torch.where(at_init > 0, at_init, 1.0),
                 }
             return values
 
@@ -108,9 +109,6 @@ class TwoLevelLearner(OuterLearner):
             name: value.to(estimate.loss.dtype).mean()
             for name, value in for_each_task(one, outer, (tasks, estimate.inner, start)).items()
         }
-        at_init = means.pop("inner_grad_norm at init", None)
-        if at_init is not None:
-            means["inner_grad_ratio"] = means["inner_grad_norm"] / torch.where(at_init > 0, at_init, 1.0)
         return {"outer_norm": norm(outer), **means, **estimate.metrics}
 
 
