@@ -220,7 +220,16 @@ class MetalitCLI(LightningCLI):
         self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
-        """Answer for the user's points."""
+        """Answer for the user's points.
+
+        Raises:
+            InputError: the learner does not adapt to points.
+        """
+        if not isinstance(self.model, MetaLearner):
+            raise InputError(
+                f"predict adapts a MetaLearner to the points of data.predict_file, and a {type(self.model).__name__} "
+                "does not adapt; use test, or its checkpoint from Python"
+            )
         _say(f"predicting with {self.checkpoint}")
         self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
