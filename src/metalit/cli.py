@@ -180,7 +180,8 @@ class MetalitCLI(LightningCLI):
         callbacks = [Report(), ScoreTable(), PredictionWriter()]
         if config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
-            callbacks += [Progress()] if sys.stdout.isatty() else []
+            # first, because the others print below it once it has ended
+            callbacks = [*([Progress()] if sys.stdout.isatty() else []), *callbacks]
         kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 

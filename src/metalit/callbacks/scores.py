@@ -27,21 +27,24 @@ class ScoreTable(Callback):
     TensorBoard.
     """
 
+    def __init__(self) -> None:
+        self._told: list[str | Table] = []
+
     def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
-        """Print what ``validate`` found; draw the outer variable in the validations of a fit."""
+        """Keep what ``validate`` found; draw the outer variable in the validations of a fit."""
         if trainer.state.fn == "validate":
-            _report(trainer, learner, "val")
+            self._told = _report(trainer, learner, "val")
         elif isinstance(learner, BilevelLearner) and not trainer.sanity_checking:
             for logger in _tensorboards(trainer):
                 for name, value in leaves(learner.constants()):
                     logger.experiment.add_histogram(f"outer/{name}", value, learner.outer_step)
 
     def on_test_end(self, trainer: Trainer, learner: LightningModule) -> None:
-        """Print what ``test`` found."""
-        _report(trainer, learner, "test")
+        """Keep what ``test`` found."""
+        self._told = _report(trainer, learner, "test")
 
     def on_train_end(self, trainer: Trainer, learner: LightningModule) -> None:
-        """Print the scores of the outer variable as training left it, and write what it is."""
+        """Judge the outer variable as training left it, and write what it is."""
         loader = trainer.val_dataloaders
         if not (isinstance(learner, BilevelLearner) and loader):
             return
@@ -51,20 +54,27 @@ class ScoreTable(Callback):
         with learner.evaluating(), torch.no_grad():
             learner.scores = means([table for tasks in batches for table in learner.judge(tasks, "val", True)])
             results = learner.results(next(iter(loader)))
-        _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
+        self._told = _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
         for logger in _tensorboards(trainer):
-            _write(Path(logger.log_dir) / "results", results, getattr(trainer.datamodule, "columns", None))
+            folder = Path(logger.log_dir) / "results"
+            self._told += _write(folder, results, getattr(trainer.datamodule, "columns", None))
+
+    def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
+        """Print all that, below the progress bar, which is drawn until now."""
+        console = Console()
+        for part in self._told:
+            console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+        self._told = []
 
 
-def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str = "") -> None:
+def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str = "") -> list[str | Table]:
+    """Write the file of the scores, and return what to print of them."""
     scores: Scores = getattr(learner, "scores", {})
     if not (scores and trainer.is_global_zero):
-        return
-    console = Console()
-    console.print(f"scores on {split}{when}", soft_wrap=True)
-    console.print(_table(scores))
+        return []
     for logger in _tensorboards(trainer):
         pd.DataFrame.from_dict(scores, orient="index").to_csv(Path(logger.log_dir) / f"{split}.csv", index_label="row")
+    return [f"scores on {split}{when}", _table(scores)]
 
 
 def _table(scores: Scores) -> Table:
@@ -78,7 +88,9 @@ def _table(scores: Scores) -> Table:
     return table
 
 
-def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: list[str] | None) -> None:
+def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: list[str] | None) -> list[str]:
+    """Write the files of the results, and return a line that says where, for each."""
+    lines = []
     for file, columns in results.items():
         folder.mkdir(parents=True, exist_ok=True)
         frame = pd.DataFrame()
@@ -89,7 +101,8 @@ def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: lis
         if names is not None and file == "features":
             frame.index = pd.Index(names)
         frame.to_csv(folder / f"{file}.csv", index_label="row")
-        print(f"{file + ':':<16} {folder / f'{file}.csv'}")
+        lines.append(f"{file + ':':<16} {folder / f'{file}.csv'}")
+    return lines
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
