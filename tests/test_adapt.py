@@ -87,6 +87,25 @@ def test_dropped_steps_drop_the_derivative_of_the_optimizers_state_too():
     assert [jacrev(last)(drag, dropped).item() for dropped in range(4)] == [-1 - 20 - 575, -15 - 550, -475, 0]
 
 
+def test_a_state_that_starts_from_the_inner_variable_is_a_constant_after_a_dropped_step():
+    class Anchored(InnerOptimizer):
+        """Halves the way to where it started."""
+
+        def init(self, inner):
+            return inner
+
+        def update(self, grad_fn, inner, state, outer, step):
+            return 0.5 * (inner + state), state
+
+    def last(theta, dropped):
+        *_, inner = iterates(Ramp(), Anchored(), {"problem": {}, "optimizer": {}}, theta, 2, dropped=dropped)
+        return inner
+
+    theta = torch.tensor(3.0)
+    assert [last(theta, dropped).item() for dropped in range(3)] == [3, 3, 3]
+    assert [jacrev(last)(theta, dropped).item() for dropped in range(3)] == [1, 0.5, 1]
+
+
 def test_iterates_yield_the_start_and_every_step():
     outer = {"problem": {"phi": PHI}, "optimizer": {}}
     path = list(iterates(THETA_PHI, SGD(LR), outer, THETA, 4))

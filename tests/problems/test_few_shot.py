@@ -289,3 +289,16 @@ def test_a_loss_with_trainable_parameters_is_refused():
     loss = nn.PReLU()
     with pytest.raises(InputError, match=r"PReLU.*trainable parameters"):
         FewShot(nn.Linear(2, 1), loss=loss)
+
+
+def test_dropout_draws_anew_in_each_inner_step_in_the_outer_loss_and_for_each_task():
+    problem, given = FewShot(MLP([2, 16, 1], dropout=0.5).double()), points(rows=20)
+    outer = problem.outer()
+
+    def losses(key):
+        task = Task(given, given, torch.tensor(key))
+        return [*(problem.inner_loss({}, outer, task, step) for step in range(3)), problem.outer_loss({}, outer, task)]
+
+    values = torch.stack([*losses(0), *losses(1)])
+    assert len(set(values.tolist())) == 8
+    assert_close(torch.stack([*losses(0), *losses(1)]), values, rtol=0, atol=0)
