@@ -250,6 +250,7 @@ def test_a_checkpoint_of_another_learner_is_refused(tmp_path):
         return kind(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), **options)
 
     data = TaskDataModule(Sine(), *[Episodes(4, 5, 5)] * 3)
+    bare(tmp_path).fit(few_shot(BilevelLearner), data)
     trainer(tmp_path / "meta").fit(few_shot(MetaLearner, eval_steps=1), data)
     with pytest.raises(InputError, match="another kind of learner: it holds no inner variable"):
         trainer(tmp_path).fit(few_shot(BilevelLearner), data, ckpt_path=last(tmp_path / "meta"))
@@ -326,6 +327,9 @@ def test_learned_step_sizes_of_a_nested_inner_variable(tmp_path):
         assert not torch.equal(value, before[name]), name
     saved = torch.load(last(tmp_path), weights_only=True)["state_dict"]
     assert torch.equal(saved["learned.lr.deep.w"], parameters(module)["optimizer.lr.deep.w"])
+    # the norm of all that is learned, before the first step
+    logged = scalars(tmp_path)["train/outer_norm"][0]
+    assert logged == (1, pytest.approx(float(norm(before)), rel=1e-6))
 
 
 def test_learned_step_sizes_need_a_shape_before_there_is_a_task():
@@ -502,6 +506,18 @@ def test_is_silent_about_what_is_solved(tmp_path):
         bare(tmp_path).fit(module)
 
 
+def test_an_inner_problem_that_is_solved_at_init_has_no_gradient_left(tmp_path):
+    class Solved(Centre):
+        def init(self, outer, task):
+            return task.c + outer["shift"]
+
+        def inner_loss(self, inner, outer, task, step):
+            return 0.5 * (inner - (task.c + outer["shift"])).square().sum()
+
+    trainer(tmp_path).fit(BilevelLearner(Solved(), SGD(0.5), Unrolled(1)), Own())
+    assert [value for _, value in scalars(tmp_path)["train/inner_grad_ratio"]] == [0.0] * 4
+
+
 # ---- errors before anything is trained
 
 
@@ -549,6 +565,13 @@ def test_refused_before_training(name, sanity, tmp_path):
         run.fit(module, data)
     assert sanity == 0 or run.global_step == 0
     assert name == "no loss" or (run.global_step == 0 and same(module.outer(), before))
+
+
+def test_a_learner_that_was_judged_is_tried_anew(tmp_path):
+    module = BilevelLearner(Centre(), SGD(0.1), FirstOrder(1))
+    bare(tmp_path).validate(module, Own(), verbose=False)
+    with pytest.raises(InputError, match="its gradient would be zero"):
+        bare(tmp_path).fit(module, Own())
 
 
 @pytest.mark.parametrize("sanity", [0, 2])
@@ -633,6 +656,19 @@ def test_an_outer_variable_that_is_not_finite_is_neither_judged_nor_drawn(tmp_pa
     with pytest.raises(NonFiniteError, match=r"at outer step 1\. No checkpoint"):
         run.fit(module, Own())
     assert not list(tmp_path.rglob("*.ckpt"))
+    # nor does a fit without validations or checkpoints end well
+    with pytest.raises(NonFiniteError, match="at outer step 1"):
+        bare(tmp_path, steps=1, limit_val_batches=0, log_every_n_steps=100).fit(module, Own())
+    # and none is saved between validations
+    module.problem.shift.data.fill_(1.0)
+    run = trainer(tmp_path, limit_val_batches=0, log_every_n_steps=100, callbacks=[LastCheckpoint(seconds=0.0)])
+    with pytest.raises(NonFiniteError, match="at outer step 1"):
+        run.fit(module, Own())
+    assert not list(tmp_path.rglob("*.ckpt"))
+    # what was found is forgotten in a new fit
+    module.problem.shift.data.fill_(1.0)
+    module.make_optimizer = sgd(0.1)
+    bare(tmp_path).fit(module, Own())
 
 
 # ---- evaluation

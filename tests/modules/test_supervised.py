@@ -271,6 +271,14 @@ def test_logs_the_loss_at_the_weights_and_how_sharp_it_is(tmp_path):
     assert float(after) > float(before)
 
 
+def test_noise_logs_its_size_alone(tmp_path):
+    trainer(tmp_path, steps=2).fit(SupervisedLearner(mlp(), None, WeightNoise(0.1)), classes())
+    logged = scalars(tmp_path)
+    # 67 weights
+    assert logged["train/perturbation_norm"][0][1] == pytest.approx(0.1 * 67**0.5, rel=0.3)
+    assert "train/sharpness" not in logged
+
+
 def test_plain_training_logs_no_perturbation(tmp_path):
     trainer(tmp_path, log_every_n_steps=2).fit(SupervisedLearner(mlp()), classes())
     logged = scalars(tmp_path)
