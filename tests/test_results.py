@@ -27,6 +27,33 @@ def test_sine_maml_is_at_least_as_good_as_published(metalit, tmp_path):
     assert before[0] > 3.0057 - before[1], "an error before adapting that is lower than any predictor's is a leak"
 
 
+def test_the_notebooks_protocol_trains_maml_as_well_as_published_after_one_step(metalit, tmp_path):
+    rows, _ = errors(metalit, tmp_path, "sine_maml_seed")
+    assert float(rows[1]["loss"]) <= FINN[1]
+    assert float(rows[10]["loss"]) <= FINN[10] + float(rows[10]["loss_ci95"])
+    assert float(rows[0]["loss"]) > 3.0057 - float(rows[0]["loss_ci95"])
+
+
+def test_cleaning_comes_close_to_training_on_the_clean_examples_alone(metalit, tmp_path):
+    rows, _ = errors(metalit, tmp_path, "bilevel_cleaning")
+    learned, corrupted, clean = (float(row["accuracy"]) for row in rows)
+    assert [row["row"] for row in rows] == ["learned", "all examples alike", "the clean examples alone"]
+    assert corrupted < 0.8 < 0.92 < learned < clean
+    assert float(rows[0]["f1"]) > 0.95
+
+
+def test_learned_penalties_beat_every_common_penalty_and_find_the_noise(metalit, tmp_path):
+    rows, _ = errors(metalit, tmp_path, "bilevel_ridge")
+    assert float(rows[0]["loss"]) < min(float(row["loss"]) for row in rows[1:])
+    assert float(rows[0]["log_penalty_noise"]) > float(rows[0]["log_penalty_real"]) + 1
+
+
+def test_low_rank_reaches_the_optimum_and_the_exact_factor_in_a_tenth_of_the_steps(metalit, tmp_path):
+    for name in ("low_rank", "low_rank_exact"):
+        rows, _ = errors(metalit, tmp_path, name)
+        assert float(rows[0]["excess"]) <= 1e-3 * float(rows[0]["eckart_young"])
+
+
 def test_curves_of_gapminder_beat_both_baselines(metalit, tmp_path):
     rows, output = errors(metalit, tmp_path, "curves_gapminder")
     column = "lifeExp_absolute_error"
