@@ -595,7 +595,7 @@ WRONG_DATA = {
     "rows": (lambda: cleaning(61), partial(SplitsDataModule, blobs()), "examples=61, but the data has 60"),
     "batch": (lambda: ridge(batch=100), table, "batch=100 is more than the 30 rows"),
     "classes": (lambda: cleaning(60, classes=2), partial(SplitsDataModule, blobs()), "at least 3 classes"),
-    "kind": (lambda: BilevelLearner(Logistic(3), SGD(), Unrolled(1)), table, "must be two classes"),
+    "kind": (lambda: BilevelLearner(Logistic(3), SGD(), Unrolled(1)), table, "must be the classes 0 and 1"),
     "matrix": (lambda: BilevelLearner(LowRank(3, 5), SGD(), Direct()), MatrixDataModule, "rows=3, but the data has 2"),
 }
 

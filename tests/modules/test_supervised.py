@@ -398,10 +398,7 @@ class Odd(nn.Module):
         return self.out(self.again(self.tied(self.frozen(x)).relu()).relu())
 
 
-TORCH = pytest.mark.xfail(reason="functional_call does not put back the parameters of a layer under two names")
-
-
-@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=TORCH)], ids=["one weight", "one layer"])
+@pytest.mark.parametrize("shared", [False, True], ids=["one weight", "one layer"])
 @pytest.mark.parametrize("rule", ["plain", "SAM"])
 def test_frozen_tied_and_unused_parameters(rule, shared, tmp_path):
     network = Odd(shared)

@@ -109,8 +109,8 @@ def test_the_results_are_weights_labels_and_what_was_corrupted():
     ("make", "told"),
     [
         (lambda: Cleaning(linear(2, 3), 0), "Cleaning: examples=0 must be at least 1"),
-        (lambda: Cleaning(linear(2, 3), 6, decay=-0.1), "Cleaning: decay=-0.1 must not be negative"),
-        (lambda: Cleaning(linear(2, 3), 6, decay=float("nan")), "Cleaning: decay=nan must not be negative"),
+        (lambda: Cleaning(linear(2, 3), 6, decay=-0.1), "Cleaning: decay=-0.1 must be a finite number"),
+        (lambda: Cleaning(linear(2, 3), 6, decay=float("nan")), "Cleaning: decay=nan must be a finite number"),
         (lambda: Cleaning(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), 6), "Cleaning: BatchNorm mixes the rows"),
         (lambda: Cleaning(nn.Tanh(), 6), "Cleaning: network has no trainable parameter; unfreeze one"),
         (lambda: Cleaning(linear(2, 3).requires_grad_(False), 6), "Cleaning: network has no trainable parameter"),
@@ -133,7 +133,7 @@ def test_what_cannot_be_is_refused(make, told):
         (
             cleaning(),
             TASK._replace(train=Points(TASK.train.x, draw(6))),
-            "Cleaning: the targets must be classes, not real numbers",
+            "Cleaning: the targets must be classes, ",
         ),
         (Cleaning(linear(3, 3), 6), TASK, "Cleaning: network cannot take rows of 2 columns: mat1 and mat2"),
         (
@@ -157,3 +157,13 @@ def test_data_that_does_not_fit_is_refused(problem, task, told):
 
 def test_deep_networks_and_spare_classes_are_fine():
     Cleaning(MLP([2, 4, 5]).double(), 6).check(TASK)
+
+
+def test_dropout_is_refused():
+    with pytest.raises(InputError, match="Cleaning: dropout"):
+        Cleaning(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), 3)
+
+
+def test_targets_with_a_column_are_no_classes():
+    with pytest.raises(InputError, match=r"Cleaning: the targets must be classes, \[rows\]"):
+        Cleaning(nn.Linear(2, 2), 3).check_targets(torch.tensor([[0], [1]]))

@@ -134,5 +134,19 @@ def test_ridge_refuses_classes_and_several_columns(y):
 
 @pytest.mark.parametrize("y", [torch.zeros(6), torch.tensor([0, 1, 2, 0, 1, 0])])
 def test_logistic_regression_refuses_real_numbers_and_three_classes(y):
-    with pytest.raises(InputError, match=r"^Logistic: the targets must be two classes; for real numbers there is"):
+    with pytest.raises(
+        InputError, match=r"^Logistic: the targets must be the classes 0 and 1, .*; for real numbers there is"
+    ):
         Logistic(3).check(CLASSES._replace(train=Points(CLASSES.train.x, y)))
+
+
+@pytest.mark.parametrize("y", [torch.tensor([-1, 1, 1]), torch.tensor([[0], [1], [1]]), torch.tensor([0, 2, 1])])
+def test_logistic_takes_the_classes_0_and_1_alone(y):
+    with pytest.raises(InputError, match=r"Logistic: the targets must be the classes 0 and 1"):
+        Logistic(2).check_targets(y)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_penalty_is_finite(value):
+    with pytest.raises(InputError, match="log_penalty="):
+        Ridge(2, log_penalty=value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metalit.autodiff.module import _KeyedDropout
+from metalit.autodiff.functional import _KeyedDropout
 from metalit.autodiff.names import of_module
 from metalit.autodiff.perturbations import Perturbation
 from metalit.autodiff.untouched import untouched

@@ -12,7 +12,7 @@ from torch.func import jacfwd, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
-from metalit.autodiff.module import _KeyedDropout, call, sees_other_rows
+from metalit.autodiff.functional import _KeyedDropout, call, sees_other_rows
 from metalit.autodiff.names import matching, of_module
 from metalit.autodiff.untouched import untouched
 from metalit.errors import InputError

@@ -8,16 +8,20 @@ from torch import nn
 
 @contextmanager
 def untouched(module: object) -> Iterator[None]:
-    """Leave the recurrent layers of ``module`` as they were; ``torch.func.functional_call`` leaves all others so.
+    """Leave ``module`` as it was, where ``torch.func.functional_call`` alone does not.
 
-    They keep a list of their weights for cuDNN, in which the last evaluated ones would stay until the next forward.
+    A layer that is registered under two names would keep the tensors that it was evaluated with. Recurrent layers keep
+    a list of their weights for cuDNN, in which the last evaluated ones would stay until the next forward.
     """
-    layers = (
-        [layer for layer in module.modules() if isinstance(layer, nn.RNNBase)] if isinstance(module, nn.Module) else []
-    )
-    held = [(layer._flat_weights, layer._flat_weight_refs) for layer in layers]
+    layers = list(module.modules()) if isinstance(module, nn.Module) else []
+    held = [(layer, dict(layer._parameters), dict(layer._buffers)) for layer in layers]
+    recurrent = [layer for layer in layers if isinstance(layer, nn.RNNBase)]
+    lists = [(layer._flat_weights, layer._flat_weight_refs) for layer in recurrent]
     try:
         yield
     finally:
-        for layer, (weights, references) in zip(layers, held, strict=True):
+        for layer, parameters, buffers in held:
+            layer._parameters.update(parameters)
+            layer._buffers.update(buffers)
+        for layer, (weights, references) in zip(recurrent, lists, strict=True):
             layer._flat_weights, layer._flat_weight_refs = weights, references

@@ -1,5 +1,6 @@
 """The implicit hypergradient: differentiate the condition that the inner problem is solved, not the way there."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -27,7 +28,8 @@ class Implicit(Hypergradient):
     ∂outer_loss/∂φ − Jᵀq,  (H + damping · I) q = ∂outer_loss/∂θ,  H = ∂²inner_loss/∂θ²,  J = ∂²inner_loss/∂φ∂θ at θ*.
 
     Valid at a stationary point of the inner loss where H is positive definite: take enough inner steps (a warm start
-    saves them), and watch ``inner_grad_norm``. Where the inner loss takes minibatches, H and J are of the next one.
+    saves them), and watch ``inner_grad_norm``. Where the inner loop starts does not matter there, so what only ``init``
+    knows of the outer variable gets no gradient. Where the inner loss takes minibatches, H and J are of the next one.
 
     Args:
         steps: the number of inner steps; memory does not grow with it.
@@ -49,8 +51,8 @@ class Implicit(Hypergradient):
 
     def __post_init__(self) -> None:
         check_steps("Implicit", self.steps)
-        if not self.damping >= 0:
-            raise InputError(f"Implicit: damping={self.damping} must not be negative")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"Implicit: damping={self.damping} must be a finite number, 0 or more")
         if not self.stationary > 0:
             raise InputError(f"Implicit: stationary={self.stationary} must be positive, such as 0.01")
 

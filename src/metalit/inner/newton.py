@@ -1,5 +1,6 @@
 """Newton's method: solves an inner problem that is quadratic in one step."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,14 @@ class Newton(InnerOptimizer):
         damping: what is added to the diagonal of the Hessian.
 
     Raises:
-        InputError: a negative damping.
+        InputError: a damping that is negative or not finite.
     """
 
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0:
-            raise InputError(f"Newton: damping={self.damping} must not be negative")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"Newton: damping={self.damping} must be a finite number, 0 or more")
 
     @property
     def second_order(self) -> bool:

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, adapt
-from metalit.autodiff import per_sample_gradients
 from metalit.data.base import Split, task_keys
 from metalit.data.stream import EvalStream, TrainStream
 from metalit.errors import InputError
@@ -256,13 +255,8 @@ class BilevelLearner(TwoLevelLearner):
             raise InputError(
                 f"SampleGradientNorms: {type(self.problem).__name__} does not fit rows; leave the callback out"
             )
-        problem, task = self.problem, _take(self.cast(tasks), 0)
-
-        def loss(x: Tensor, y: Tensor, **inner: Tensor) -> Tensor:
-            return problem.row_losses(problem.predict(inner, x.unsqueeze(0)), y.unsqueeze(0))[0]
-
-        slopes = per_sample_gradients(loss, *task.train[:2], parameters=self.solve(task), flat=True)
-        return slopes.norm(dim=1), task.corrupted
+        task = _take(self.cast(tasks), 0)
+        return self.problem.sample_gradient_norms(self.solve(task), task.train), task.corrupted
 
     # ---- checkpoints
 

@@ -81,7 +81,14 @@ class TwoLevelLearner(OuterLearner):
         diagnose = partial(self.diagnose, estimate, outer, tasks, start)
         logged = self.step_outer(estimate.loss, estimate.gradient, diagnose)
         if logged:
-            for kind, complaint in self.hypergradient.complaints(logged).items():
+            complaints = self.hypergradient.complaints(logged)
+            if logged["grad_norm"] == 0:
+                complaints["zero"] = (
+                    "the outer gradient is exactly 0: where the inner loop starts, the inner gradient does not depend "
+                    "on the outer variable (zero weights under a penalty?); take more inner steps, or set "
+                    "model.warm_start"
+                )
+            for kind, complaint in complaints.items():
                 if kind not in self._told:
                     self._told.add(kind)
                     rank_zero_warn(f"outer step {self.global_step}: {complaint}")

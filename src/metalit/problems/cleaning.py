@@ -1,12 +1,13 @@
 """Data hyper-cleaning: a weight for each training example, learned on clean validation examples."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metalit.autodiff import call, sees_other_rows
+from metalit.autodiff import call, draws, sees_other_rows
 from metalit.errors import InputError
 from metalit.problem import Splits
 from metalit.problems.rows import Batch, RowsProblem, check_size
@@ -28,8 +29,8 @@ class Cleaning(RowsProblem):
         batch, outer_batch: see :class:`~metalit.problems.rows.RowsProblem`.
 
     Raises:
-        InputError: no example, a negative decay, BatchNorm, a network without a trainable parameter; later: data of
-            another number of rows or columns, or without classes.
+        InputError: no example, a negative decay, BatchNorm or dropout, a network without a trainable parameter; later:
+            data of another number of rows or columns, or without classes.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Cleaning(RowsProblem):
         super().__init__(batch, outer_batch)
         if examples < 1:
             raise InputError(f"Cleaning: examples={examples} must be at least 1")
-        if not decay >= 0:
-            raise InputError(f"Cleaning: decay={decay} must not be negative")
+        if not (math.isfinite(decay) and decay >= 0):
+            raise InputError(f"Cleaning: decay={decay} must be a finite number, 0 or more")
         if sees_other_rows(network):
             raise InputError("Cleaning: BatchNorm mixes the rows that are to be weighted; use LayerNorm or GroupNorm")
+        if draws(network):
+            raise InputError("Cleaning: dropout would weight the rows too; leave it out, and use decay")
         self.trained = [name for name, value in network.named_parameters() if value.requires_grad]
         if not self.trained:
             raise InputError("Cleaning: network has no trainable parameter; unfreeze one with requires_grad_()")
@@ -98,12 +101,18 @@ class Cleaning(RowsProblem):
         weight = torch.sigmoid(outer["logit"])
         return {"examples": {"weight": weight, "label": task.train.y, "corrupted": task.corrupted}}
 
+    def check_targets(self, y: Tensor) -> None:
+        """Classes."""
+        if y.is_floating_point() or y.dim() != 1:
+            raise InputError(
+                f"Cleaning: the targets must be classes, [rows], and are {tuple(y.shape)} of {y.dtype}; for a CSV, set "
+                "data.rows.classes=true"
+            )
+
     def check(self, task: Splits) -> None:
         """Raise an ``InputError`` for data of another number of rows, or without classes."""
         super().check(task)
         check_size("Cleaning", "examples", self.examples, len(task.train.x), "training rows")
-        if task.train.y.is_floating_point():
-            raise InputError("Cleaning: the targets must be classes, not real numbers")
         try:
             scores = self.predict(self.init(self.outer(), task), task.train.x[:2])
         except RuntimeError as error:
@@ -111,7 +120,7 @@ class Cleaning(RowsProblem):
             raise InputError(
                 f"Cleaning: network cannot take rows of {columns} columns: {str(error).splitlines()[0]}"
             ) from error
-        classes = 1 + int(task.train.y.max())
+        classes = 1 + max(int(points.y.max()) for points in (task.train, task.val, task.test))
         if scores.dim() != 2 or scores.shape[1] < classes:
             raise InputError(
                 f"Cleaning: network returned shape {tuple(scores.shape)} for two rows; it must be [rows, classes] for "

@@ -69,6 +69,8 @@ class LowRank(Problem):
         """Raise an ``InputError`` for a matrix of another shape, or one that does not determine V."""
         check_size("LowRank", "rows", self.shape[0], task.values.shape[0], "rows")
         check_size("LowRank", "columns", self.shape[1], task.values.shape[1], "columns")
+        if not bool(task.values.any()):
+            raise InputError("LowRank: every observed entry of the matrix is 0, so there is nothing to approximate")
         least, rank = int(task.observed.sum(0).min()), self.u.shape[1]
         if self.exact and least < rank:
             raise InputError(

@@ -1,6 +1,6 @@
 """Linear models with a penalty for each feature, learned on validation rows: ridge and logistic regression."""
 
-from abc import abstractmethod
+import math
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class _Penalised(RowsProblem):
         super().__init__(batch, outer_batch)
         if features < 1:
             raise InputError(f"{type(self).__name__}: features={features} must be at least 1")
+        if not math.isfinite(log_penalty):
+            raise InputError(f"{type(self).__name__}: log_penalty={log_penalty} must be finite, such as -2")
         self.features = features
         self.intercept = intercept
         self.log_penalty = nn.Parameter(torch.full((features,), float(log_penalty)))
@@ -76,11 +78,6 @@ class _Penalised(RowsProblem):
         """Raise an ``InputError`` for a table of another number of columns, or of other targets."""
         super().check(task)
         check_size(type(self).__name__, "features", self.features, task.train.x.shape[-1], "input columns")
-        self.check_targets(task.train.y)
-
-    @abstractmethod
-    def check_targets(self, y: Tensor) -> None:
-        """Raise an ``InputError`` for targets of another kind."""
 
 
 class Ridge(_Penalised):
@@ -109,5 +106,8 @@ class Logistic(_Penalised):
 
     def check_targets(self, y: Tensor) -> None:
         """Two classes."""
-        if y.is_floating_point() or int(y.max()) > 1:
-            raise InputError("Logistic: the targets must be two classes; for real numbers there is Ridge")
+        if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) > 1:
+            raise InputError(
+                f"Logistic: the targets must be the classes 0 and 1, [rows], and are {tuple(y.shape)} of {y.dtype}, "
+                f"{y.min().item()} to {y.max().item()}; for real numbers there is Ridge"
+            )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metalit.autodiff import per_sample_gradients
 from metalit.errors import InputError
 from metalit.keys import fold, permutation
 from metalit.problem import Points, Problem, Splits
@@ -64,6 +65,23 @@ class RowsProblem(Problem):
         rows = _draw(fold(task.key, _OUTER_DRAW), len(task.val.x), self.outer_batch)
         return self.row_losses(self.predict(inner, task.val.x[rows]), task.val.y[rows]).mean()
 
+    def sample_gradient_norms(self, inner: Tree, points: Points) -> Tensor:
+        """The norm of each row's own loss gradient, ‖∇θ ℓᵢ(θ)‖, ``[rows]``.
+
+        Raises:
+            InputError: an inner variable that is no dictionary of tensors.
+        """
+        if not isinstance(inner, dict):
+            raise InputError(
+                f"{type(self).__name__}: per-sample gradients need an inner variable that is a dictionary of tensors, "
+                f"not a {type(inner).__name__}"
+            )
+
+        def loss(x: Tensor, y: Tensor, **inner: Tensor) -> Tensor:
+            return self.row_losses(self.predict(inner, x.unsqueeze(0)), y.unsqueeze(0))[0]
+
+        return per_sample_gradients(loss, points.x, points.y, parameters=inner, flat=True).norm(dim=1)
+
     def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
         """The mean row loss over the whole split, with the accuracy of classes, or the R² of real numbers."""
         points: Points = getattr(task, split)
@@ -71,8 +89,13 @@ class RowsProblem(Problem):
         losses = self.row_losses(prediction, points.y)
         return {"loss": losses.mean(), **_quality(prediction, points.y)}
 
+    def check_targets(self, y: Tensor) -> None:
+        """Raise an ``InputError`` for targets, ``[rows, 1]`` or classes ``[rows]``, that the losses cannot take."""
+
     def check(self, task: Splits) -> None:
-        """Raise an ``InputError`` for minibatches of more rows than there are."""
+        """Raise an ``InputError`` for minibatches of more rows than there are, or targets of another kind."""
+        for split in ("train", "val", "test"):
+            self.check_targets(getattr(task, split).y)
         for name, size, points in (("batch", self.batch, task.train), ("outer_batch", self.outer_batch, task.val)):
             if size != "all" and size > len(points.x):
                 raise InputError(

@@ -381,3 +381,11 @@ class _First(nn.Module):
 def test_dropout_of_rate_zero_draws_nothing():
     assert draws(nn.Dropout(0.1))
     assert not draws(nn.Dropout(0.0))
+
+
+def test_a_layer_under_two_names_keeps_its_parameters():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
+    network.append(network[0])
+    held = network[0].weight
+    call(network, {"0.weight": torch.zeros(2, 2, dtype=torch.float64)}, draw(4, 2))
+    assert network[0].weight is network[2].weight is held
