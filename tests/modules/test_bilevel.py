@@ -499,6 +499,16 @@ def test_warns_once_of_a_system_that_is_not_solved(tmp_path):
     assert "Neumann left 90 %" in found
 
 
+def test_warns_once_of_a_gradient_that_is_exactly_zero(tmp_path):
+    # the penalty of weights that are 0 is 0, whatever it is
+    data = SplitsDataModule(regression())
+    module = BilevelLearner(Ridge(3), SGD(0.1), JTg())
+    found = told_once(lambda: bare(tmp_path, log_every_n_steps=2).fit(module, data), "exactly 0")
+    assert found.startswith("outer step 2: ")
+    assert "set model.warm_start" in found
+    assert torch.equal(module.problem.log_penalty.detach(), torch.zeros(3))
+
+
 def test_is_silent_about_what_is_solved(tmp_path):
     module = BilevelLearner(Curved([1.0, 2.0]), Newton(), Implicit(1, CG(2)), optimizer=sgd(0.01))
     with warnings.catch_warnings():
