@@ -4,8 +4,9 @@
     python scripts/compare_seeds.py configs/bilevel_ridge.yaml
 
 Seed s sets the initial weights, the order of the rows and the split into train, val and test, alike for all configs, so
-that they, and the baselines that a test prints, are compared with the first one pair by pair. Whatever else is given
-goes on to ``metalit fit`` and ``metalit test``.
+that they, and the baselines that a test prints, are compared with the first one pair by pair, by the scores that all
+have. It takes the configs of bilevel and supervised learners. Whatever else is given goes on to ``metalit fit`` and
+``metalit test``.
 """
 
 import argparse
@@ -16,16 +17,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+SEEDS = {
+    "BatchDataModule": ["seed", "split_seed"],
+    "SplitsDataModule": ["seed", "split_seed"],
+    "MatrixDataModule": ["seed"],
+}
 Scores = dict[str, dict[str, float]]  # by row of the table of a test, then by name
 
 
 def scores(config: Path, seed: int, options: Sequence[str]) -> Scores:
     """Train and test one config with one seed; returns its ``test.csv``."""
     experiment = f"{config.stem}_seed{seed}"
-    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--data.split_seed={seed}"]
+    data = yaml.safe_load(config.read_text()).get("data", {}).get("class_path", "").rsplit(".", 1)[-1]
+    seeds = [f"--seed_everything={seed}", *(f"--data.{name}={seed}" for name in SEEDS.get(data, ()))]
     for subcommand in ("fit", "test"):
         command = [sys.executable, "-m", "metalit", subcommand, "--config", str(config), "--experiment", experiment]
         done = subprocess.run([*command, *seeds, *options], capture_output=True, text=True, check=False)
@@ -56,15 +64,16 @@ def main() -> None:
         for row in runs[0]:
             found[f"{config.stem}, {row}"] = [run[row] for run in runs]
     (first, best), *others = found.items()
+    names = [name for name in best[0] if all(name in rows[0] for rows in found.values())]
     table = Table(title=f"test scores over {given.seeds} seeds, mean ± standard deviation", title_justify="left")
-    for heading in ("", *best[0]):
+    for heading in ("", *names):
         table.add_column(heading)
     for label, rows in found.items():
-        table.add_row(label, *(summary([row[name] for row in rows]) for name in best[0]))
+        table.add_row(label, *(summary([row[name] for row in rows]) for name in names))
     table.add_section()
     for label, rows in others:
         pairs = list(zip(rows, best, strict=True))
-        table.add_row(f"{label} − {first}", *(summary([a[name] - b[name] for a, b in pairs]) for name in best[0]))
+        table.add_row(f"{label} − {first}", *(summary([a[name] - b[name] for a, b in pairs]) for name in names))
     Console(width=160).print(table)
 
 

@@ -266,3 +266,9 @@ def test_predict_without_a_file(metalit):
 def test_model_and_data_may_have_arguments_of_one_name(metalit):
     status, output = metalit("fit", "configs/sgd_digits.yaml", "--model.seed=1", "--data.seed=2")
     assert status == 0, output
+
+
+def test_no_validation_at_step_zero(metalit):
+    status, output = metalit("fit", MAML, "--trainer.val_check_interval=0")
+    assert status == 2
+    assert "trainer.val_check_interval=0 must be" in output

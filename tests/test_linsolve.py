@@ -229,3 +229,17 @@ def test_the_right_hand_side_is_left_as_it_was(solver):
     A, b = definite(3), {"x": draw(3, seed=2)}
     solver(lambda v: {"x": A @ v["x"]}, b)
     assert torch.equal(b["x"], draw(3, seed=2))
+
+
+def test_cg_in_single_precision_stops_at_rounding_and_calls_no_consistent_system_indefinite():
+    basis = torch.linalg.qr(draw(20, 20, seed=3)).Q[:, :10]
+    A = (basis * torch.linspace(1, 100, 10, dtype=torch.float64)) @ basis.T
+    b = A @ draw(20, seed=4)
+    found = CG(200)(lambda v: A.float() @ v, b.float())
+    assert not found.indefinite
+    assert (A @ found.x.double() - b).norm() < 1e-5 * b.norm()
+
+
+def test_cg_takes_a_right_hand_side_whose_squares_underflow():
+    b = torch.tensor([1e-25, 2e-25])
+    assert_close(CG(5)(lambda v: 2 * v, b).x, b / 2, rtol=1e-6, atol=0)

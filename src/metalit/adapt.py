@@ -64,7 +64,8 @@ def _update(
     step: int,
     first_order: bool,
 ) -> tuple[Tree, Any]:
-    grad_fn = grad(partial(problem.inner_loss, outer=outer["problem"], task=task, step=step))
+    # by position: a problem may name its arguments as it likes, such as theta and phi
+    grad_fn = grad(lambda inner: problem.inner_loss(inner, outer["problem"], task, step))
     if first_order:
         grad_fn = partial(_constant_gradient, grad_fn)
     return optimizer.update(grad_fn, inner, state, outer["optimizer"], step)

@@ -131,6 +131,8 @@ class MetalitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, before anything is built."""
         config = self.config[self.subcommand]
+        if config.trainer.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval=0 must be a number of steps, or a share of trainer.max_steps")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         name = config.experiment or self._first_config_name()

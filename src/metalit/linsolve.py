@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metalit.errors import InputError
-from metalit.tree import Tree, axpy, dot, flatten, norm, tree_map, unflatten
+from metalit.tree import Tree, axpy, dot, flatten, leaves, tree_map, unflatten
 
 MatVec = Callable[[Tree], Tree]
 
@@ -46,7 +46,7 @@ class CG(LinearSolver):
 
     Args:
         iterations: the number of steps.
-        tolerance: x stays as it is once ‖b − Ax‖ ≤ tolerance · ‖b‖.
+        tolerance: x stays as it is once ‖b − Ax‖ ≤ tolerance · ‖b‖, or that is rounding.
 
     Raises:
         InputError: no step, or a negative tolerance.
@@ -63,13 +63,13 @@ class CG(LinearSolver):
 
     def __call__(self, matvec: MatVec, b: Tree) -> Solution:
         """Iterate; steps beyond the tolerance change nothing."""
-        size = norm(b)
-        # with b of norm 1, and an end to it, squares do not underflow, which would look like no curvature
+        # entries of at most 1, and an end at rounding: squares that underflow would look like no curvature
+        size = torch.stack([leaf.abs().max() for _, leaf in leaves(b)]).max()
         unit = torch.where(size > 0, size, 1.0)
         residual = direction = tree_map(lambda value: value / unit, b)
         x = tree_map(torch.zeros_like, b)
         square = dot(residual, residual)
-        enough = max(self.tolerance, torch.finfo(square.dtype).eps ** 2) ** 2
+        enough = max(self.tolerance, torch.finfo(square.dtype).eps) ** 2 * square
         indefinite = torch.zeros_like(square, dtype=torch.bool)
         for _ in range(self.iterations):
             product = matvec(direction)

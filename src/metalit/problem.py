@@ -96,8 +96,8 @@ class Problem(nn.Module, ABC):
         """Return scalars that judge an inner variable on the split ``val`` or ``test``; ``loss`` must be among them."""
         return {"loss": self.outer_loss(inner, outer, task)}
 
-    def baselines(self, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
-        """Return other outer variables, by name, whose scores stand beside the learned one's."""
+    def baselines(self, outer: dict[str, Tensor], task: Any) -> dict[str, tuple[dict[str, Tensor], Any]]:
+        """Return other outer variables, by name, each with its task, whose scores stand beside the learned one's."""
         return {}
 
     def results(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:

@@ -343,7 +343,7 @@ def test_draws_that_cannot_follow_a_key_are_refused(layer):
     def run(_, key):
         return call(layer, {}, torch.ones(4, 6), key=key if draws(layer) else None)
 
-    with pytest.raises(InputError, match="draws random numbers by other means"):
+    with pytest.raises(InputError, match="draws random numbers that would not follow the task"):
         for_each_task(run, {}, torch.arange(3))
 
 

@@ -508,7 +508,7 @@ def test_fast_dev_run_and_no_validation(tmp_path):
 
 REFUSED = {
     "width": (lambda: mlp(5, 3), None, classes, r"cannot take inputs of shape \(2, 4\), 4 column"),
-    "classes": (lambda: mlp(4, 2), None, classes, r"shape \(2, 2\).*at least 3 classes"),
+    "classes": (lambda: mlp(4, 2), None, classes, r"\(2, 2\) for two rows.*one output for each of 3 classes"),
     "outputs": (lambda: mlp(3, 2), None, partial(BatchDataModule, regression()), r", 2\) and the targets \(\d+, 1\)"),
     "reduction": (mlp, nn.CrossEntropyLoss(), classes, 'reduction="none"'),
 }  # fmt: skip

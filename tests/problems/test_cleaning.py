@@ -88,12 +88,23 @@ def test_the_baselines_are_all_examples_and_the_clean_ones():
     problem = cleaning()
     found = problem.baselines(problem.outer(), TASK)
     assert list(found) == ["all examples alike", "the clean examples alone"]
-    for name, weights in (
-        ("all examples alike", [1.0] * 6),
-        ("the clean examples alone", [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]),
-    ):
-        assert found[name].keys() == {"logit"}
-        assert_close(torch.sigmoid(found[name]["logit"]).tolist(), weights, rtol=0, atol=1e-16)
+    for name, rows in (("all examples alike", [0, 1, 2, 3, 4, 5]), ("the clean examples alone", [0, 2, 3, 5])):
+        own, task = found[name]
+        assert own.keys() == {"logit"}
+        assert_close(torch.sigmoid(own["logit"]).tolist(), [1.0] * len(rows), rtol=0, atol=1e-16)
+        assert torch.equal(task.train.x, TASK.train.x[rows])
+        assert torch.equal(task.train.y, TASK.train.y[rows])
+        assert task.val is TASK.val
+        assert task.test is TASK.test
+
+
+def test_the_bar_of_the_clean_examples_is_the_mean_over_them():
+    problem = cleaning()
+    own, task = problem.baselines(problem.outer(), TASK)["the clean examples alone"]
+    theta = problem.init({}, TASK)
+    rows = problem.row_losses(problem.predict(theta, TASK.train.x), TASK.train.y)[~TASK.corrupted]
+    found = problem.inner_loss(theta, own, task, 0)
+    assert_close(found, rows.mean() + problem.penalty(theta, own), rtol=1e-12, atol=0)
 
 
 def test_the_results_are_weights_labels_and_what_was_corrupted():

@@ -93,7 +93,8 @@ def test_the_mean_log_penalties_of_noise_and_of_the_rest_are_told_apart():
 def test_the_baselines_are_one_penalty_for_all():
     found = ridge().baselines(ridge().outer(), REAL)
     assert list(found) == ["0.00248 for all", "0.0183 for all", "0.135 for all", "1 for all"]
-    for (name, own), value in zip(found.items(), (-6, -4, -2, 0), strict=True):
+    for (name, (own, task)), value in zip(found.items(), (-6, -4, -2, 0), strict=True):
+        assert task is REAL
         assert own["log_penalty"].tolist() == [value] * 3
         assert own["log_penalty"].dtype == torch.float64
         assert math.isclose(float(name.split()[0]), math.exp(value), rel_tol=5e-3)
@@ -150,3 +151,8 @@ def test_logistic_takes_the_classes_0_and_1_alone(y):
 def test_a_penalty_is_finite(value):
     with pytest.raises(InputError, match="log_penalty="):
         Ridge(2, log_penalty=value)
+
+
+def test_a_constant_target_is_refused():
+    with pytest.raises(InputError, match=r"Ridge: the targets of a split are all 3: nothing can be fitted"):
+        Ridge(2).check_targets(torch.full((4, 1), 3.0))

@@ -101,11 +101,16 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any) -> 
     try:
         return vmap(fn, in_dims=(None, dims))(outer, tasks)
     except RuntimeError as error:
+        if "data-dependent control flow" in str(error):
+            raise InputError(
+                "problem: a loss decides by the value of a tensor (if, while, .item()), which cannot be vectorised "
+                "over tasks; use torch.where"
+            ) from error
         if "randomness error mode" not in str(error):
             raise
         raise InputError(
-            "network: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d "
-            "and Dropout3d, so its draws would not follow the task; use those"
+            "problem: it, or its network, draws random numbers that would not follow the task; use metalit.keys with "
+            "the task's key, and in a network the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d"
         ) from error
 
 

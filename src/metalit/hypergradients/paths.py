@@ -1,5 +1,6 @@
 """Which paths lead from the outer variable to the outer loss, and whether an estimator carries their derivatives."""
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,15 +21,21 @@ Path = Literal["init", "inner_loss", "outer_loss", "inner optimiser"]
 ALL: frozenset[Path] = frozenset(get_args(Path))
 
 
-def paths(problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None) -> set[Path]:
-    """Find, by autograd on one task, where the outer variable enters: ``init`` counts only where nothing else starts.
+def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None) -> dict[Path, set[str]]:
+    """Find, by autograd on one task, which outer parameters enter where; ``init`` counts unless ``start`` is given.
 
     Raises:
-        InputError: a loss that is no scalar; an inner loss that does not depend on the inner variable.
+        InputError: a loss that is no scalar, an inner variable that is no tree; an inner loss that does not depend on
+            the inner variable.
     """
     with torch.enable_grad():
         own = _free(outer["problem"])
         initial = problem.init(own, task) if start is None else start
+        if not isinstance(initial, Tensor | dict):
+            raise InputError(
+                f"{type(problem).__name__}.init returned a {type(initial).__name__}; it must return a tensor or a "
+                "dictionary of tensors"
+            )
         inner = _free(initial)
         inner_loss, outer_loss = None, problem.outer_loss(inner, own, task)
         check_scalar("outer_loss", problem, outer_loss)
@@ -40,13 +47,13 @@ def paths(problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, 
                     f"{type(problem).__name__}.inner_loss does not depend on the inner variable, so no inner step "
                     "changes it; compute it from its argument `inner`"
                 )
-        found: dict[Path, bool] = {
-            "init": start is None and _reaches(own, [value for _, value in leaves(initial)]),
-            "inner_loss": inner_loss is not None and _reaches(own, [inner_loss]),
+        found: dict[Path, set[str]] = {
+            "init": _reaches(own, [value for _, value in leaves(initial)] if start is None else []),
+            "inner_loss": _reaches(own, [] if inner_loss is None else [inner_loss]),
             "outer_loss": _reaches(own, [outer_loss]),
-            "inner optimiser": bool(outer["optimizer"]),
+            "inner optimiser": set(outer["optimizer"]),
         }
-    return {path for path, there in found.items() if there}
+    return {path: names for path, names in found.items() if names}
 
 
 def check_paths(
@@ -57,9 +64,13 @@ def check_paths(
     task: Any,
     start: Tree | None = None,
 ) -> None:
-    """Raise an :class:`InputError` where ``kind`` is no estimator for this problem with this inner optimiser."""
+    """Raise an :class:`InputError` where ``kind`` is no estimator for this problem with this inner optimiser.
+
+    Warns of single outer parameters to which it carries no derivative.
+    """
     name, estimator = type(problem).__name__, kind.__name__
-    found = paths(problem, optimizer, outer, task, start)
+    entries = paths(problem, outer, task, start)
+    found = entries.keys()
     own = found - {"inner optimiser"}
     if not own and (outer["problem"] or not found):
         warm = " (with a warm start, its init does not count)" if start is not None else ""
@@ -82,6 +93,14 @@ def check_paths(
             f"hypergradient {estimator} learns through {_words(kind.needs or kind.carries)}, but the outer variable of "
             f"{name} enters through {_words(own)} alone: its gradient would be zero or wrong; use Unrolled"
         )
+    moved = set().union(*(names for path, names in entries.items() if path in kind.carries))
+    still = sorted(set().union(*entries.values()) - moved)
+    if still:
+        warnings.warn(
+            f"hypergradient {estimator} carries no derivative to {', '.join(still)} of {name}, which will not move; "
+            "that is right for what matters at init alone where the inner problem is solved; else use Unrolled",
+            stacklevel=2,
+        )
 
 
 def check_scalar(method: str, problem: Problem, value: Any) -> None:
@@ -96,15 +115,17 @@ def _free(tree: Tree) -> Tree:
     return tree_map(lambda value: value.detach().clone().requires_grad_(value.is_floating_point()), tree)
 
 
-def _reaches(tree: Tree, values: Iterable[Tensor]) -> bool:
-    sources = [value for _, value in leaves(tree) if value.requires_grad]
+def _reaches(tree: Tree, values: Iterable[Tensor]) -> set[str]:
+    """The names of those leaves that the values depend on; a tree that is a leaf has the name ``""``."""
+    sources = {name: value for name, value in leaves(tree) if value.requires_grad}
     targets = [value for value in values if value.requires_grad]
     if not (sources and targets):
-        return False
+        return set()
     ones = [torch.ones_like(value) for value in targets]
-    slopes = torch.autograd.grad(targets, sources, ones, retain_graph=True, allow_unused=True)
-    return any(slope is not None for slope in slopes)
+    slopes = torch.autograd.grad(targets, list(sources.values()), ones, retain_graph=True, allow_unused=True)
+    return {name for name, slope in zip(sources, slopes, strict=True) if slope is not None}
 
 
 def _words(chosen: Iterable[Path]) -> str:
-    return " and ".join(path for path in get_args(Path) if path in chosen)
+    *most, last = (path for path in get_args(Path) if path in chosen)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -56,6 +56,8 @@ class OuterLearner(LightningModule, ABC):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
+        if next(leaves(self.outer()), None) is None:
+            raise InputError("model: it has no trainable parameter to learn; give the problem an nn.Parameter")
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
         optimizer = made("model.optimizer", self.make_optimizer or torch.optim.Adam, parameters)
         configured: dict[str, Any] = {"optimizer": optimizer}

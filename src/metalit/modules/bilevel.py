@@ -40,8 +40,9 @@ class BilevelLearner(TwoLevelLearner):
         hypergradient: how the outer variable learns from it, and in how many inner steps.
         warm_start: start each outer step where the last one left the inner variable, instead of at ``init``; then it is
             part of the checkpoint.
-        eval_steps: judge the inner variable after so many steps from ``init``; if not given, as training takes them,
-            from the warm start if there is one. Baselines always start from ``init``.
+        eval_steps: judge the inner variable after so many steps from ``init``, and the baselines likewise. If not
+            given, it is judged after as many steps as training takes; if it is warm-started, as training left it, and
+            without baselines, which would have seen fewer steps.
         draws: without a DataModule, the number of keys in each outer step, over all ranks.
         seed: without a DataModule, the seed of the keys.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
@@ -149,6 +150,10 @@ class BilevelLearner(TwoLevelLearner):
 
     def _initial(self, tasks: Any) -> Tree:
         own = self.constants()["problem"]
+        if not tree_leaves(self.problem.init(own, _take(tasks, 0))):
+            raise InputError(
+                f"model.warm_start: {type(self.problem).__name__} has no inner variable to start from; leave it out"
+            )
         return _stack([self.problem.init(own, _take(tasks, index)) for index in range(_count(tasks))])
 
     # ---- evaluation
@@ -200,15 +205,16 @@ class BilevelLearner(TwoLevelLearner):
             task, outer = _take(tasks, index), self.constants()
             inner = self.solve(task, index)
             table = {LEARNED: self._scored(inner, outer, task, split)}
-            others = self.problem.baselines(outer["problem"], task) if baselines else {}
-            for name, own in others.items():
+            alike = self.eval_steps is not None or not self.warm_start
+            others = self.problem.baselines(outer["problem"], task) if baselines and alike else {}
+            for name, (own, posed) in others.items():
                 other = {**outer, "problem": {**outer["problem"], **own}}
-                table[name] = self._scored(self._from_init(other, task), other, task, split)
+                table[name] = self._scored(self._from_init(other, posed), other, posed, split)
             found.append(table)
         return found
 
     def solve(self, task: Any, index: int = 0) -> Tree:
-        """The inner variable at the present outer one.
+        """The inner variable that is judged: see ``eval_steps``.
 
         Args:
             task: one task, without a dimension of tasks.
@@ -225,8 +231,7 @@ class BilevelLearner(TwoLevelLearner):
                 f"model.warm_start: training left the inner variables of {_count(held)} task(s), and a batch of more "
                 "is judged; set model.eval_steps, to judge each from its init"
             )
-        start = self.cast(tree_map(lambda value: value[index], held))
-        return adapt(self.problem, self.inner_optimizer, outer, task, self.hypergradient.steps, start)
+        return self.cast(tree_map(lambda value: value[index], held))
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
         steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
@@ -238,6 +243,10 @@ class BilevelLearner(TwoLevelLearner):
             raise InputError(
                 f"{type(self.problem).__name__}.scores returned {sorted(scores)}; 'loss' must be among them"
             )
+        for name, value in scores.items():
+            if torch.as_tensor(value).numel() != 1:
+                owner = f"{type(self.problem).__name__}.scores"
+                raise InputError(f"{owner}: {name!r} has shape {tuple(value.shape)}; it must be a scalar")
         return {name: float(value) for name, value in scores.items()}
 
     def results(self, tasks: Any) -> Mapping[str, Mapping[str, Tensor]]:

@@ -120,12 +120,12 @@ class SupervisedLearner(OuterLearner):
         """Try the network on two rows, before anything is trained.
 
         Raises:
-            InputError: it cannot take them, or lacks a score for each class.
+            InputError: it cannot take them, or lacks a score for each class; the loss cannot take what it says.
         """
         super().on_fit_start()
         data = self.trainer.datamodule
         if isinstance(data, BatchDataModule):
-            x = self.cast(data.points("train").x[:2])
+            x, y = self.cast((data.points("train").x[:2], data.points("train").y[:2]))
             state = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             try:
                 with torch.no_grad():
@@ -136,11 +136,21 @@ class SupervisedLearner(OuterLearner):
                     f"{str(error).splitlines()[0]}"
                 ) from error
             classes = len(data.classes)
-            if classes and (scores.dim() < 2 or scores.shape[1] < classes):
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if not isinstance(scores, Tensor) or (classes and (scores.dim() < 2 or scores.shape[1] < classes)):
                 raise InputError(
-                    f"model.network returned shape {tuple(scores.shape)} for two rows; it must be [rows, classes] for "
-                    f"at least {classes} classes"
+                    f"model.network returned {shape} for two rows; it must be a tensor [rows, outputs], one output for "
+                    f"each of {classes} classes"
+                    if classes
+                    else f"model.network returned a {shape}; it must be a tensor [rows, outputs]"
                 )
+            try:
+                row_losses(self.loss, scores, y)
+            except RuntimeError as error:
+                raise InputError(
+                    f"model.loss {type(self.loss).__name__} cannot take predictions {shape} and targets "
+                    f"{tuple(y.shape)} of {y.dtype}: {str(error).splitlines()[0]}"
+                ) from error
 
     # ---- evaluation
 
@@ -166,7 +176,7 @@ class SupervisedLearner(OuterLearner):
         """Log the scores."""
         values = {f"val/{name}": value for name, value in self._scored().items()}
         for name, value in values.items():
-            self.log(name, value, logger=False, prog_bar=True, batch_size=1)
+            self.log(name, value, logger=False, prog_bar=True, sync_dist=True, batch_size=1)
         if not self.trainer.sanity_checking:
             self.write_scalars(values, in_hparams=True)
             self.step_plateau(values)
@@ -174,7 +184,7 @@ class SupervisedLearner(OuterLearner):
     def on_test_epoch_end(self) -> None:
         """Log the scores."""
         values = {f"test/{name}": value for name, value in self._scored().items()}
-        self.log_dict(values, logger=False, batch_size=1)
+        self.log_dict(values, logger=False, sync_dist=True, batch_size=1)
         self.write_scalars(values)
 
     def _collect(self, batch: Batch) -> None:
@@ -210,5 +220,10 @@ class SupervisedLearner(OuterLearner):
         return slopes.norm(dim=1), data.splits.corrupted.to(self.device)
 
     def _points(self, batch: Batch) -> Points:
-        points = batch if isinstance(batch, Points) else Points(*batch)
-        return self.cast(points)
+        pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+        if not (isinstance(batch, Points) or pair):
+            raise InputError(
+                f"data: SupervisedLearner takes batches of inputs and targets, and got a {type(batch).__name__}; use "
+                "BatchDataModule, or a DataLoader of pairs"
+            )
+        return self.cast(batch if isinstance(batch, Points) else Points(*batch))

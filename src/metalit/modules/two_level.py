@@ -29,12 +29,22 @@ class TwoLevelLearner(OuterLearner):
         problem, inner_optimizer, hypergradient: what is learned, how the inner variable moves, and how the outer one
             learns from it.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
+
+    Raises:
+        InputError: an argument of another kind.
     """
 
     def __init__(
         self, problem: Problem, inner_optimizer: InnerOptimizer, hypergradient: Hypergradient, **options: Any
     ) -> None:
         super().__init__(**options)
+        for name, value, kind in (
+            ("problem", problem, Problem),
+            ("inner_optimizer", inner_optimizer, InnerOptimizer),
+            ("hypergradient", hypergradient, Hypergradient),
+        ):
+            if not isinstance(value, kind):
+                raise InputError(f"{name}={value!r} must be an object of a class that derives from {kind.__name__}")
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
@@ -101,7 +111,7 @@ class TwoLevelLearner(OuterLearner):
         def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
             task, inner, begun = given
             init = self.problem.init(own, task)
-            slope = grad(partial(self.problem.inner_loss, outer=own, task=task, step=step))
+            slope = grad(lambda inner: self.problem.inner_loss(inner, own, task, step))
             values = dict(self.problem.watch(init if begun is None else begun, inner, own, slopes, task))
             if next(leaves(inner), None) is not None:
                 left, at_init = norm(slope(inner)), norm(slope(init))

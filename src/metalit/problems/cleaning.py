@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from metalit.autodiff import call, draws, sees_other_rows
 from metalit.errors import InputError
-from metalit.problem import Splits
+from metalit.problem import Points, Splits
 from metalit.problems.rows import Batch, RowsProblem, check_size
 from metalit.tree import Tree, dot
 
@@ -88,13 +88,15 @@ class Cleaning(RowsProblem):
             scores["f1"] = (2 * hits / (2 * hits + wrong)).to(scores["loss"].dtype)
         return scores
 
-    def baselines(self, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
-        """Trained on all examples alike, and on the clean ones alone."""
-        certain = torch.full_like(outer["logit"], _CERTAIN)
-        same = {"all examples alike": {"logit": certain}}
-        if bool(task.corrupted.any()):
-            same["the clean examples alone"] = {"logit": torch.where(task.corrupted, -certain, certain)}
-        return same
+    def baselines(self, outer: dict[str, Tensor], task: Splits) -> dict[str, tuple[dict[str, Tensor], Splits]]:
+        """Trained on all examples alike, and on the clean ones alone, each by the mean over the rows that it sees."""
+        certain, clean = torch.full_like(outer["logit"], _CERTAIN), ~task.corrupted
+        found = {"all examples alike": ({"logit": certain}, task)}
+        if not bool(clean.all()):
+            train = Points(task.train.x[clean], task.train.y[clean])
+            alone = task._replace(train=train, corrupted=task.corrupted[clean])
+            found["the clean examples alone"] = ({"logit": certain[clean]}, alone)
+        return found
 
     def results(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
         """``examples``: the weight of each, its label, and whether that was corrupted."""

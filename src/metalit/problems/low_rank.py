@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from metalit.errors import InputError
 from metalit.problem import Matrix, Problem
-from metalit.problems.rows import check_size
+from metalit.problems.rows import check_size, check_task
 
 
 class LowRank(Problem):
@@ -67,6 +67,7 @@ class LowRank(Problem):
 
     def check(self, task: Matrix) -> None:
         """Raise an ``InputError`` for a matrix of another shape, or one that does not determine V."""
+        check_task(self, task, Matrix, "MatrixDataModule")
         check_size("LowRank", "rows", self.shape[0], task.values.shape[0], "rows")
         check_size("LowRank", "columns", self.shape[1], task.values.shape[1], "columns")
         if not bool(task.values.any()):

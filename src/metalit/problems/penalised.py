@@ -65,10 +65,10 @@ class _Penalised(RowsProblem):
             scores["log_penalty_real"] = outer["log_penalty"][~task.noise].mean()
         return scores
 
-    def baselines(self, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
+    def baselines(self, outer: dict[str, Tensor], task: Splits) -> dict[str, tuple[dict[str, Tensor], Splits]]:
         """The same penalty for all features, for some values of it."""
-        same = {f"{torch.tensor(value).exp():.3g} for all": value for value in _GRID}
-        return {name: {"log_penalty": torch.full_like(outer["log_penalty"], value)} for name, value in same.items()}
+        same = {f"{math.exp(value):.3g} for all": torch.full_like(outer["log_penalty"], value) for value in _GRID}
+        return {name: ({"log_penalty": value}, task) for name, value in same.items()}
 
     def results(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
         """``features``: their log-penalties and weights."""
@@ -84,7 +84,7 @@ class Ridge(_Penalised):
     """Ridge regression: row loss ½(xᵀw − y)².
 
     With λ = exp(φ), H = XᵀX/n + diag(λ) and q = H⁻¹ X_vᵀ(X_v w − y_v)/n_v: ∂outer_loss/∂φⱼ = −λⱼ wⱼ qⱼ (Bengio 2000,
-    "Gradient-based optimization of hyperparameters").
+    "Gradient-based optimization of hyperparameters"); an intercept is a column of ones in X whose λ is 0.
     """
 
     def row_losses(self, prediction: Tensor, y: Tensor) -> Tensor:
@@ -95,6 +95,10 @@ class Ridge(_Penalised):
         """One column of real numbers."""
         if not y.is_floating_point() or y.numel() != len(y):
             raise InputError("Ridge: the targets must be one column of real numbers; for two classes there is Logistic")
+        if bool((y == y.flatten()[0]).all()):
+            raise InputError(
+                f"Ridge: the targets of a split are all {y.flatten()[0].item():.4g}: nothing can be fitted"
+            )
 
 
 class Logistic(_Penalised):

@@ -94,6 +94,7 @@ class RowsProblem(Problem):
 
     def check(self, task: Splits) -> None:
         """Raise an ``InputError`` for minibatches of more rows than there are, or targets of another kind."""
+        check_task(self, task, Splits, "SplitsDataModule")
         for split in ("train", "val", "test"):
             self.check_targets(getattr(task, split).y)
         for name, size, points in (("batch", self.batch, task.train), ("outer_batch", self.outer_batch, task.val)):
@@ -108,6 +109,14 @@ def check_size(owner: str, name: str, value: int, there: int, what: str) -> None
     """Raise an ``InputError`` unless a size in the config is that of the data."""
     if value != there:
         raise InputError(f"{owner}: {name}={value}, but the data has {there} {what}; set {name} to {there}")
+
+
+def check_task(problem: Problem, task: Any, kind: type, module: str) -> None:
+    """Raise an ``InputError`` unless a task is of the kind that the problem is posed on."""
+    if not isinstance(task, kind):
+        raise InputError(
+            f"data: {type(problem).__name__} is posed on {kind.__name__}, not on {type(task).__name__}; use {module}"
+        )
 
 
 def _draw(key: Tensor, count: int, size: Batch) -> Any:
