@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.dropout import _DropoutNd
 
-from metalit.autodiff.functional import _KeyedDropout, call, sees_other_rows
+from metalit.autodiff.functional import _KeyedDropout, call, draws, sees_other_rows
 from metalit.autodiff.names import matching, of_module
 from metalit.autodiff.untouched import untouched
 from metalit.errors import InputError
@@ -40,7 +39,7 @@ def for_each_row(
     count = _check_inputs(inputs, 1 if loss is None else 2)
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} must be at least 1, or None for all rows at once")
-    evaluate, values = _evaluation(fn, inputs if loss is None else inputs[:-1], parameters, key)
+    evaluate, values = _evaluation(fn, parameters, key)
     if by == "parameters" and parameters is None and not isinstance(fn, nn.Module):
         raise InputError(
             "parameters: a plain function needs those to differentiate by; or give by=0 for its first input"
@@ -125,14 +124,14 @@ def scalar(value: Tensor, owner: str) -> Tensor:
 
 
 def _evaluation(
-    fn: Function, inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor] | None, key: Tensor | None
+    fn: Function, parameters: Mapping[str, Tensor] | None, key: Tensor | None
 ) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
     """``evaluate(parameters, row, key)`` and the parameters at which the derivatives are taken."""
     if not isinstance(fn, nn.Module):
-        return _of_function(fn, inputs, dict(parameters or {}))
+        return _of_function(fn, dict(parameters or {}))
     if sees_other_rows(fn):
         raise InputError("fn: its BatchNorm mixes the rows, so no row has a gradient of its own; use GroupNorm")
-    if key is None and any(isinstance(layer, _DropoutNd) and layer.training and layer.p for layer in fn.modules()):
+    if key is None and draws(fn):
         raise InputError("key: None, but the dropout is active; give a key of metalit.keys, or call .eval()")
     own = {name: value.detach() for name, value in fn.named_parameters()}
     trainable = {name: own[name] for name, value in fn.named_parameters() if value.requires_grad}
@@ -150,23 +149,31 @@ def _evaluation(
 
 
 def _of_function(
-    fn: Function, inputs: tuple[Tensor, ...], parameters: dict[str, Tensor]
+    fn: Function, parameters: dict[str, Tensor]
 ) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
     for name, value in parameters.items():
         if not isinstance(value, Tensor):
             raise InputError(f"parameters: {name!r} is {value!r}, not a tensor")
-    try:
-        signature(fn).bind(*inputs, **parameters)
-    except TypeError as error:
-        raise InputError(f"parameters: {list(parameters)} and {len(inputs)} inputs do not fit fn: {error}") from None
-    except ValueError:  # functions of C have no signature
-        pass
 
     def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
-        with nullcontext() if key is None else _KeyedDropout(key):
-            return _tensor(fn(*row, **state), "fn")
+        try:
+            with nullcontext() if key is None else _KeyedDropout(key):
+                return _tensor(fn(*row, **state), "fn")
+        except TypeError:
+            _check_arguments(fn, row, state)
+            raise
 
     return evaluate, parameters
+
+
+def _check_arguments(fn: Function, row: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> None:
+    """Raise an :class:`InputError` if ``fn`` does not take these; asked when a call failed, as it costs as much."""
+    try:
+        signature(fn).bind(*row, **parameters)
+    except TypeError as error:
+        raise InputError(f"parameters: {list(parameters)} and {len(row)} inputs do not fit fn: {error}") from None
+    except ValueError:  # functions of C have no signature
+        pass
 
 
 def _chosen(
