@@ -550,3 +550,11 @@ def test_refused_at_once():
         SupervisedLearner(mlp(), Weighted())
     with pytest.raises(InputError, match="clip_norm=-1"):
         SupervisedLearner(mlp(), clip_norm=-1.0)
+
+
+def test_a_trial_leaves_the_buffers_of_a_layer_under_two_names(tmp_path):
+    norm = nn.BatchNorm1d(4)
+    network = nn.Sequential(norm, nn.Linear(4, 4), norm, nn.Linear(4, 3))
+    held = norm.running_mean
+    bare(tmp_path, 1).fit(SupervisedLearner(network), classes())
+    assert norm.running_mean is held

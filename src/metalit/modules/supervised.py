@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from metalit.adapt import Outer
 from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients
+from metalit.autodiff.untouched import untouched
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
 from metalit.keys import fold
@@ -128,7 +129,7 @@ class SupervisedLearner(OuterLearner):
             x, y = self.cast((data.points("train").x[:2], data.points("train").y[:2]))
             state = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             try:
-                with torch.no_grad():
+                with torch.no_grad(), untouched(self.network):
                     scores = functional_call(self.network, state, x)
             except RuntimeError as error:
                 raise InputError(
