@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, outer_variable
-from metalit.hypergradients import Direct, Estimate, FirstOrder, Hypergradient, Implicit, JTg, Truncated, Unrolled
+from metalit.hypergradients import (
+    Direct,
+    Estimate,
+    FirstOrder,
+    Hypergradient,
+    Implicit,
+    JTg,
+    Recomputed,
+    Truncated,
+    Unrolled,
+)
 from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
 from metalit.linsolve import CG, Dense, Neumann
 from metalit.problem import Matrix, Points, Problem, Splits, Task
@@ -166,6 +176,8 @@ PROBLEMS = {
 ESTIMATORS = {
     "Unrolled": Unrolled(3),
     "Unrolled, each step counts": Unrolled(3, (0.2, 0.3, 0.5)),
+    "Recomputed": Recomputed(3),
+    "Recomputed, each step counts": Recomputed(3, (0.2, 0.3, 0.5)),
     "Truncated": Truncated(4, 2),
     "FirstOrder": FirstOrder(3),
     "Implicit, CG": Implicit(3, CG(30, 1e-14)),

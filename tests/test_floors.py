@@ -10,7 +10,7 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve"), 1),
+    **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve"), 1),
     **dict.fromkeys(("problem", "inner"), 2),
     **dict.fromkeys(("adapt", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),

@@ -49,12 +49,12 @@ def iterates(
     yield inner
     for step in range(steps):
         seen = _constants(inner, state, outer) if step < dropped else (inner, state, outer)
-        moved, state = _update(problem, optimizer, *seen, task, step, first_order)
+        moved, state = inner_step(problem, optimizer, *seen, task, step, first_order)
         inner = tree_map(_identity, moved, inner) if step < dropped else moved
         yield inner
 
 
-def _update(
+def inner_step(
     problem: Problem,
     optimizer: InnerOptimizer,
     inner: Tree,
@@ -62,8 +62,9 @@ def _update(
     outer: Outer,
     task: Any,
     step: int,
-    first_order: bool,
+    first_order: bool = False,
 ) -> tuple[Tree, Any]:
+    """Take inner step number ``step``: inner variable and state after it, from those before."""
     # by position: a problem may name its arguments as it likes, such as theta and phi
     grad_fn = grad(lambda inner: problem.inner_loss(inner, outer["problem"], task, step))
     if first_order:

@@ -21,7 +21,9 @@ SIGMAS = 5
 def module_of(file=None, ranks=1, rank=0, step=0, max_steps=1000, stage="fit", inner_rank=None, **arguments):
     """A module that is set up, whose trainer is at ``step``; ``inner_rank`` is that of the matrix."""
     data = MatrixDataModule(file, rank=inner_rank, **arguments)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, max_steps=max_steps, global_step=step)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=ranks, max_steps=max_steps, global_step=step, lightning_module=None
+    )
     data.setup(stage)
     return data
 

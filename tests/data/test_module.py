@@ -17,7 +17,10 @@ def data_of(tasks=None, trainer=None, **arguments):
     data = TaskDataModule(tasks or Sine(), **(dict.fromkeys(SPLITS, SOME) | arguments))
     if trainer is not None:
         data.trainer = SimpleNamespace(
-            **({"global_rank": 0, "world_size": 1, "max_steps": 10, "global_step": 0} | trainer)
+            **(
+                {"global_rank": 0, "world_size": 1, "max_steps": 10, "global_step": 0, "lightning_module": None}
+                | trainer
+            )
         )
     return data
 
@@ -243,5 +246,5 @@ def test_counts_that_are_no_whole_numbers_are_refused(episodes, told_of):
 
 def test_fewer_tasks_than_processes_are_refused():
     data = TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(3, 5, 5), Episodes(4, 5, 5))
-    data.trainer = SimpleNamespace(global_rank=0, world_size=4, max_steps=5, global_step=0)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4, max_steps=5, global_step=0, lightning_module=None)
     told(lambda: data.setup("fit"), "data.val.tasks=3 leaves some of 4 processes")

@@ -41,7 +41,9 @@ class Source(RowSource):
 def module_of(kind=SplitsDataModule, rows=None, rank=0, ranks=1, step=0, max_steps=1000, stage="fit", **arguments):
     """A module that is set up, whose trainer is at ``step``."""
     data = kind(Source(rows_of() if rows is None else rows), **arguments)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, max_steps=max_steps, global_step=step)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=ranks, max_steps=max_steps, global_step=step, lightning_module=None
+    )
     data.setup(stage)
     return data
 

@@ -28,7 +28,9 @@ def data_of(distribution, rank=0, ranks=1, step=0, seed=0):
     """A data module whose trainer is at ``step``."""
     each = {"shots": 3, "queries": 4}
     data = TaskDataModule(distribution, Episodes(TASKS, **each), Episodes(17, **each), Episodes(9, **each), seed=seed)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, max_steps=1000, global_step=step)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=ranks, max_steps=1000, global_step=step, lightning_module=None
+    )
     return data
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metalit.data.base import Split
-from metalit.data.stream import Draw, EvalStream, TrainStream
+from metalit.data.stream import Draw, EvalStream, TrainStream, fused_steps
 from metalit.errors import InputError
 from metalit.problem import Matrix, Splits
 
@@ -74,7 +74,8 @@ class DrawsDataModule(LightningDataModule, ABC):
             raise InputError(
                 f"trainer.max_steps={steps}: draws have no last one, so give the number of outer steps, such as 10000"
             )
-        return TrainStream(draw, self.number, steps, lambda: self.trainer.global_step, *self.ranks)
+        here = fused_steps(self.trainer)
+        return TrainStream(draw, self.number, steps, lambda: self.trainer.global_step, *self.ranks, here)
 
     def train_dataloader(self) -> Any:
         """The draws of every outer step."""
@@ -107,9 +108,11 @@ class DrawsDataModule(LightningDataModule, ABC):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move each tensor, an expanded one as the one that it repeats."""
 
-        def moved(leaf: Tensor | None) -> Tensor | None:
-            if leaf is None or leaf.ndim == 0 or leaf.stride(0):
-                return None if leaf is None else leaf.to(device)
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if leaf.ndim == 0 or leaf.stride(0):
+                return leaf.to(device)
             return leaf[:1].to(device).expand(leaf.shape)
 
         return tree_map(moved, batch)

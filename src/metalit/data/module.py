@@ -11,7 +11,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution, task_keys
-from metalit.data.stream import EvalStream, TrainStream
+from metalit.data.stream import EvalStream, TrainStream, fused_steps
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
 from metalit.problem import Task
@@ -122,6 +122,7 @@ class TaskDataModule(LightningDataModule):
             steps,
             lambda: self.trainer.global_step,
             *self._ranks,
+            fused_steps(self.trainer),
         )
 
     def val_dataloader(self) -> EvalStream:

@@ -1,8 +1,10 @@
 """The order in which tasks come: decided by the global index alone, whoever draws them and whenever."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -11,6 +13,18 @@ from metalit.problem import Task
 _BLOCK = 64  # steps drawn in one call: a call costs as much for 64 steps as for one
 
 Draw = Callable[[Tensor], Task]
+
+
+class Fused(NamedTuple):
+    """The tasks of several outer steps, one after the other along the leading dimension of every tensor."""
+
+    tasks: Any
+    steps: int
+
+
+def fused_steps(trainer: Trainer) -> int:
+    """How many outer steps the learner takes on each batch, if it is one that fuses any."""
+    return getattr(trainer.lightning_module, "fused_steps", 1)
 
 
 class TrainStream:
@@ -22,10 +36,18 @@ class TrainStream:
         steps: the number of outer steps; the length of the stream.
         first_step: tells, when iteration starts, at which step to go on.
         rank, ranks: which share is ours.
+        fused: if more than one, so many steps come at once, :class:`Fused`; it divides ``steps`` and the first step.
     """
 
     def __init__(
-        self, draw: Draw, tasks: int, steps: int, first_step: Callable[[], int], rank: int = 0, ranks: int = 1
+        self,
+        draw: Draw,
+        tasks: int,
+        steps: int,
+        first_step: Callable[[], int],
+        rank: int = 0,
+        ranks: int = 1,
+        fused: int = 1,
     ) -> None:
         self.draw = draw
         self.share = tasks // ranks
@@ -33,21 +55,23 @@ class TrainStream:
         self.offset = rank * self.share
         self.steps = steps
         self.first_step = first_step
+        self.fused = fused
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps // self.fused
 
-    def __iter__(self) -> Iterator[Task]:
-        step = self.first_step()
+    def __iter__(self) -> Iterator[Task | Fused]:
+        step, length = self.first_step(), self.fused * max(1, _BLOCK // self.fused)
         while True:
             # blocks start at multiples of their length, so that a resumed run makes the very same calls
-            start = step - step % _BLOCK
-            steps = torch.arange(start, start + _BLOCK).unsqueeze(-1)
+            start = step - step % length
+            steps = torch.arange(start, start + length).unsqueeze(-1)
             index = steps * self.stride + self.offset + torch.arange(self.share)
             block = self.draw(index.flatten())
-            for position in range(step - start, _BLOCK):
-                yield take(block, slice(position * self.share, (position + 1) * self.share))
-            step = start + _BLOCK
+            for position in range(step - start, length, self.fused):
+                tasks = take(block, slice(position * self.share, (position + self.fused) * self.share))
+                yield Fused(tasks, self.fused) if self.fused > 1 else tasks
+            step = start + length
 
 
 class EvalStream:

@@ -5,6 +5,7 @@ from metalit.hypergradients.direct import Direct
 from metalit.hypergradients.first_order import FirstOrder
 from metalit.hypergradients.implicit import Implicit
 from metalit.hypergradients.jtg import JTg
+from metalit.hypergradients.recomputed import Recomputed
 from metalit.hypergradients.truncated import Truncated
 from metalit.hypergradients.unrolled import Unrolled
 
@@ -15,6 +16,7 @@ __all__ = [
     "Hypergradient",
     "Implicit",
     "JTg",
+    "Recomputed",
     "Truncated",
     "Unrolled",
     "for_each_task",

@@ -3,14 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map as pytree_map
@@ -18,14 +21,20 @@ from torch.utils._pytree import tree_map as pytree_map
 from metalit.adapt import Outer
 from metalit.errors import InputError, NonFiniteError
 from metalit.modules.optimizers import changes, groups, made, settings
-from metalit.tree import flatten, leaves, unflatten
+from metalit.tree import leaves, unflatten
+
+_FLAGS = 64  # so many steps' results are kept at most, until it is seen whether they are finite
+
+
+def _nothing() -> None:
+    """The closure that Lightning gives to optimisers too."""
 
 
 class OuterLearner(LightningModule, ABC):
     """A LightningModule with manual optimisation whose ``training_step`` ends in :meth:`step_outer`.
 
     Args:
-        optimizer: makes the outer optimiser; Adam with step size 0.001 if not given.
+        optimizer: makes the outer optimiser; fused Adam with step size 0.001 if not given.
         scheduler: makes its learning-rate scheduler, stepped once for each outer step (``ReduceLROnPlateau`` once for
             each validation).
         lr_by_name: outer learning rates by shell-style patterns of parameter names, the first match counts.
@@ -49,6 +58,9 @@ class OuterLearner(LightningModule, ABC):
             raise InputError(f"model.clip_norm={clip_norm} must be positive; leave it out to clip nothing")
         self._bad_step = torch.tensor(-1)
         self._known_step = 0
+        self._flags: list[Tensor] = []
+        self._step_is_heard = True
+        self._gradient: tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     @abstractmethod
     def outer(self) -> Outer:
@@ -59,7 +71,7 @@ class OuterLearner(LightningModule, ABC):
         if next(leaves(self.outer()), None) is None:
             raise InputError("model: it has no trainable parameter to learn; give the problem an nn.Parameter")
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
-        optimizer = made("model.optimizer", self.make_optimizer or torch.optim.Adam, parameters)
+        optimizer = made("model.optimizer", self.make_optimizer or partial(torch.optim.Adam, fused=True), parameters)
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
             scheduler = made("model.scheduler", self.make_scheduler, optimizer)
@@ -72,40 +84,59 @@ class OuterLearner(LightningModule, ABC):
         self._configured = settings(optimizer, configured.get("lr_scheduler"))
         return configured
 
-    def step_outer(
-        self, loss: Tensor, gradient: Outer, diagnose: Callable[[], dict[str, Tensor]] | None = None
-    ) -> dict[str, float]:
+    def step_outer(self, found: Tensor, diagnose: Callable[[], dict[str, Tensor]] | None = None) -> dict[str, float]:
         """Average loss and gradient over the ranks, write the gradient to the outer parameters, and step them.
 
         Args:
-            loss: the outer loss of this rank's tasks.
-            gradient: its gradient, shaped like :meth:`outer`; the only gradient that is ever written.
-            diagnose: makes more scalars by name, to be logged; called before the step, where a log is due.
+            found: the outer loss of this rank's tasks and its gradient, shaped like :meth:`outer`, as
+                :func:`~metalit.modules.estimates.packed`; the only gradient that is ever written.
+            diagnose: makes more scalars by name, to be logged; called before the step, where a log is due. If not
+                given, none ever is.
 
         Returns:
             What was logged, by name without its ``train/``; nothing where no log was due.
         """
-        flat = self.mean_over_ranks(torch.cat([loss.detach().reshape(1), flatten(gradient)]))
-        self._watch(flat)
-        outer = self.outer()
-        for (_, parameter), (_, piece) in zip(leaves(outer), leaves(unflatten(flat[1:], outer)), strict=True):
-            parameter.grad = piece.to(parameter.dtype)
-        optimizer = self.optimizers()
-        due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        flat = self.mean_over_ranks(found)
+        self._flags.append(flat[-1])
+        self._write(flat[1:-1])
+        due = diagnose is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
-        scalars = self._scalars(flat, diagnose() if diagnose else {}) if due else {}
-        optimizer.step()
+        scalars = self._scalars(flat, diagnose()) if due else {}
+        optimizer = self.optimizers()
+        if self._step_is_heard:
+            optimizer.step()
+        else:
+            optimizer._on_before_step()
+            optimizer.optimizer.step(_nothing)
+            optimizer._on_after_step()
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
+        if diagnose is not None or len(self._flags) == _FLAGS:
+            self._watch()
         if due:
             self.raise_if_not_finite()
             self.log("train/loss", scalars["loss"], logger=False, prog_bar=True)
             self.write_scalars({f"train/{name}": value for name, value in scalars.items()})
         return scalars
 
+    def _write(self, gradient: Tensor) -> None:
+        # buffers that stay: to make a view for each parameter costs as much as the step of the optimiser
+        if self._gradient is None or any(parameter.grad is not grad for parameter, grad, _ in self._gradient[1]):
+            outer, buffer = self.outer(), torch.empty_like(gradient)
+            slots = []
+            for (_, parameter), (_, view) in zip(leaves(outer), leaves(unflatten(buffer, outer)), strict=True):
+                parameter.grad = view if view.dtype == parameter.dtype else torch.empty_like(parameter)
+                slots.append((parameter, parameter.grad, view))
+            self._gradient = buffer, slots
+        buffer, slots = self._gradient
+        buffer.copy_(gradient)
+        for _, grad, view in slots:
+            if grad is not view:
+                grad.copy_(view)
+
     def _scalars(self, flat: Tensor, more: dict[str, Tensor]) -> dict[str, float]:
-        scalars = {"loss": float(flat[0]), "grad_norm": float(flat[1:].norm())}
+        scalars = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm())}
         if more:
             values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
             scalars |= dict(zip(more, values.tolist(), strict=True))
@@ -120,6 +151,16 @@ class OuterLearner(LightningModule, ABC):
         """Clip here, where gradients are true ones in every precision."""
         if self.clip_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
+
+    def _hears_steps(self) -> bool:
+        """Whether anything hooks into the optimiser's step: asking around costs Lightning more than a small step."""
+        trainer = self.trainer
+        hooked = [(callback, Callback, "on_before_optimizer_step") for callback in trainer.callbacks]
+        hooked += [(self, OuterLearner, "on_before_optimizer_step"), (self, OuterLearner, "optimizer_step")]
+        hooked += [(trainer.strategy, Strategy, "optimizer_step")]
+        hooked += [(trainer.precision_plugin, Precision, "optimizer_step")]
+        heard = (getattr(type(hook), name) is not getattr(base, name) for hook, base, name in hooked)
+        return self.clip_norm is not None or any(heard)
 
     def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
         """Send scalars to the loggers, on the one x-axis of all: the outer step.
@@ -152,9 +193,12 @@ class OuterLearner(LightningModule, ABC):
 
     # ---- what is not finite must neither go on nor be saved
 
-    def _watch(self, flat: Tensor) -> None:
-        bad = ~torch.isfinite(flat).all()
-        self._bad_step = torch.where(bad & (self._bad_step < 0), self.global_step + 1, self._bad_step)
+    def _watch(self) -> None:
+        flags, self._flags = torch.stack(self._flags) != 0, []
+        first = self.global_step - len(flags) + 1
+        steps = torch.arange(first, first + len(flags), device=flags.device)
+        bad = torch.where(flags, steps, steps[-1] + 1).amin()
+        self._bad_step = torch.where((bad <= steps[-1]) & (self._bad_step < 0), bad, self._bad_step)
 
     def raise_if_not_finite(self) -> None:
         """Stop if the loss or its gradient was NaN or infinite; reads a flag that stays on the device until then.
@@ -191,11 +235,12 @@ class OuterLearner(LightningModule, ABC):
                 f"trainer.precision={self.trainer.precision!r} scales losses, which outer gradients do not go through; "
                 "use bf16-mixed or 32-true"
             )
-        self._bad_step = torch.tensor(-1, device=self.device)
+        self._bad_step, self._flags = torch.tensor(-1, device=self.device), []
         self._log_hyperparameters()
 
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings."""
+        self._step_is_heard = self._hears_steps()
         for name, (asked, present) in changes(self._configured, self._present_settings()).items():
             rank_zero_warn(
                 f"the checkpoint keeps {name}={present} from the run that it continues; {asked}, as now configured, is "

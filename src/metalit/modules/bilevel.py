@@ -45,6 +45,7 @@ class BilevelLearner(TwoLevelLearner):
             without baselines, which would have seen fewer steps.
         draws: without a DataModule, the number of keys in each outer step, over all ranks.
         seed: without a DataModule, the seed of the keys.
+        compile, fused_steps, tasks_per_chunk: see :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -61,6 +62,9 @@ class BilevelLearner(TwoLevelLearner):
         eval_steps: int | None = None,
         draws: int = 1,
         seed: int = 0,
+        compile: bool = False,
+        fused_steps: int = 1,
+        tasks_per_chunk: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         lr_by_name: dict[str, float] | None = None,
@@ -70,6 +74,9 @@ class BilevelLearner(TwoLevelLearner):
             problem,
             inner_optimizer,
             hypergradient,
+            compile,
+            fused_steps,
+            tasks_per_chunk,
             optimizer=optimizer,
             scheduler=scheduler,
             lr_by_name=lr_by_name,
@@ -102,7 +109,8 @@ class BilevelLearner(TwoLevelLearner):
                 f"multiple of {ranks}"
             )
         draw = partial(task_keys, self.seed, "train")
-        return TrainStream(draw, self.draws, steps, lambda: self.trainer.global_step, self.trainer.global_rank, ranks)
+        first, rank = (lambda: self.trainer.global_step), self.trainer.global_rank
+        return TrainStream(draw, self.draws, steps, first, rank, ranks, self.fused_steps)
 
     def val_dataloader(self) -> EvalStream:
         """One key."""
@@ -115,9 +123,8 @@ class BilevelLearner(TwoLevelLearner):
     # ---- training
 
     def training_step(self, tasks: Any, batch_idx: int) -> None:
-        """Take one outer step."""
-        tasks = self.cast(tasks)
-        inner = self.step_on(tasks, self._start(tasks) if self.warm_start else None)
+        """Take one outer step, or as many as are fused."""
+        inner = self.steps_on(self.cast(tasks))
         if self.warm_start:
             self._own, self._all = tree_map(Tensor.detach, inner), None
 
@@ -132,8 +139,10 @@ class BilevelLearner(TwoLevelLearner):
             self._all = self._own if alone else tree_map(lambda value: value.flatten(0, 1), self.all_gather(self._own))
         return self._all
 
-    def _start(self, tasks: Any) -> Tree:
-        """Those of this rank's tasks."""
+    def start(self, tasks: Any) -> Tree | None:
+        """With a warm start, where the last step left this rank's tasks."""
+        if not self.warm_start:
+            return None
         share, ranks = _count(tasks), self.trainer.world_size
         if self._own is None and self._all is None:
             self._own = self._initial(tasks)

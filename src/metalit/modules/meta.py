@@ -37,6 +37,7 @@ class MetaLearner(TwoLevelLearner):
         inner_optimizer: how a task is adapted to.
         hypergradient: how the outer variable learns from it, and in how many inner steps.
         eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones.
+        compile, fused_steps, tasks_per_chunk: see :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -49,6 +50,9 @@ class MetaLearner(TwoLevelLearner):
         inner_optimizer: InnerOptimizer,
         hypergradient: Hypergradient,
         eval_steps: int = 10,
+        compile: bool = False,
+        fused_steps: int = 1,
+        tasks_per_chunk: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         lr_by_name: dict[str, float] | None = None,
@@ -58,6 +62,9 @@ class MetaLearner(TwoLevelLearner):
             problem,
             inner_optimizer,
             hypergradient,
+            compile,
+            fused_steps,
+            tasks_per_chunk,
             optimizer=optimizer,
             scheduler=scheduler,
             lr_by_name=lr_by_name,
@@ -78,13 +85,14 @@ class MetaLearner(TwoLevelLearner):
 
     def setup(self, stage: str) -> None:
         """Take over the data's normalisation, which belongs to what is learned."""
+        super().setup(stage)
         source = getattr(self.trainer.datamodule, "tasks", None)
         if stage != "predict" and source is not None:
             self.scaling = source.scaling()
 
     def training_step(self, tasks: Task, batch_idx: int) -> None:
-        """Take one outer step."""
-        self.step_on(self.cast(tasks))
+        """Take one outer step, or as many as are fused."""
+        self.steps_on(self.cast(tasks))
 
     def on_fit_start(self) -> None:
         """Try the network on a task, before anything is trained.

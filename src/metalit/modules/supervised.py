@@ -17,6 +17,7 @@ from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner
+from metalit.modules.estimates import packed
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
 from metalit.tree import flatten, norm, unflatten
@@ -109,7 +110,7 @@ class SupervisedLearner(OuterLearner):
             told |= {"perturbation_norm": norm(alpha)} if alpha else {}
             return told | ({"sharpness": value - plain[0][0]} if plain else {})
 
-        self.step_outer(plain[0][0] if plain else value, {"network": slopes}, diagnose)
+        self.step_outer(packed(plain[0][0] if plain else value, {"network": slopes}), diagnose)
 
     def _mean_gradient(self, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Over the ranks, so that α is that of the whole batch."""

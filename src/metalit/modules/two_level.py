@@ -1,21 +1,25 @@
 """What the learners with an inner variable share: the outer variable of problem and inner optimiser, and its step."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.func import grad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, outer_variable
+from metalit.data.stream import Fused
 from metalit.errors import InputError
-from metalit.hypergradients.base import Estimate, Hypergradient, for_each_task, over_tasks
+from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner
+from metalit.modules.estimates import Estimates, Found, packed
 from metalit.problem import Problem
-from metalit.tree import Tree, leaves, norm, tree_map
+from metalit.tree import Tree, leaves, norm, tree_map, unflatten
 
 
 class TwoLevelLearner(OuterLearner):
@@ -28,14 +32,27 @@ class TwoLevelLearner(OuterLearner):
     Args:
         problem, inner_optimizer, hypergradient: what is learned, how the inner variable moves, and how the outer one
             learns from it.
+        compile: compile the outer step (:class:`~metalit.compiled.Compiled`). It starts later and runs up to thirty
+            times as fast; what the compiler takes grows with the number of inner steps.
+        fused_steps: how many outer steps are taken on each call of the Trainer, whose own work small networks would
+            otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last.
+        tasks_per_chunk: how many tasks are evaluated at once on each rank, to save memory; all if not given.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
-        InputError: an argument of another kind.
+        InputError: an argument of another kind, or a number that is not positive; when training starts: numbers of
+            steps that are no multiples of ``fused_steps``.
     """
 
     def __init__(
-        self, problem: Problem, inner_optimizer: InnerOptimizer, hypergradient: Hypergradient, **options: Any
+        self,
+        problem: Problem,
+        inner_optimizer: InnerOptimizer,
+        hypergradient: Hypergradient,
+        compile: bool = False,
+        fused_steps: int = 1,
+        tasks_per_chunk: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         for name, value, kind in (
@@ -45,9 +62,17 @@ class TwoLevelLearner(OuterLearner):
         ):
             if not isinstance(value, kind):
                 raise InputError(f"{name}={value!r} must be an object of a class that derives from {kind.__name__}")
+        for name, number in (("fused_steps", fused_steps), ("tasks_per_chunk", tasks_per_chunk)):
+            if number is not None and number < 1:
+                raise InputError(f"model.{name}={number} must be at least 1")
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
+        self.fused_steps = fused_steps
+        self._estimates, self._diagnoses = (
+            Estimates(fn, problem, compile, tasks_per_chunk, name, _say)
+            for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
+        )
         self.learned = ParameterTree(_brought(problem, inner_optimizer))
         self._tried = False
         self._told: set[str] = set()
@@ -83,33 +108,73 @@ class TwoLevelLearner(OuterLearner):
         if self.trainer.state.fn == "fit":
             self.hypergradient.check(self.problem, self.inner_optimizer, self.constants(), task, first)
 
-    def step_on(self, tasks: Any, start: Tree | None = None) -> Tree:
-        """Take one outer step on a batch of tasks, and return the inner variables that it found."""
-        outer = self.constants()
-        self.try_out(tasks, start)
-        estimate = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
-        diagnose = partial(self.diagnose, estimate, outer, tasks, start)
-        logged = self.step_outer(estimate.loss, estimate.gradient, diagnose)
+    def start(self, tasks: Any) -> Tree | None:
+        """Where the inner variables of an outer step start, with a leading dimension of tasks; None for ``init``."""
+        return None
+
+    def steps_on(self, batch: Any) -> Tree:
+        """Take the outer steps of a batch: one on its tasks, or as many as are :class:`~metalit.data.stream.Fused`.
+
+        The first one begins at :meth:`start`, each further one there too, or, if that is not None, where the one before
+        it ended.
+
+        Returns:
+            The inner variables that the last step found.
+
+        Raises:
+            InputError: tasks that are not fused in ``fused_steps`` steps; what :meth:`try_out` raises.
+        """
+        tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
+        if steps != self.fused_steps:
+            raise InputError(
+                f"model.fused_steps={self.fused_steps}: the data gives the tasks of {steps} step(s) at once; leave it "
+                "out with a DataLoader of your own, or yield metalit.data.Fused"
+            )
+        values, form = tree_flatten(tasks)
+        each = list(zip(*(_split(value, steps) for value in values), strict=True))
+        outer, first = self.constants(), tree_unflatten(each[0], form)
+        start = self.start(first)
+        self.try_out(first, start)
+        estimate = self._estimates.bind(outer, first, start)
+        for number, values in enumerate(each, 1):
+            found = estimate([*values, *tree_flatten(start)[0]])
+            if number < steps:
+                self.step_outer(found.packed)
+                start = None if start is None else found.found().inner
+        made = found.found()
+        diagnose = partial(self.diagnose, made, outer, tree_unflatten(each[-1], form), start)
+        logged = self.step_outer(made.packed, diagnose)
         if logged:
-            complaints = self.hypergradient.complaints(logged)
-            if logged["grad_norm"] == 0:
-                complaints["zero"] = (
-                    "the outer gradient is exactly 0: where the inner loop starts, the inner gradient does not depend "
-                    "on the outer variable (zero weights under a penalty?); take more inner steps, or set "
-                    "model.warm_start"
-                )
-            for kind, complaint in complaints.items():
-                if kind not in self._told:
-                    self._told.add(kind)
-                    rank_zero_warn(f"outer step {self.global_step}: {complaint}")
-        return estimate.inner
+            self._complain(logged)
+        return made.inner
 
-    def diagnose(self, estimate: Estimate, outer: Outer, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
+    def _estimate(self, outer: Outer, tasks: Any, start: Tree | None) -> Found:
+        estimate = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
+        return Found(packed(estimate.loss, estimate.gradient), estimate.inner, estimate.metrics)
+
+    def _complain(self, logged: dict[str, float]) -> None:
+        complaints = self.hypergradient.complaints(logged)
+        if logged["grad_norm"] == 0:
+            complaints["zero"] = (
+                "the outer gradient is exactly 0: where the inner loop starts, the inner gradient does not depend on "
+                "the outer variable (zero weights under a penalty?); take more inner steps, or set model.warm_start"
+            )
+        for kind, complaint in complaints.items():
+            if kind not in self._told:
+                self._told.add(kind)
+                rank_zero_warn(f"outer step {self.global_step}: {complaint}")
+
+    def diagnose(self, made: Found, outer: Outer, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
         """What is worth knowing of an outer step beside its loss, as means over the tasks."""
-        own, slopes, step = outer["problem"], estimate.gradient["problem"], self.hypergradient.steps
+        gradient = unflatten(made.packed[1:-1], outer)
+        means = self._diagnoses((outer, gradient["problem"]), tasks, (made.inner, start)).metrics
+        return {"outer_norm": norm(outer), **means, **made.metrics}
 
-        def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
-            task, inner, begun = given
+    def _diagnosis(self, known: tuple[Outer, Tree], tasks: Any, path: tuple[Tree, Tree | None]) -> Found:
+        (outer, slopes), own, step = known, known[0]["problem"], self.hypergradient.steps
+
+        def one(_: Outer, given: tuple[Any, tuple[Tree, Tree | None]]) -> dict[str, Tensor]:
+            task, (inner, begun) = given
             init = self.problem.init(own, task)
             slope = grad(lambda inner: self.problem.inner_loss(inner, own, task, step))
             values = dict(self.problem.watch(init if begun is None else begun, inner, own, slopes, task))
@@ -122,11 +187,56 @@ class TwoLevelLearner(OuterLearner):
                 }
             return values
 
-        means = {
-            name: value.to(estimate.loss.dtype).mean()
-            for name, value in for_each_task(one, outer, (tasks, estimate.inner, start)).items()
-        }
-        return {"outer_norm": norm(outer), **means, **estimate.metrics}
+        dtype = next(leaves(outer))[1].dtype
+        values = for_each_task(one, outer, (tasks, path))
+        return Found(torch.empty(0), {}, {name: value.to(dtype).mean() for name, value in values.items()})
+
+    # ---- several outer steps on one call of the Trainer
+
+    def setup(self, stage: str) -> None:
+        """Let the Trainer, which counts its calls, validate after as many outer steps as it was told.
+
+        Raises:
+            InputError: it was told a number that is no multiple of ``fused_steps``.
+        """
+        self._asked_interval = self.trainer.val_check_interval
+        if stage != "fit" or self.fused_steps == 1:
+            return
+        for name in ("max_steps", "log_every_n_steps", "val_check_interval"):
+            number = getattr(self.trainer, name)
+            if isinstance(number, int) and number % self.fused_steps:
+                raise InputError(
+                    f"trainer.{name}={number} must be a multiple of model.fused_steps={self.fused_steps}: what "
+                    "happens between outer steps happens after that many"
+                )
+        if isinstance(self._asked_interval, int):
+            self.trainer.val_check_interval = self._asked_interval // self.fused_steps
+
+    def teardown(self, stage: str) -> None:
+        """Give the Trainer back what it was told."""
+        self.trainer.val_check_interval = self._asked_interval
+
+    def on_train_start(self) -> None:
+        """Check that outer steps are counted from a multiple of ``fused_steps``.
+
+        Raises:
+            InputError: the checkpoint lies between.
+        """
+        super().on_train_start()
+        if self.global_step % self.fused_steps:
+            raise InputError(
+                f"model.fused_steps={self.fused_steps}: the checkpoint is of outer step {self.global_step}, no "
+                "multiple of it; go on with the number that it was trained with"
+            )
+
+
+def _split(value: Any, steps: int) -> Sequence[Any]:
+    return value.split(len(value) // steps) if isinstance(value, Tensor) else [value] * steps
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(f"metalit: {line}", flush=True)
 
 
 def _brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:

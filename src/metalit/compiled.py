@@ -1,0 +1,214 @@
+"""Pure functions of trees of tensors as compiled programs, and as they stand where that cannot be.
+
+Dynamo is not asked: the function runs once on tensors without data (``make_fx``), vmap and every derivative
+included, and what it did is compiled as one program with no guards. So a network may do in Python whatever it likes,
+as long as it does the same each time; and the call costs little more than the arithmetic.
+"""
+
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Values = Sequence[Any]
+
+
+class Compiled:
+    """``fn`` compiled for each form of its arguments: tree, shapes, types, devices, numbers that are no tensors.
+
+    The first call of a form waits for the compiler, runs the program beside ``fn``, and keeps it only if both agree to
+    √ε; programs lie in torch's own cache on disk (``TORCHINDUCTOR_CACHE_DIR``), where the next process finds them.
+    Where there is no C++ compiler, ``fn`` cannot be traced, or the results differ, ``fn`` itself runs from then on.
+
+    Args:
+        fn: a pure function of trees, that returns a tree; it must not differentiate with respect to anything outside.
+        module: its parameters and buffers may change between calls; whatever else ``fn`` knows may not.
+        name: what ``fn`` is called in messages.
+        tell: what takes the messages: what is waited for, how long it took, or in one line why nothing is compiled.
+
+    >>> double = Compiled(lambda tree: {"y": 2 * tree["x"]}, tell=lambda line: None)
+    >>> double({"x": torch.tensor([1.0, 2.0])})
+    {'y': tensor([2., 4.])}
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        module: nn.Module | None = None,
+        name: str = "the outer step",
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.tell = tell
+        self.host = _Host(fn, module)
+        self.failed = False
+        self._programs: dict[Any, Program] = {}
+
+    def __call__(self, *trees: Any) -> Any:
+        """Evaluate ``fn(*trees)``."""
+        values, spec = tree_flatten(trees)
+        program = self.program(values, spec)
+        return tree_unflatten(program(values), program.spec)
+
+    def program(self, values: Values, spec: TreeSpec) -> "Program":
+        """The program for arguments of this form: the leaves of a tuple of trees, and how they lie in it."""
+        if self.failed:
+            return Program(self.fn, spec)
+        form = (spec, _autocast(values), *self.host.modes(), *map(_form, values))
+        if form not in self._programs:
+            self._programs[form] = self._made(values, spec)
+        return self._programs[form]
+
+    def _made(self, values: Values, spec: TreeSpec) -> "Program":
+        plain = Program(self.fn, spec)
+        self.tell(f"compiling {self.name}; once done, the next start of this configuration finds it in the cache")
+        begun = monotonic()
+        try:
+            program = CompiledProgram(self.host, spec, values)
+            apart = _apart(program(values), plain(values))
+            if apart:
+                raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever tracing the user's code, the compiler or its program may raise
+            self.failed = True
+            self.tell(f"{self.name} is not compiled, and runs as it stands: {_cause(error)}")
+            return plain
+        self.tell(f"compiled {self.name} in {monotonic() - begun:.0f} s")
+        return program
+
+
+class Program:
+    """``fn`` for arguments of one form, from the leaves of its arguments to the leaves of its value.
+
+    Attributes:
+        spec: how the returned leaves lie in a tree; known after the first call.
+    """
+
+    def __init__(self, fn: Callable[..., Any], given: TreeSpec) -> None:
+        self.fn = fn
+        self.given = given
+        self.spec: TreeSpec | None = None
+
+    def __call__(self, values: Values) -> list[Any]:
+        """Evaluate."""
+        found, self.spec = tree_flatten(self.fn(*tree_unflatten(values, self.given)))
+        return found
+
+
+class CompiledProgram(Program):
+    """A program that the compiler made; all its arguments must have the form of ``values``."""
+
+    def __init__(self, host: "_Host", given: TreeSpec, values: Values) -> None:
+        super().__init__(host.fn, given)
+        self.host = host
+        self.places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        self.autocast = _autocast(values)
+        names = host.names()
+        constants: dict[int, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            leaves = list(values)
+            for place, tensor in zip(self.places, tensors[len(names) :], strict=True):
+                leaves[place] = tensor
+            state = dict(zip(names, tensors, strict=False))
+            found, self.spec = tree_flatten(functional_call(host, state, (tree_unflatten(leaves, given),)))
+            self.size = len(found)
+            constants.update((place, value) for place, value in enumerate(found) if not isinstance(value, Tensor))
+            # one form for what comes out, so that it may go in again
+            return [value.contiguous() for value in found if isinstance(value, Tensor)]
+
+        tensors = self._tensors(values)
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            self.run = torch._inductor.standalone_compile(
+                graph,
+                tensors,
+                dynamic_shapes="from_example_inputs",
+                # the calls between kernels in C++ too: from Python they cost as much as small kernels
+                options={"config_patches": {"cpp_wrapper": on_cpu}},
+            )
+        self.constants = constants
+
+    def __call__(self, values: Values) -> list[Any]:
+        """Run."""
+        tensors = self._tensors(values)
+        if self.autocast:
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                found = list(self.run(*tensors))
+        else:
+            found = list(self.run(*tensors))
+        for place, value in self.constants.items():
+            found.insert(place, value)
+        return found
+
+    def _tensors(self, values: Values) -> list[Tensor]:
+        return [*self.host.state(), *(values[place] for place in self.places)]
+
+
+class _Host(nn.Module):
+    """Holds the module that ``fn`` knows, so that its tensors can be arguments of the program."""
+
+    def __init__(self, fn: Callable[..., Any], module: nn.Module | None) -> None:
+        super().__init__()
+        self.fn = fn
+        self.held = module
+        self.layers = [] if module is None else list(module.modules())
+        self.owners: list[tuple[dict[str, Tensor | None], str, str]] = []
+        seen: set[int] = set()
+        for path, owner in self.named_modules():
+            for tensors in (owner._parameters, owner._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        self.owners.append((tensors, key, f"{path}.{key}"))
+
+    def names(self) -> list[str]:
+        return [name for _, _, name in self.owners]
+
+    def state(self) -> list[Tensor]:
+        return [tensors[key].detach() for tensors, key, _ in self.owners]
+
+    def modes(self) -> list[bool]:
+        return [layer.training for layer in self.layers]
+
+    def forward(self, trees: Any) -> Any:
+        return self.fn(*trees)
+
+
+def _form(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    strides = tuple(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)
+    return value.shape, strides, value.dtype, value.device
+
+
+def _autocast(values: Values) -> torch.dtype | None:
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _apart(found: list[Any], right: list[Any]) -> str:
+    """In words how far two results are apart, if it is more than rounding explains."""
+    for one, other in zip(found, right, strict=True):
+        if not (isinstance(other, Tensor) and other.is_floating_point()):
+            continue
+        precision = torch.finfo(torch.get_autocast_dtype(other.device.type) if _autocast([other]) else other.dtype)
+        difference, size = (one - other).double().norm(), other.double().norm()
+        if bool(torch.isfinite(other).all()) and not difference <= precision.eps**0.5 * size + precision.tiny:
+            return f"by {float(difference):.3g} in {float(size):.3g}"
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,85 @@
+"""The exact hypergradient in flat memory: every inner step is taken again on the way back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vjp
+from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map as pytree_map
+
+from metalit.adapt import Outer, inner_step
+from metalit.hypergradients.base import Estimate
+from metalit.hypergradients.unrolled import Unrolled
+from metalit.inner.base import InnerOptimizer
+from metalit.problem import Problem
+from metalit.tree import Tree, axpy, tree_map
+
+
+@dataclass(frozen=True)
+class Recomputed(Unrolled):
+    """:class:`Unrolled`'s gradient, to rounding, in the memory of a single inner step and all iterates θ₀ … θ_steps.
+
+    The way there is not recorded. On the way back each step is taken again from its iterate, and its derivative pulls
+    λ = d outer_loss / dθₖ₊₁ back to dθₖ and dφ: half as much arithmetic again, against memory that does not grow with
+    the number of steps but for one copy of θ (and of the inner optimiser's state) for each (Griewank, Walther 2008,
+    "Evaluating derivatives", chapter 12). A compiled program may keep what it meets twice: leave ``model.compile`` out
+    where memory is short.
+
+    Args:
+        steps, weights: see :class:`Unrolled`.
+
+    Raises:
+        InputError: see :class:`Unrolled`.
+    """
+
+    def __call__(
+        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+    ) -> Estimate:
+        """Adapt, then sweep back."""
+        own = outer["problem"]
+
+        def begin(own: dict[str, Tensor]) -> tuple[Tree, Tree]:
+            inner = problem.init(own, task) if start is None else tree_map(Tensor.detach, start)
+            return inner, _tree(optimizer.init(inner))
+
+        def step(number: int, inner: Tree, state: Tree, outer: Outer) -> tuple[Tree, Tree]:
+            inner, after = inner_step(problem, optimizer, inner, state or None, outer, task, number)
+            return inner, _tree(after)
+
+        path = [begin(own)]
+        for number in range(self.steps):
+            path.append(step(number, *path[-1], outer))
+        weights = self.weights or [0.0] * (self.steps - 1) + [1.0]
+        inner = path[-1][0]
+        value: Any = 0.0
+        gradient = tree_map(torch.zeros_like, outer)
+        pull = pytree_map(torch.zeros_like, path.pop())
+        for number in reversed(range(self.steps)):
+            reached = inner if number == self.steps - 1 else path[number + 1][0]
+            if weights[number]:
+                (slope, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(reached, own, task)
+                value = value + weights[number] * loss
+                pull = axpy(weights[number], slope, pull[0]), pull[1]
+                gradient = {**gradient, "problem": axpy(weights[number], direct, gradient["problem"])}
+            *pull, through = _pulled(partial(step, number), (*path[number], outer), tuple(pull))
+            gradient = axpy(1.0, through, gradient)
+            del path[number + 1 :]
+        (through,) = _pulled(begin, (own,), tuple(pull))
+        return Estimate(value, {**gradient, "problem": axpy(1.0, through, gradient["problem"])}, inner)
+
+
+def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[Any, ...]:
+    """``pull`` pulled back through ``fn`` to what it was given; zero where there is no inner variable."""
+    if not tree_leaves(pull):
+        return pytree_map(torch.zeros_like, given)
+    _, back = vjp(fn, *given)
+    return back(pull)
+
+
+def _tree(state: Any) -> Any:
+    """``vjp`` takes trees of tensors alone, and most inner optimisers have no state."""
+    return {} if state is None else state
