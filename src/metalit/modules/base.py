@@ -99,9 +99,8 @@ class OuterLearner(LightningModule, ABC):
         flat = self.mean_over_ranks(found)
         self._flags.append(flat[-1])
         self._write(flat[1:-1])
-        due = diagnose is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
-        scalars = self._scalars(flat, diagnose()) if due else {}
+        scalars = self._scalars(flat, diagnose) if diagnose else {}
         optimizer = self.optimizers()
         if self._step_is_heard:
             optimizer.step()
@@ -109,16 +108,22 @@ class OuterLearner(LightningModule, ABC):
             optimizer._on_before_step()
             optimizer.optimizer.step(_nothing)
             optimizer._on_after_step()
+        self._schedule()
+        if diagnose is not None or len(self._flags) == _FLAGS:
+            self._report(scalars)
+        return scalars
+
+    def _schedule(self) -> None:
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
-        if diagnose is not None or len(self._flags) == _FLAGS:
-            self._watch()
-        if due:
+
+    def _report(self, scalars: dict[str, float]) -> None:
+        self._watch()
+        if scalars:
             self.raise_if_not_finite()
             self.log("train/loss", scalars["loss"], logger=False, prog_bar=True)
             self.write_scalars({f"train/{name}": value for name, value in scalars.items()})
-        return scalars
 
     def _write(self, gradient: Tensor) -> None:
         # buffers that stay: to make a view for each parameter costs as much as the step of the optimiser
@@ -135,8 +140,11 @@ class OuterLearner(LightningModule, ABC):
             if grad is not view:
                 grad.copy_(view)
 
-    def _scalars(self, flat: Tensor, more: dict[str, Tensor]) -> dict[str, float]:
-        scalars = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm())}
+    def _scalars(self, flat: Tensor, diagnose: Callable[[], dict[str, Tensor]], steps: int = 1) -> dict[str, float]:
+        """What is to be logged once ``steps`` more are taken, if it is due."""
+        if (self.global_step + steps) % self.trainer.log_every_n_steps:
+            return {}
+        scalars, more = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm())}, diagnose()
         if more:
             values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
             scalars |= dict(zip(more, values.tolist(), strict=True))

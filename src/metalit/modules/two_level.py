@@ -18,6 +18,7 @@ from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner
 from metalit.modules.estimates import Estimates, Found, packed
+from metalit.modules.fused import AdamSteps
 from metalit.problem import Problem
 from metalit.tree import Tree, leaves, norm, tree_map, unflatten
 
@@ -36,6 +37,7 @@ class TwoLevelLearner(OuterLearner):
             times as fast; what the compiler takes grows with the number of inner steps.
         fused_steps: how many outer steps are taken on each call of the Trainer, whose own work small networks would
             otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last.
+            Compiled on one CPU rank, Adam's step is part of the program (:class:`~metalit.modules.fused.AdamSteps`).
         tasks_per_chunk: how many tasks are evaluated at once on each rank, to save memory; all if not given.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
 
@@ -73,6 +75,7 @@ class TwoLevelLearner(OuterLearner):
             Estimates(fn, problem, compile, tasks_per_chunk, name, _say)
             for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
         )
+        self._row: AdamSteps | None = None
         self.learned = ParameterTree(_brought(problem, inner_optimizer))
         self._tried = False
         self._told: set[str] = set()
@@ -135,6 +138,8 @@ class TwoLevelLearner(OuterLearner):
         outer, first = self.constants(), tree_unflatten(each[0], form)
         start = self.start(first)
         self.try_out(first, start)
+        if self._fuses():
+            return self._steps_in_a_row(each, first, start)
         estimate = self._estimates.bind(outer, first, start)
         for number, values in enumerate(each, 1):
             found = estimate([*values, *tree_flatten(start)[0]])
@@ -144,6 +149,33 @@ class TwoLevelLearner(OuterLearner):
         made = found.found()
         diagnose = partial(self.diagnose, made, outer, tree_unflatten(each[-1], form), start)
         logged = self.step_outer(made.packed, diagnose)
+        if logged:
+            self._complain(logged)
+        return made.inner
+
+    def _fuses(self) -> bool:
+        """Whether Adam can be compiled with the outer step: nothing else has a say in what happens between two."""
+        if self.fused_steps == 1 or self._estimates.compiled is None or self._step_is_heard:
+            return False
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        alone = self.trainer.world_size == 1 and self._estimates.tasks_per_chunk is None
+        if not (alone and AdamSteps.suits(optimizer)):
+            return False
+        if self._row is None or self._row.optimizer is not optimizer:
+            self._row = AdamSteps(self._estimate, self.problem, optimizer, self.outer(), _say)
+        return True
+
+    def _steps_in_a_row(self, each: Sequence[Sequence[Any]], first: Any, start: Tree | None) -> Tree:
+        (made, outer, start), flags = self._row(each, first, start, self._schedule)
+        self._flags += flags
+        tasks = tree_unflatten(each[-1], tree_flatten(first)[1])
+        logged = self._scalars(made.packed, partial(self.diagnose, made, outer, tasks, start), len(each))
+        optimizer = self.optimizers()
+        for _ in each:
+            optimizer._on_before_step()
+            optimizer._on_after_step()
+        self._schedule()
+        self._report(logged)
         if logged:
             self._complain(logged)
         return made.inner
