@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sine_maml.yaml
 
-.PHONY: help install fit examples compare test test-long lint tensorboard clean
+.PHONY: help install fit examples compare bench test test-long lint tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ examples: install ## run the five examples, that answer the questions of the not
 
 compare: install ## train sgd_digits and sam_digits with five seeds each, and print the table of their test scores
 	$(BIN)/python scripts/compare_seeds.py configs/sgd_digits.yaml configs/sam_digits.yaml --seeds 5
+
+# backpack declares torchvision, does not import it, and pip's is of another build than a CPU torch
+bench: install ## install what metalit is compared with, measure, and write benchmarks/results.md
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps backpack-for-pytorch unfoldnd
+	$(BIN)/python -m benchmarks
 
 test: install ## run the test suite
 	$(BIN)/python -m pytest -m "not long"

@@ -153,7 +153,8 @@ class TestProgress:
         assert "\x1b[" not in output
 
     def test_shows_rate_errors_and_the_best_one_in_a_terminal(self, tmp_path):
-        options = ["--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=1"]
+        options = ["--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=3"]
+        options += ["--model.compile=false", "--model.fused_steps=3"]
         sizes = ["--data.val.tasks=6", f"--trainer.default_root_dir={tmp_path}", "--figures.tasks=0"]
         shown = bytearray()
 

@@ -20,6 +20,8 @@ def test_two_ranks_end_with_the_parameters_of_one(shell, tmp_path):
             "--trainer.accelerator=cpu",
             f"--trainer.devices={ranks}",
             "--trainer.precision=64-true",
+            "--model.compile=false",
+            "--model.fused_steps=5",
             "--trainer.max_steps=10",
             "--trainer.val_check_interval=0.5",
             "--trainer.log_every_n_steps=5",

@@ -14,7 +14,7 @@ class Progress(RichProgressBar):
     """Shows steps, rate, time left, the present errors and the best one so far."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=10, leave=True, theme=RichProgressBarTheme(metrics_text_delimiter="  "))
+        super().__init__(refresh_rate=1, leave=True, theme=RichProgressBarTheme(metrics_text_delimiter="  "))
         self._drawn_at = 0.0
 
     def on_train_batch_end(
@@ -24,7 +24,13 @@ class Progress(RichProgressBar):
         now = time.monotonic()
         if now - self._drawn_at >= _SECONDS or trainer.global_step >= trainer.max_steps:
             self._drawn_at = now
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Outer steps, of which one call of the Trainer may take several."""
+        steps = self.trainer.max_steps
+        return steps if steps > 0 else super().total_train_batches
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The errors, without the number of the version, which is no error."""
