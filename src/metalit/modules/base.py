@@ -142,7 +142,8 @@ class OuterLearner(LightningModule, ABC):
 
     def _scalars(self, flat: Tensor, diagnose: Callable[[], dict[str, Tensor]], steps: int = 1) -> dict[str, float]:
         """What is to be logged once ``steps`` more are taken, if it is due."""
-        if (self.global_step + steps) % self.trainer.log_every_n_steps:
+        every = self.trainer.log_every_n_steps
+        if every == 0 or (self.global_step + steps) % every:
             return {}
         scalars, more = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm())}, diagnose()
         if more:

@@ -236,7 +236,7 @@ class TwoLevelLearner(OuterLearner):
             return
         for name in ("max_steps", "log_every_n_steps", "val_check_interval"):
             number = getattr(self.trainer, name)
-            if isinstance(number, int) and number % self.fused_steps:
+            if isinstance(number, int) and number > 0 and number % self.fused_steps:
                 raise InputError(
                     f"trainer.{name}={number} must be a multiple of model.fused_steps={self.fused_steps}: what "
                     "happens between outer steps happens after that many"
