@@ -6,6 +6,7 @@ as long as it does the same each time; and the call costs little more than the a
 """
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from time import monotonic
 from typing import Any
 
@@ -107,50 +108,56 @@ class CompiledProgram(Program):
 
     def __init__(self, host: "_Host", given: TreeSpec, values: Values) -> None:
         super().__init__(host.fn, given)
-        self.host = host
-        self.places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
-        self.autocast = _autocast(values)
-        names = host.names()
-        constants: dict[int, Any] = {}
+        places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        names = [name for *_, name in host.owners]
+        self.constants: dict[int, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             leaves = list(values)
-            for place, tensor in zip(self.places, tensors[len(names) :], strict=True):
+            for place, tensor in zip(places, tensors[len(names) :], strict=True):
                 leaves[place] = tensor
             state = dict(zip(names, tensors, strict=False))
             found, self.spec = tree_flatten(functional_call(host, state, (tree_unflatten(leaves, given),)))
-            self.size = len(found)
-            constants.update((place, value) for place, value in enumerate(found) if not isinstance(value, Tensor))
+            self.constants = {place: value for place, value in enumerate(found) if not isinstance(value, Tensor)}
             # one form for what comes out, so that it may go in again
             return [value.contiguous() for value in found if isinstance(value, Tensor)]
 
+        self.owners, self.places = host.owners, places
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._tensors(values))
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        # most of the module's parameters come among the arguments too, and are not read from the module
+        self.owners = [owner for owner, node in zip(host.owners, inputs, strict=False) if node.users]
+        self.places = [place for place, node in zip(places, inputs[len(names) :], strict=True) if node.users]
+        for node in inputs:
+            if not node.users:
+                graph.graph.erase_node(node)
+        graph.recompile()
         tensors = self._tensors(values)
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        self.device = next((tensor.device.type for tensor in tensors), "cpu")
+        self.autocast = _autocast(values)
+        with torch.autocast(self.device, enabled=False):
             self.run = torch._inductor.standalone_compile(
                 graph,
                 tensors,
                 dynamic_shapes="from_example_inputs",
                 # the calls between kernels in C++ too: from Python they cost as much as small kernels
-                options={"config_patches": {"cpp_wrapper": on_cpu}},
+                options={"config_patches": {"cpp_wrapper": self.device == "cpu"}},
             )
-        self.constants = constants
 
     def __call__(self, values: Values) -> list[Any]:
         """Run."""
-        tensors = self._tensors(values)
         if self.autocast:
-            with torch.autocast(tensors[0].device.type, enabled=False):
-                found = list(self.run(*tensors))
+            with torch.autocast(self.device, enabled=False):
+                found = list(self.run(*self._tensors(values)))
         else:
-            found = list(self.run(*tensors))
+            found = list(self.run(*self._tensors(values)))
         for place, value in self.constants.items():
             found.insert(place, value)
         return found
 
     def _tensors(self, values: Values) -> list[Tensor]:
-        return [*self.host.state(), *(values[place] for place in self.places)]
+        own = [tensors[key].detach() for tensors, key, _ in self.owners]
+        return [*own, *[values[place] for place in self.places]]
 
 
 class _Host(nn.Module):
@@ -169,12 +176,6 @@ class _Host(nn.Module):
                     if tensor is not None and id(tensor) not in seen:
                         seen.add(id(tensor))
                         self.owners.append((tensors, key, f"{path}.{key}"))
-
-    def names(self) -> list[str]:
-        return [name for _, _, name in self.owners]
-
-    def state(self) -> list[Tensor]:
-        return [tensors[key].detach() for tensors, key, _ in self.owners]
 
     def modes(self) -> list[bool]:
         return [layer.training for layer in self.layers]
@@ -196,15 +197,21 @@ def _autocast(values: Values) -> torch.dtype | None:
 
 
 def _apart(found: list[Any], right: list[Any]) -> str:
-    """In words how far two results are apart, if it is more than rounding explains."""
-    for one, other in zip(found, right, strict=True):
-        if not (isinstance(other, Tensor) and other.is_floating_point()):
-            continue
-        precision = torch.finfo(torch.get_autocast_dtype(other.device.type) if _autocast([other]) else other.dtype)
-        difference, size = (one - other).double().norm(), other.double().norm()
-        if bool(torch.isfinite(other).all()) and not difference <= precision.eps**0.5 * size + precision.tiny:
-            return f"by {float(difference):.3g} in {float(size):.3g}"
+    """In words how far two results are apart, if it is more than rounding explains.
+
+    They are compared as one vector each: the residual of a solver, say, may be nothing but rounding.
+    """
+    pairs = [(one.double(), other.double()) for one, other in zip(found, right, strict=True) if _is_real(other)]
+    eps = max((torch.finfo(_autocast([other]) or other.dtype).eps for other in right if _is_real(other)), default=0.0)
+    difference = sum(float((one - other).square().sum()) for one, other in pairs) ** 0.5
+    size = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
+    if isfinite(size) and not difference <= eps**0.5 * size:
+        return f"by {difference:.3g} in {size:.3g}"
     return ""
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _cause(error: BaseException) -> str:
