@@ -55,14 +55,14 @@ class RowsProblem(Problem):
 
     def inner_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits, step: int) -> Tensor:
         """The weighted mean row loss on a minibatch of the training rows, and the penalty."""
-        rows = _draw(fold(task.key, step), len(task.train.x), self.batch)
+        rows = _draw(task.key, step, len(task.train.x), self.batch)
         losses = self.row_losses(self.predict(inner, task.train.x[rows]), task.train.y[rows])
         weights = self.row_weights(outer, rows)
         return (losses if weights is None else weights * losses).mean() + self.penalty(inner, outer)
 
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> Tensor:
         """The mean row loss on a minibatch of the validation rows."""
-        rows = _draw(fold(task.key, _OUTER_DRAW), len(task.val.x), self.outer_batch)
+        rows = _draw(task.key, _OUTER_DRAW, len(task.val.x), self.outer_batch)
         return self.row_losses(self.predict(inner, task.val.x[rows]), task.val.y[rows]).mean()
 
     def sample_gradient_norms(self, inner: Tree, points: Points) -> Tensor:
@@ -119,8 +119,8 @@ def check_task(problem: Problem, task: Any, kind: type, module: str) -> None:
         )
 
 
-def _draw(key: Tensor, count: int, size: Batch) -> Any:
-    return slice(None) if size == "all" else permutation(key, count)[:size]
+def _draw(key: Tensor, number: int, count: int, size: Batch) -> Any:
+    return slice(None) if size == "all" else permutation(fold(key, number), count)[:size]
 
 
 def _quality(prediction: Tensor, y: Tensor) -> dict[str, Tensor]:
