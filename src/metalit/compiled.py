@@ -186,7 +186,7 @@ class _Host(nn.Module):
 
 def _form(value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return value
+        return type(value), value  # 2 and 2.0 are equal
     strides = tuple(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)
     return value.shape, strides, value.dtype, value.device
 

@@ -36,8 +36,17 @@ def _mix(z: Tensor) -> Tensor:
 def fold(key: Tensor, *data: int | Tensor) -> Tensor:
     """Derive a new key from ``key`` and integers (tensors broadcast)."""
     for number in data:
-        key = _mix(_mix(key + _GAMMA) ^ _mix(torch.as_tensor(number, device=key.device) * _GAMMA + 1))
+        other = _mix(number * _GAMMA + 1) if isinstance(number, Tensor) else _mixed(number)
+        key = _mix(_mix(key + _GAMMA) ^ other)
     return key
+
+
+def _mixed(number: int) -> int:
+    """``_mix(number · γ + 1)`` in whole numbers: a program would overflow on constants, which C++ leaves undefined."""
+    z, low = (number * _GAMMA + 1) % 2**64, 2**64 - 1
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z = (z ^ (z >> shift)) * factor & low
+    return _signed(z ^ (z >> 31))
 
 
 def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -54,7 +63,9 @@ def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Ten
     count = 1
     for size in shape:
         count *= size
-    counter = torch.arange(1, count + 1, device=key.device)
+    # adding a zero that is no constant keeps a compiler from multiplying indices, which overflows likewise
+    zero = (key.reshape(-1)[:1] & 0).sum()
+    counter = torch.arange(1, count + 1, device=key.device) + zero
     bits = _mix(key.unsqueeze(-1) + counter * _GAMMA)
     kept = 24 if dtype == torch.float32 else 53
     fraction = ((bits >> (64 - kept)) & ((1 << kept) - 1)).to(dtype) * 2.0**-kept

@@ -47,7 +47,8 @@ class Recomputed(Unrolled):
             return inner, _tree(optimizer.init(inner))
 
         def step(number: int, inner: Tree, state: Tree, outer: Outer) -> tuple[Tree, Tree]:
-            inner, after = inner_step(problem, optimizer, inner, state or None, outer, task, number)
+            before = None if isinstance(state, dict) and not state else state
+            inner, after = inner_step(problem, optimizer, inner, before, outer, task, number)
             return inner, _tree(after)
 
         path = [begin(own)]

@@ -244,10 +244,6 @@ class TwoLevelLearner(OuterLearner):
         if isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
 
-    def teardown(self, stage: str) -> None:
-        """Give the Trainer back what it was told."""
-        self.trainer.val_check_interval = self._asked_interval
-
     def on_train_start(self) -> None:
         """Check that outer steps are counted from a multiple of ``fused_steps``.
 
@@ -255,6 +251,7 @@ class TwoLevelLearner(OuterLearner):
             InputError: the checkpoint lies between.
         """
         super().on_train_start()
+        self.trainer.val_check_interval = self._asked_interval  # its loops have made up their minds
         if self.global_step % self.fused_steps:
             raise InputError(
                 f"model.fused_steps={self.fused_steps}: the checkpoint is of outer step {self.global_step}, no "

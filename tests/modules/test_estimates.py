@@ -1,0 +1,133 @@
+"""Chunks of tasks: the mean is that of all at once, and what does not fit into memory is halved until it does."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import draw
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from metalit.modules.estimates import Estimates, Found, packed
+
+COUNT = 7
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    mask: Tensor | None
+    number: float
+
+
+class Fit:
+    """The mean of ½‖w − x‖² over tasks x, of which at most ``most`` fit into memory."""
+
+    def __init__(self, most=COUNT):
+        self.most = most
+        self.sizes = []
+
+    def __call__(self, outer, tasks, start):
+        if len(tasks.x) > self.most:
+            raise torch.OutOfMemoryError(f"{len(tasks.x)} tasks")
+        self.sizes.append(len(tasks.x))
+        error = outer["w"] - tasks.x
+        loss = 0.5 * error.square().sum(1)
+        inner = {"b": {"deep": tasks.number * tasks.x}, "a": start["a"] + loss}
+        return Found(packed(loss.mean(), {"w": error.mean(0)}), inner, {"x": tasks.x.mean(), "loss": loss.mean()})
+
+
+OUTER = {"w": draw(3, seed=1)}
+TASKS = Rows(draw(COUNT, 3, seed=2), None, 2.0)
+START = {"a": draw(COUNT, seed=3)}
+
+
+def estimates(fn, tasks_per_chunk=None):
+    told = []
+    return Estimates(fn, nn.Module(), False, tasks_per_chunk, "the outer step", told.append), told
+
+
+def check_is_whole(found):
+    error = OUTER["w"] - TASKS.x
+    loss = 0.5 * error.square().sum(1)
+    expected = torch.cat([loss.mean().reshape(1), error.mean(0), torch.zeros(1, dtype=torch.float64)])
+    assert_close(found.packed, expected, rtol=1e-14, atol=1e-14)
+    assert found.packed[-1] == 0
+    assert torch.equal(found.inner["b"]["deep"], 2 * TASKS.x)
+    assert_close(found.inner["a"], START["a"] + loss, rtol=1e-14, atol=0)
+    assert_close(found.metrics, {"x": TASKS.x.mean(), "loss": loss.mean()}, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "sizes"),
+    [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (100, [7]), (None, [7])],
+)
+def test_chunks_give_the_mean_of_all_and_the_inner_variables_in_order(chunk, sizes):
+    fn = Fit()
+    each, told = estimates(fn, chunk)
+    check_is_whole(each(OUTER, TASKS, START))
+    assert fn.sizes == sizes
+    assert told == []
+
+
+def test_what_is_bound_sees_an_outer_variable_that_changes_in_place():
+    outer = {"w": OUTER["w"] + 1}
+    bound = estimates(Fit(), 3)[0].bind(outer, TASKS, START)
+    outer["w"].sub_(1)
+    values = [TASKS.x, None, TASKS.number, START["a"]]
+    check_is_whole(bound(values).found())
+
+
+def test_a_task_without_inner_variable_has_means_alone():
+    def fn(outer, tasks, start):
+        return Found(packed(tasks.x.mean(), outer), {}, {"x": tasks.x.mean()})
+
+    found = estimates(fn, 3)[0](OUTER, TASKS, None)
+    assert found.inner == {}
+    assert_close(found.packed[0], TASKS.x.mean(), rtol=1e-14, atol=1e-15)
+    assert_close(found.packed[1:4], OUTER["w"], rtol=1e-14, atol=0)
+    assert_close(found.metrics["x"], TASKS.x.mean(), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("broken", [0, 3, 6])
+def test_a_chunk_that_is_not_finite_is_flagged(broken):
+    x = TASKS.x.clone()
+    x[broken, 1] = torch.inf
+    found = estimates(Fit(), 2)[0](OUTER, TASKS._replace(x=x), START)
+    assert found.packed[-1] != 0
+
+
+def line(size, half):
+    return (
+        f"{size} tasks at once do not fit into memory: going on with chunks of {half}; "
+        f"model.tasks_per_chunk={half} begins with them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "begins", "told", "sizes"),
+    [
+        (6, None, [line(7, 4)], [4, 3]),
+        (3, None, [line(7, 4), line(4, 2)], [2, 2, 2, 1]),
+        (1, None, [line(7, 4), line(4, 2), line(2, 1)], [1] * 7),
+        (2, 3, [line(3, 2)], [2, 2, 2, 1]),
+        (2, 50, [line(7, 4), line(4, 2)], [2, 2, 2, 1]),
+    ],
+)
+def test_what_does_not_fit_is_halved_and_stays_so(most, begins, told, sizes):
+    fn = Fit(most)
+    each, said = estimates(fn, begins)
+    check_is_whole(each(OUTER, TASKS, START))
+    assert said == told
+    assert fn.sizes[-len(sizes) :] == sizes
+    fn.sizes.clear()
+    check_is_whole(each(OUTER, TASKS, START))
+    assert said == told
+    assert fn.sizes == sizes
+
+
+@pytest.mark.parametrize("begins", [None, 1])
+def test_a_single_task_that_does_not_fit_raises(begins):
+    each, told = estimates(Fit(0), begins)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^1 tasks"):
+        each(OUTER, TASKS, START)
+    assert told == ([] if begins else [line(7, 4), line(4, 2), line(2, 1)])

@@ -1,0 +1,275 @@
+"""Fused steps: several outer steps on each call of the Trainer are the same outer steps, bit for bit."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from fits import Kill, KilledError, bare, last, regression, same, scalars, trainer
+from torch.utils.data import DataLoader
+
+from metalit.callbacks import BestCheckpoint, LastCheckpoint
+from metalit.data import Episodes, Sine, SplitsDataModule, TaskDataModule
+from metalit.errors import InputError, NonFiniteError
+from metalit.hypergradients import Implicit, JTg, Unrolled
+from metalit.inner import SGD, MetaSGD
+from metalit.linsolve import CG
+from metalit.modules import BilevelLearner, MetaLearner
+from metalit.networks import MLP
+from metalit.problems import FewShot, Ridge, ThetaPhi
+
+STEPS, FUSED = 20, 5
+
+
+def exponential(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+
+def sine(kind=TaskDataModule):
+    return kind(Sine(), Episodes(4, 5, 5), Episodes(6, 5, 10), Episodes(6, 5, 10))
+
+
+def few_shot(fused, inner=None, **options):
+    torch.manual_seed(0)
+    network = MLP([1, 8, 1], activation="Tanh", dropout=0.2)
+    return MetaLearner(FewShot(network), inner or SGD(0.05), Unrolled(1), eval_steps=2, fused_steps=fused, **options)
+
+
+def ridge(fused, **options):
+    problem = Ridge(3, -1.0, batch=8, outer_batch=5)
+    return BilevelLearner(problem, SGD(0.1), Unrolled(2), fused_steps=fused, **options)
+
+
+def theta_phi(fused, **options):
+    problem = ThetaPhi([0.7, -0.2, 0.4], [0.5, 0.9, 0.1, 0.6])
+    return BilevelLearner(problem, SGD(0.1), JTg(), warm_start=True, fused_steps=fused, **options)
+
+
+FITS = {
+    "MAML, exponential": lambda fused: (few_shot(fused, scheduler=exponential), sine()),
+    "MetaSGD, cosine, clipped": lambda fused: (
+        few_shot(fused, MetaSGD(0.05), scheduler=cosine, clip_norm=0.1),
+        sine(),
+    ),
+    "MAML, chunks": lambda fused: (few_shot(fused, tasks_per_chunk=3), sine()),
+    "ridge, warm": lambda fused: (
+        ridge(fused, warm_start=True, scheduler=exponential),
+        SplitsDataModule(regression(), draws=2),
+    ),
+    "ridge, warm, clipped": lambda fused: (
+        ridge(fused, warm_start=True, clip_norm=0.01),
+        SplitsDataModule(regression(), draws=2),
+    ),
+    "ridge, cold": lambda fused: (ridge(fused), SplitsDataModule(regression(), draws=2)),
+    "keys": lambda fused: (theta_phi(fused, draws=2), None),
+    "Implicit": lambda fused: (
+        BilevelLearner(Ridge(3), SGD(0.1), Implicit(3, CG(3)), warm_start=True, fused_steps=fused),
+        SplitsDataModule(regression()),
+    ),
+}
+
+
+def fit(root, name, fused, *callbacks, ckpt=None, **options):
+    module, data = FITS[name](fused)
+    callbacks = [BestCheckpoint(), LastCheckpoint(seconds=0.0), *callbacks]
+    run = trainer(root, STEPS, **{"log_every_n_steps": FUSED, "callbacks": callbacks, **options})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint keeps")
+        run.fit(module, data, ckpt_path=ckpt)
+    assert run.global_step == STEPS
+    return module
+
+
+def saved(root, name):
+    checkpoint = torch.load(root / "run/version_0/checkpoints" / name, weights_only=True)
+    return {part: checkpoint.get(part) for part in ("global_step", "optimizer_states", "lr_schedulers", "inner")} | {
+        "weights": checkpoint["state_dict"]
+    }
+
+
+def check_same_runs(first, second, modules):
+    assert same(*modules)
+    logged, expected = scalars(first), scalars(second)
+    assert logged == expected
+    for name in ("best.ckpt", "last.ckpt"):
+        assert str(saved(first, name)) == str(saved(second, name))
+    if isinstance(modules[0], BilevelLearner) and modules[0].warm_start:
+        assert same(modules[0].inner, modules[1].inner)
+    return logged
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "64-true") for name in FITS), ("MAML, exponential", "32-true"), ("ridge, warm, clipped", "32-true")],
+)
+def test_a_fused_run_is_the_plain_run_bit_for_bit(name, precision, tmp_path):
+    roots = [tmp_path / "plain", tmp_path / "fused"]
+    modules = [fit(root, name, fused, precision=precision) for root, fused in zip(roots, (1, FUSED), strict=True)]
+    logged = check_same_runs(*roots, modules)
+    assert [step for step, _ in logged["train/loss"]] == [5, 10, 15, 20]
+    assert [step for step, _ in logged["val/loss"]] == [10, 20]
+    assert len({value for _, value in logged["train/loss"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"), [(5, [5, 10, 15, 20]), (15, [15]), (20, [20]), (0.25, [5, 10, 15, 20]), (1.0, [20])]
+)
+def test_validations_come_after_as_many_outer_steps(interval, steps, tmp_path):
+    roots = [tmp_path / "plain", tmp_path / "fused"]
+    modules = [
+        fit(root, "ridge, warm", fused, val_check_interval=interval)
+        for root, fused in zip(roots, (1, FUSED), strict=True)
+    ]
+    logged = check_same_runs(*roots, modules)
+    assert [step for step, _ in logged["val/loss"]] == steps
+
+
+def test_logs_come_at_multiples_of_both(tmp_path):
+    fit(tmp_path, "ridge, cold", FUSED, log_every_n_steps=10)
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [10, 20]
+
+
+def test_more_steps_than_are_kept_unseen(tmp_path):
+    found = []
+    for fused in (1, 70):
+        module, data = FITS["ridge, warm"](fused)
+        bare(tmp_path, 140, log_every_n_steps=70).fit(module, data)
+        found.append(module)
+    assert same(*found)
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("name", ["MAML, exponential", "ridge, warm"])
+@pytest.mark.parametrize("stop", [5, 10, 15])
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, stop, tmp_path):
+    roots = [tmp_path / "plain", tmp_path / "fused"]
+    whole = fit(roots[0], name, 1)
+    with pytest.raises(KilledError):
+        fit(roots[1], name, FUSED, Kill(stop))
+    assert saved(roots[1], "last.ckpt")["global_step"] == stop
+    resumed = fit(roots[1], name, FUSED, ckpt=last(roots[1]))
+    assert same(whole, resumed)
+    for file in ("best.ckpt", "last.ckpt"):
+        assert str(saved(roots[0], file)) == str(saved(roots[1], file))
+
+
+def test_a_plain_run_may_go_on_fused_and_a_fused_one_plain(tmp_path):
+    whole = fit(tmp_path / "whole", "ridge, warm", 1)
+    for name, first, second in (("to fused", 1, FUSED), ("to plain", FUSED, 1)):
+        with pytest.raises(KilledError):
+            fit(tmp_path / name, "ridge, warm", first, Kill(10))
+        resumed = fit(tmp_path / name, "ridge, warm", second, ckpt=last(tmp_path / name))
+        assert same(whole, resumed)
+        assert same(whole.inner, resumed.inner)
+
+
+def test_a_checkpoint_between_two_blocks_is_refused(tmp_path):
+    with pytest.raises(KilledError):
+        fit(tmp_path, "ridge, warm", 1, Kill(8))
+    told = r"model\.fused_steps=5: the checkpoint is of outer step 8, no multiple of it"
+    with pytest.raises(InputError, match=told):
+        fit(tmp_path, "ridge, warm", FUSED, ckpt=last(tmp_path))
+
+
+# ---- what is not finite
+
+
+class Broken(TaskDataModule):
+    """The tasks of one outer step are not numbers."""
+
+    step = 8
+
+    def draw(self, split, index):
+        tasks = super().draw(split, index)
+        if split == "train":
+            bad = (index // 4 + 1 == self.step)[:, None, None]
+            tasks = tasks._replace(query=tasks.query._replace(y=torch.where(bad, math.nan, tasks.query.y)))
+        return tasks
+
+
+@pytest.mark.parametrize("fused", [1, 2, 5, 20])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_what_is_not_finite_is_reported_with_its_very_step(fused, clip_norm, tmp_path):
+    run = trainer(tmp_path, STEPS, val_check_interval=1.0, log_every_n_steps=20)
+    with pytest.raises(NonFiniteError, match=r"at outer step 8\. No checkpoint had been saved"):
+        run.fit(few_shot(fused, clip_norm=clip_norm), sine(Broken))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("step", [3, 64, 65, 69, 70])
+def test_a_long_block_is_watched_to_its_end(step, tmp_path):
+    data = sine(Broken)
+    data.step = step
+    with pytest.raises(NonFiniteError, match=rf"at outer step {step}\."):
+        bare(tmp_path, 70, log_every_n_steps=70).fit(few_shot(70), data)
+
+
+def test_the_last_good_checkpoint_is_that_of_the_last_good_block(tmp_path):
+    run = trainer(tmp_path, STEPS, val_check_interval=5, log_every_n_steps=20)
+    with pytest.raises(NonFiniteError, match=r"at outer step 8\. The last good checkpoint is .*\.ckpt"):
+        run.fit(few_shot(FUSED), sine(Broken))
+    assert saved(tmp_path, "last.ckpt")["global_step"] == 5
+
+
+# ---- the Trainer
+
+
+@pytest.mark.parametrize("interval", [10, 0.5, 1.0, 20])
+def test_the_trainer_keeps_what_it_was_told(interval, tmp_path):
+    module, data = FITS["ridge, cold"](FUSED)
+    run = bare(tmp_path, STEPS, val_check_interval=interval, log_every_n_steps=FUSED)
+    run.fit(module, data)
+    assert run.val_check_interval == interval
+    assert type(run.val_check_interval) is type(interval)
+    for stage in (run.validate, run.test):
+        stage(module, data, verbose=False)
+        assert run.val_check_interval == interval
+
+
+def test_the_trainer_keeps_what_it_was_told_where_a_fit_fails(tmp_path):
+    run = bare(tmp_path, STEPS, val_check_interval=10, log_every_n_steps=20)
+    with pytest.raises(NonFiniteError):
+        run.fit(few_shot(FUSED), sine(Broken))
+    assert run.val_check_interval == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 22}, r"trainer\.max_steps=22 must be a multiple of model\.fused_steps=5"),
+        ({"log_every_n_steps": 1}, r"trainer\.log_every_n_steps=1 must be a multiple of model\.fused_steps=5"),
+        ({"log_every_n_steps": 12}, r"trainer\.log_every_n_steps=12 must"),
+        ({"val_check_interval": 4}, r"trainer\.val_check_interval=4 must be a multiple of model\.fused_steps=5"),
+    ],
+)
+def test_numbers_that_are_no_multiples_are_named(options, told, tmp_path):
+    module, data = FITS["ridge, cold"](FUSED)
+    with pytest.raises(InputError, match=told):
+        bare(tmp_path, **{"steps": STEPS, "log_every_n_steps": FUSED, **options}).fit(module, data)
+
+
+@pytest.mark.parametrize("name", ["fused_steps", "tasks_per_chunk"])
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("learner", [few_shot, ridge])
+def test_numbers_that_are_not_positive_are_named(learner, name, number):
+    with pytest.raises(InputError, match=rf"^model\.{name}={number} must be at least 1$"):
+        learner(**{"fused": 1, **{name if name == "tasks_per_chunk" else "fused": number}})
+
+
+def test_a_loader_of_ones_own_gives_the_tasks_of_one_step(tmp_path):
+    data = sine()
+    tasks = [data.draw("train", torch.arange(4 * step, 4 * step + 4)) for step in range(STEPS)]
+    loader = DataLoader(tasks, batch_size=None)
+    told = r"model\.fused_steps=5: the data gives the tasks of 1 step\(s\) at once; leave it out with a DataLoader"
+    with pytest.raises(InputError, match=told):
+        bare(tmp_path, STEPS, log_every_n_steps=FUSED).fit(few_shot(FUSED), loader)
+    plain, given = few_shot(1), few_shot(1)
+    bare(tmp_path, STEPS).fit(plain, data)
+    bare(tmp_path, STEPS).fit(given, loader)
+    assert same(plain, given)
