@@ -1,5 +1,6 @@
 """Compiled programs: they give what the functions give, are really compiled, and where they cannot be, say why."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -470,3 +471,12 @@ def test_without_a_compiler_it_runs_as_it_stands(shell, monkeypatch, tmp_path):
     assert told.startswith("it is not compiled, and runs as it stands: ")
     assert "g++" in told or "compiler" in told
     assert equal == "equal True failed True"
+
+
+def test_a_copy_makes_programs_of_its_own():
+    compiled = Compiled(lambda x: 3 * x, tell=lambda line: None)
+    x = torch.ones(2)
+    compiled(x)
+    other = copy.deepcopy(compiled)
+    assert torch.equal(other(x), 3 * x)
+    assert not other.failed

@@ -51,6 +51,10 @@ class Compiled:
         self.failed = False
         self._programs: dict[Any, Program] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the programs, which a copy finds in the cache."""
+        return {**self.__dict__, "_programs": {}}
+
     def __call__(self, *trees: Any) -> Any:
         """Evaluate ``fn(*trees)``."""
         values, spec = tree_flatten(trees)
