@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop_op
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Values = Sequence[Any]
+
+_OPTIONS = {
+    # a program with a loop is kept in the cache as well: what it loops over is part of the graph, and so of its key
+    "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__},
+}
 
 
 class Compiled:
@@ -89,6 +95,38 @@ class Compiled:
         return program
 
 
+def repeated(step: Callable[..., Any], count: Tensor, going: Any, known: Any) -> Any:
+    """``going = step(k, going, known)`` for k = 0 … ``count`` − 1, in a program as one loop, which is compiled once.
+
+    Args:
+        step: a pure function of these alone: what it takes from around it, a program takes for constant. It returns
+            new tensors, of the shapes and types of ``going``.
+        count: how often, at least once; a tensor of no dimensions, so that it is no part of the program's form.
+        going: a tree, of which only the tensors change.
+        known: a tree.
+
+    >>> repeated(lambda k, x, a: a * x + k, torch.tensor(3), torch.tensor(1.0), torch.tensor(2.0))
+    tensor(12.)
+    """
+    (values, spec), (more, form) = tree_flatten(going), tree_flatten(known)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    others = [value for value in more if isinstance(value, Tensor)]
+
+    def once(number: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        now, fixed = iter(rest[: len(tensors)]), iter(rest[len(tensors) + 1 :])
+        given = tree_unflatten([next(now) if isinstance(value, Tensor) else value for value in values], spec)
+        beside = tree_unflatten([next(fixed) if isinstance(value, Tensor) else value for value in more], form)
+        found = tree_flatten(step(number, given, beside))[0]
+        return number + 1, *[value for value in found if isinstance(value, Tensor)]
+
+    def goes_on(number: Tensor, *rest: Tensor) -> Tensor:
+        return number < rest[len(tensors)]
+
+    _, *found = while_loop_op(goes_on, once, (torch.zeros_like(count), *tensors), (count, *others))
+    end = iter(found)
+    return tree_unflatten([next(end) if isinstance(value, Tensor) else value for value in values], spec)
+
+
 class Program:
     """``fn`` for arguments of one form, from the leaves of its arguments to the leaves of its value.
 
@@ -128,6 +166,7 @@ class CompiledProgram(Program):
 
         self.owners, self.places = host.owners, places
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._tensors(values))
+        graph.graph.eliminate_dead_code()
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         # most of the module's parameters come among the arguments too, and are not read from the module
         self.owners = [owner for owner, node in zip(host.owners, inputs, strict=False) if node.users]
@@ -145,7 +184,7 @@ class CompiledProgram(Program):
                 tensors,
                 dynamic_shapes="from_example_inputs",
                 # the calls between kernels in C++ too: from Python they cost as much as small kernels
-                options={"config_patches": {"cpp_wrapper": self.device == "cpu"}},
+                options={"config_patches": _OPTIONS | {"cpp_wrapper": self.device == "cpu"}},
             )
 
     def __call__(self, values: Values) -> list[Any]:

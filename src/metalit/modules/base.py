@@ -97,7 +97,7 @@ class OuterLearner(LightningModule, ABC):
             What was logged, by name without its ``train/``; nothing where no log was due.
         """
         flat = self.mean_over_ranks(found)
-        self._flags.append(flat[-1])
+        self._flags.append(flat[-1:])
         self._write(flat[1:-1])
         # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
         scalars = self._scalars(flat, diagnose) if diagnose else {}
@@ -203,7 +203,7 @@ class OuterLearner(LightningModule, ABC):
     # ---- what is not finite must neither go on nor be saved
 
     def _watch(self) -> None:
-        flags, self._flags = torch.stack(self._flags) != 0, []
+        flags, self._flags = torch.cat(self._flags) != 0, []
         first = self.global_step - len(flags) + 1
         steps = torch.arange(first, first + len(flags), device=flags.device)
         bad = torch.where(flags, steps, steps[-1] + 1).amin()

@@ -1,14 +1,16 @@
-"""Several outer steps in a row, each one compiled together with Adam, so that little else happens between them."""
+"""Several outer steps in a row, compiled together with Adam as one loop, so that nothing else happens between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
-from metalit.compiled import Compiled
+from metalit.compiled import Compiled, repeated
 from metalit.modules.estimates import Found
 from metalit.tree import Tree, leaves, tree_map, unflatten
 
@@ -16,15 +18,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Taken(NamedTuple):
-    """What the last of several outer steps found, and the outer variable and the start that it found it at."""
+    """What the last of several outer steps found, the outer variable and the start that it found it at, and flags.
+
+    ``not_finite``, ``[steps]``, tells of each step whether its loss or gradient was not finite.
+    """
 
     found: Found
     outer: Outer
     start: Tree | None
+    not_finite: Tensor
 
 
 class AdamSteps:
-    """Outer steps of ``torch.optim.Adam`` or ``AdamW`` as functions of (φ, m, v), compiled with the hypergradient.
+    """Outer steps of ``torch.optim.Adam`` or ``AdamW`` as a loop over (φ, m, v), compiled with the hypergradient.
 
     m ← m + (1 − β₁)(g − m),  v ← β₂v + (1 − β₂)g²,  φ ← φ − lr/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε)
 
@@ -42,18 +48,18 @@ class AdamSteps:
     def __init__(
         self,
         estimate: Callable[..., Found],
-        module: torch.nn.Module,
+        module: nn.Module,
         optimizer: torch.optim.Optimizer,
         outer: Outer,
         tell: Callable[[str], None],
     ) -> None:
-        self.estimate = estimate
+        self.estimate = _Estimate(estimate, module)
         self.optimizer = optimizer
         self.parameters = [parameter for _, parameter in leaves(outer)]
         self.outer = outer
         group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.groups = [(group_of[id(parameter)], parameter.numel()) for parameter in self.parameters]
-        self.compiled = Compiled(self._step, module, tell=tell)
+        self.compiled = Compiled(self._loop, module, tell=tell)
 
     @staticmethod
     def suits(optimizer: torch.optim.Optimizer) -> bool:
@@ -67,49 +73,41 @@ class AdamSteps:
         counts = {float(optimizer.state[parameter].get("step", 0.0)) for parameter in parameters}
         return plain and not heard and len(alike) == len(counts) == 1 and alike.pop()[1] == "cpu"
 
-    def __call__(
-        self, steps: Sequence[Sequence[Any]], tasks: Any, start: Tree | None, schedule: Callable[[], None]
-    ) -> tuple[Taken, list[Tensor]]:
+    def __call__(self, tasks: Any, steps: int, start: Tree | None, schedule: Callable[[], None]) -> Taken | None:
         """Take the steps.
 
         Args:
-            steps: the leaves of the tasks of each step.
-            tasks: the tasks of the first one, as a tree.
-            start: where its inner variables start; if given, each further step starts where the last one ended.
+            tasks: those of all steps, one step after the other along the leading dimension of every tensor.
+            steps: how many.
+            start: where the inner variables of the first start; if given, each further step starts where the last
+                one ended.
             schedule: sets the rates of the next step; called between steps.
 
         Returns:
-            What the last step found, and of each step whether it was not finite.
+            None where they cannot be compiled; then no step is taken.
         """
         self._begin()
-        taken = self.optimizer.state[self.parameters[0]]["step"]
-        numbers = []
-        for number in range(len(steps)):
-            if number:
-                schedule()
-            numbers.append([_numbers(group, int(taken) + number + 1) for group in self.optimizer.param_groups])
-        rows = torch.tensor(numbers, dtype=self.parameters[0].dtype, device=self.parameters[0].device).unbind()
         moments = [[self.optimizer.state[parameter][name] for parameter in self.parameters] for name in _MOMENTS]
         places = [[parameter.detach() for parameter in self.parameters], *moments]
         state = [torch.cat([value.reshape(-1) for value in values]) for values in places]
-        begun, spec = tree_flatten(start)[0], tree_flatten((*state, rows[0], tasks, start))[1]
-        program = self.compiled.program([*state, rows[0], *steps[0], *begun], spec)
-        flags = []
-        for row, values in zip(rows, steps, strict=True):
-            before, start_of_last = state[0], begun
-            found = program([*state, row, *values, *begun])
-            state = found[:3]
-            flags.append(found[3][-1])
-            if start is not None:
-                begun = found[4 : 4 + len(begun)]
+        taken = int(self.optimizer.state[self.parameters[0]]["step"])
+        rows = [self._numbers(taken + 1)] * steps
+        like = {"dtype": state[0].dtype, "device": state[0].device}
+        values, spec = tree_flatten((torch.tensor(1), state, torch.tensor(rows, **like), tasks, start))
+        program = self.compiled.program(values, spec)  # of any number of steps, but tried out on one
+        if self.compiled.failed:
+            return None
+        for number in range(1, steps):
+            schedule()
+            rows[number] = self._numbers(taken + 1 + number)
+        values[0], values[1 + len(state)] = torch.tensor(steps), torch.tensor(rows, **like)
+        state, found, outer, begun, flags = tree_unflatten(program(values), program.spec)
         for values, flat in zip(places, state, strict=True):
             pieces = flat.split([value.numel() for value in values])
             torch._foreach_copy_(values, [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)])
         for parameter in self.parameters:
-            self.optimizer.state[parameter]["step"] += len(steps)
-        last = tree_unflatten(found, program.spec)[1]
-        at = None if start is None else tree_unflatten(start_of_last, tree_flatten(start)[1])
-        return Taken(last, unflatten(before, self.outer), at), flags
+            self.optimizer.state[parameter]["step"] += steps
+        return Taken(found, unflatten(outer, self.outer), begun, flags)
 
     def _begin(self) -> None:
         """What torch's own first step does."""
@@ -119,20 +117,73 @@ class AdamSteps:
                 self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         self.optimizer._opt_called = True  # a scheduler warns where its optimiser never took a step
 
-    def _step(
-        self, flat: Tensor, first: Tensor, second: Tensor, numbers: Tensor, tasks: Any, start: Tree | None
-    ) -> tuple[list[Tensor], Found]:
-        found = self.estimate(unflatten(flat, self.outer), tasks, start)
+    def _numbers(self, step: int) -> list[list[float]]:
+        return [_numbers(group, step) for group in self.optimizer.param_groups]
+
+    def _loop(self, count: Tensor, state: list[Tensor], rows: Tensor, tasks: Any, start: Tree | None) -> tuple:
+        # read here, where a program sees its arguments in their place: its loop takes nothing from around it
+        held = self.estimate.tensors()
+        known = held, rows, tasks
+        # of the form that each step finds, and so the inner variable that the first one starts at lies there
+        nothing = pytree_map(torch.zeros_like, self._evaluated(torch.zeros_like(count), state[0], start, known))
+        before = nothing if start is None else nothing._replace(inner=_copied(start))
+
+        def step(number: Tensor, going: tuple, known: tuple) -> tuple:
+            (flat, *moments), before, _, _, flags = going
+            begun = None if start is None else before.inner
+            found = self._evaluated(number, flat, begun, known)
+            flags = torch.where(torch.arange(len(flags)) == number, found.packed[-1], flags)
+            state = self._updated(flat, *moments, found.packed[1:-1], _at(known[1], number))
+            return state, found, flat.clone(), _copied(begun), flags
+
+        going = state, before, state[0].clone(), _copied(start), rows.new_zeros(len(rows))
+        return repeated(step, count, going, known)
+
+    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, known: tuple) -> Found:
+        held, rows, tasks = known
+
+        def now(leaf: Any) -> Any:
+            return _at(leaf.reshape(len(rows), -1, *leaf.shape[1:]), number) if isinstance(leaf, Tensor) else leaf
+
+        given = unflatten(flat, self.outer), pytree_map(now, tasks), start
+        found = functional_call(self.estimate, held, given)
         if start is not None:  # in the order of its keys, as it goes in again
             found = found._replace(inner=tree_map(lambda _, value: value, start, found.inner))
-        gradient = found.packed[1:-1]
+        return pytree_map(Tensor.contiguous, found)
+
+    def _updated(
+        self, flat: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor
+    ) -> list[Tensor]:
         each = torch.cat([numbers[group].expand(size, -1) for group, size in self.groups])
         rate, less, keep, more, root, eps, decay, shrink = each.unbind(1)
         gradient = gradient + decay * flat
         first = first + less * (gradient - first)
         second = keep * second + more * gradient * gradient
         flat = flat - shrink * flat - rate * first / (second.sqrt() / root + eps)
-        return [flat, first, second], found
+        return [flat, first, second]
+
+
+class _Estimate(nn.Module):
+    """The estimate as a module, that can be called with other tensors than its own."""
+
+    def __init__(self, fn: Callable[..., Found], module: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.module = module
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in (*self.named_parameters(), *self.named_buffers())}
+
+    def forward(self, *given: Any) -> Found:
+        return self.fn(*given)
+
+
+def _at(rows: Tensor, number: Tensor) -> Tensor:
+    return rows.index_select(0, number.reshape(1)).squeeze(0)
+
+
+def _copied(tree: Any) -> Any:
+    return pytree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _numbers(group: dict[str, Any], step: int) -> list[float]:

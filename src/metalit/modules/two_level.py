@@ -133,14 +133,17 @@ class TwoLevelLearner(OuterLearner):
                 f"model.fused_steps={self.fused_steps}: the data gives the tasks of {steps} step(s) at once; leave it "
                 "out with a DataLoader of your own, or yield metalit.data.Fused"
             )
-        values, form = tree_flatten(tasks)
-        each = list(zip(*(_split(value, steps) for value in values), strict=True))
-        outer, first = self.constants(), tree_unflatten(each[0], form)
+        first = _part(tasks, steps, 0)
         start = self.start(first)
         self.try_out(first, start)
-        if self._fuses():
-            return self._steps_in_a_row(each, first, start)
-        estimate = self._estimates.bind(outer, first, start)
+        taken = self._steps_in_a_row(tasks, steps, start) if self._fuses() else None
+        return self._step_by_step(tasks, steps, start) if taken is None else taken
+
+    def _step_by_step(self, tasks: Any, steps: int, start: Tree | None) -> Tree:
+        values, form = tree_flatten(tasks)
+        each = list(zip(*(_split(value, steps) for value in values), strict=True))
+        outer = self.constants()
+        estimate = self._estimates.bind(outer, tree_unflatten(each[0], form), start)
         for number, values in enumerate(each, 1):
             found = estimate([*values, *tree_flatten(start)[0]])
             if number < steps:
@@ -165,20 +168,22 @@ class TwoLevelLearner(OuterLearner):
             self._row = AdamSteps(self._estimate, self.problem, optimizer, self.outer(), _say)
         return True
 
-    def _steps_in_a_row(self, each: Sequence[Sequence[Any]], first: Any, start: Tree | None) -> Tree:
-        (made, outer, start), flags = self._row(each, first, start, self._schedule)
-        self._flags += flags
-        tasks = tree_unflatten(each[-1], tree_flatten(first)[1])
-        logged = self._scalars(made.packed, partial(self.diagnose, made, outer, tasks, start), len(each))
+    def _steps_in_a_row(self, tasks: Any, steps: int, start: Tree | None) -> Tree | None:
+        taken = self._row(tasks, steps, start, self._schedule)
+        if taken is None:
+            return None
+        self._flags.append(taken.not_finite)
+        diagnose = partial(self.diagnose, taken.found, taken.outer, _part(tasks, steps, steps - 1), taken.start)
+        logged = self._scalars(taken.found.packed, diagnose, steps)
         optimizer = self.optimizers()
-        for _ in each:
+        for _ in range(steps):
             optimizer._on_before_step()
             optimizer._on_after_step()
         self._schedule()
         self._report(logged)
         if logged:
             self._complain(logged)
-        return made.inner
+        return taken.found.inner
 
     def _estimate(self, outer: Outer, tasks: Any, start: Tree | None) -> Found:
         estimate = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
@@ -257,6 +262,13 @@ class TwoLevelLearner(OuterLearner):
                 f"model.fused_steps={self.fused_steps}: the checkpoint is of outer step {self.global_step}, no "
                 "multiple of it; go on with the number that it was trained with"
             )
+
+
+def _part(tasks: Any, steps: int, number: int) -> Any:
+    def part(value: Any) -> Any:
+        return value.narrow(0, len(value) // steps * number, len(value) // steps) if isinstance(value, Tensor) else value
+
+    return pytree_map(part, tasks)
 
 
 def _split(value: Any, steps: int) -> Sequence[Any]:

@@ -1,0 +1,138 @@
+"""Outer steps that are compiled together with Adam: they are torch's own, one after the other."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from metalit import compiled
+from metalit.modules.estimates import Found, packed
+from metalit.modules.fused import AdamSteps
+
+TASKS, STEPS = 2, 3
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    mask: Tensor | None
+    power: int
+
+
+class Pull(nn.Module):
+    """½ c‖w − x‖² + b Σ a over tasks x, where ``a`` wanders from step to step."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("c", torch.tensor(3.0, dtype=torch.float64))
+        self.w = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+
+    def outer(self):
+        return {"problem": {"w": self.w, "b": self.b}}
+
+    def estimate(self, outer, tasks, start):
+        w, b = outer["problem"]["w"], outer["problem"]["b"]
+        begun = torch.zeros(TASKS, 3, dtype=torch.float64) if start is None else start["z"]["a"]
+        away = w - tasks.x**tasks.power
+        loss = (0.5 * self.c * away.square().sum(1) + b * begun.sum(1)).mean()
+        gradient = {"problem": {"w": self.c * away.mean(0), "b": begun.sum(1).mean()}}
+        inner = {"count": torch.ones(TASKS) if start is None else start["count"] + 1, "z": {"a": 0.5 * begun + away}}
+        return Found(packed(loss, gradient), inner, {"b": 2 * b})
+
+
+def rows(seed):
+    torch.manual_seed(seed)
+    return Rows(torch.randn(STEPS * TASKS, 3, dtype=torch.float64), None, 2)
+
+
+def begin(warm):
+    # its keys come in another order than those of what is found
+    return {"z": {"a": torch.ones(TASKS, 3, dtype=torch.float64)}, "count": torch.zeros(TASKS)} if warm else None
+
+
+def optimizer(kind, pull, options):
+    groups = [{"params": [pull.b], "lr": 0.3, "betas": (0.5, 0.9)}, {"params": [pull.w]}]
+    made = kind(groups, lr=0.1, **options)
+    return made, torch.optim.lr_scheduler.ExponentialLR(made, 0.8)
+
+
+def by_torch(pull, made, schedule, tasks, start):
+    """One step after the other; what was found, at which outer variable and start."""
+    for number in range(STEPS):
+        now = Rows(tasks.x[number * TASKS : (number + 1) * TASKS], None, tasks.power)
+        before = {"problem": {"w": pull.w.detach().clone(), "b": pull.b.detach().clone()}}
+        found, begun = pull.estimate(before, now, start), start
+        pull.w.grad, pull.b.grad = found.packed[1:4], found.packed[4]
+        made.step()
+        schedule.step()
+        start = found.inner if start is not None else None
+    return found, before, begun
+
+
+def check_equal(found, right):
+    assert_close(found, right, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {}),
+        (torch.optim.Adam, {"weight_decay": 0.2, "eps": 1e-2}),
+        (torch.optim.AdamW, {"weight_decay": 0.2, "betas": (0.8, 0.95), "fused": True}),
+    ],
+    ids=["Adam", "Adam, decay", "AdamW"],
+)
+def test_the_steps_are_those_of_torch(kind, options, warm):
+    theirs, ours = Pull(), Pull()
+    (right, schedule), (made, ours_schedule) = (optimizer(kind, pull, options) for pull in (theirs, ours))
+    start, begun, said = begin(warm), begin(warm), []
+    steps = AdamSteps(ours.estimate, ours, made, ours.outer(), said.append)
+    for seed in range(2):
+        tasks = rows(seed)
+        found, before, at = by_torch(theirs, right, schedule, tasks, start)
+        taken = steps(tasks, STEPS, begun, ours_schedule.step)
+        ours_schedule.step()
+        assert sum("compiled" in line for line in said) == 1, said
+        check_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            check_equal(dict(made.state[one]), dict(right.state[other]))
+        assert taken.found.inner.keys() == found.inner.keys()
+        check_equal(taken.found._asdict(), found._asdict())
+        check_equal(taken.outer, before)
+        assert taken.start is None if at is None else check_equal(taken.start, at) is None
+        assert taken.not_finite.tolist() == [0.0] * STEPS
+        ours.c, theirs.c = torch.tensor(5.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64)
+        start, begun = (None, None) if at is None else (found.inner, taken.found.inner)
+
+
+@pytest.mark.parametrize("bad", range(STEPS))
+def test_each_step_has_a_flag_of_its_own(bad):
+    pull = Pull()
+    made, schedule = optimizer(torch.optim.Adam, pull, {})
+    steps = AdamSteps(pull.estimate, pull, made, pull.outer(), lambda line: None)
+    steps(rows(0), STEPS, None, schedule.step)
+    tasks = rows(1)
+    tasks.x[bad * TASKS] = math.nan
+    flags = steps(tasks, STEPS, None, schedule.step).not_finite
+    assert flags.tolist() == [float(number >= bad) for number in range(STEPS)]
+
+
+def test_where_nothing_compiles_no_step_is_taken(monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compiled, "make_fx", fails)
+    pull, said, called = Pull(), [], []
+    made, _ = optimizer(torch.optim.Adam, pull, {})
+    before = copy.deepcopy(pull.state_dict())
+    steps = AdamSteps(pull.estimate, pull, made, pull.outer(), said.append)
+    assert steps(rows(0), STEPS, None, lambda: called.append(1)) is None
+    assert "RuntimeError: no compiler" in said[-1]
+    check_equal(dict(pull.state_dict()), dict(before))
+    assert {float(state["step"]) for state in made.state.values()} == {0.0}
+    assert not called
