@@ -43,7 +43,7 @@ from metalit.problem import Task
 from metalit.problems import FewShot
 
 INNER_STEPS = (1, 5)
-BATCHES = 50  # different batches of tasks; the contenders go round them
+BATCHES = 100  # different batches of tasks; the contenders go round them
 WARM_UP = 2  # intervals between logs, before a fit is timed
 CHECKED = (1, 5)  # after so many outer steps everybody is compared, before anything is timed
 # in single precision a point of a task that lies at a kink of ReLU falls to either side: after 50 steps the loop over
@@ -52,9 +52,9 @@ DRIFT = 1e-2
 LR, META_LR = 0.01, 1e-3  # of the inner steps, and of Adam
 FIT, FUSED, JAX, SCAN, LOOP, COMPILED = (
     "`metalit fit`",
-    "`metalit fit`, `fused_steps: 50`",
+    "`metalit fit`, `fused_steps: 100`",
     "JAX, jitted step",
-    "JAX, 50 steps in one `lax.scan`",
+    "JAX, 100 steps in one `lax.scan`",
     "torch, loop over tasks",
     "metalit, compiled step alone",
 )
@@ -456,7 +456,7 @@ def run(quick: bool) -> str:
     parts = []
     for inner_steps in INNER_STEPS:
         asked, tables = [], []
-        for name, kinds, options in ((FIT, LEARNERS, []), (FUSED, BARS, ["--model.fused_steps=50"])):
+        for name, kinds, options in ((FIT, LEARNERS, []), (FUSED, BARS, ["--model.fused_steps=100"])):
             say(f"{inner_steps} inner step(s): {name}")
             windows = Windows(name, inner_steps, kinds, rounds(quick), seconds=0.1 if quick else 0.5)
             race = fit(windows, options)
@@ -472,7 +472,7 @@ def run(quick: bool) -> str:
         "logging, checkpoints and progress bar as shipped; it stops after each window of steps while the others take "
         "their turns, all on one core, from the same initial weights and with the same tasks, and Adam's first moments "
         "after 1 and after 5 steps are those of a loop in double precision, to 1e-4 of the largest (fused, after "
-        "50, to 1e-2)."
+        "100, to 1e-2)."
     )
     return section("meta_step: an outer step of MAML", about, *parts)
 

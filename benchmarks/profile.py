@@ -25,7 +25,7 @@ from metalit.modules.meta import MetaLearner
 from metalit.modules.two_level import TwoLevelLearner
 
 CONFIG = Path(__file__).with_name("meta_step.yaml")
-WINDOW, FUSED = 1000, 50
+WINDOW, FUSED = 1000, 100
 # from the outside to the inside: what a part takes is its own time less that of the parts inside
 PARTS = {
     "drawing the tasks": (TaskDataModule, "draw"),
@@ -122,7 +122,7 @@ def run(quick: bool) -> str:
     rest = [column["all"] - sum(column[name] for name in PARTS) for column in columns.values()]
     rows.insert(-1, ["the rest: the loop around them, and the clocks themselves", *(f"{value:.1f}" for value in rest)])
     about = (
-        f"Microseconds for each outer step of the fit of meta_step, `fused_steps: {FUSED}`, a log every 50 steps: the "
+        f"Microseconds for each outer step of the fit of meta_step, `fused_steps: {FUSED}`, a log every 100 steps: the "
         f"medians over {rounds(quick)} windows of {WINDOW} steps. What a part takes is less what the parts inside take."
     )
     return section("profile: where the time of a fit goes", about, markdown(["µs per outer step", *columns], rows))

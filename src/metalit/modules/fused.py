@@ -151,9 +151,7 @@ class AdamSteps:
             found = found._replace(inner=tree_map(lambda _, value: value, start, found.inner))
         return pytree_map(Tensor.contiguous, found)
 
-    def _updated(
-        self, flat: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor
-    ) -> list[Tensor]:
+    def _updated(self, flat: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor) -> list[Tensor]:
         each = torch.cat([numbers[group].expand(size, -1) for group, size in self.groups])
         rate, less, keep, more, root, eps, decay, shrink = each.unbind(1)
         gradient = gradient + decay * flat

@@ -266,7 +266,8 @@ class TwoLevelLearner(OuterLearner):
 
 def _part(tasks: Any, steps: int, number: int) -> Any:
     def part(value: Any) -> Any:
-        return value.narrow(0, len(value) // steps * number, len(value) // steps) if isinstance(value, Tensor) else value
+        size = len(value) // steps if isinstance(value, Tensor) else 0
+        return value.narrow(0, size * number, size) if size else value
 
     return pytree_map(part, tasks)
 
