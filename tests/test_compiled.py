@@ -393,6 +393,23 @@ def test_an_error_of_the_function_itself_is_raised():
         Watched(wrong)(torch.ones(3))
 
 
+@pytest.mark.parametrize("fused", [1, 5])
+def test_a_fit_that_cannot_be_compiled_says_so_once(fused, metalit, tmp_path, monkeypatch):
+    def compile(*args, **options):
+        raise RuntimeError("No working C++ compiler found")
+
+    config = ROOT / "configs" / "sine_maml_seed.yaml"
+    plain, _ = fitted(metalit, tmp_path, config, "plain")
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compile)
+    found, output = fitted(
+        metalit, tmp_path, config, "not compiled", "--model.compile=true", f"--model.fused_steps={fused}"
+    )
+    told = "metalit: the outer step is not compiled, and runs as it stands: RuntimeError: No working C++ compiler found"
+    said = [line for line in output.splitlines() if line.startswith("metalit: ") and "once done" not in line]
+    assert said == [told]
+    check_close(dict(found["state_dict"]), dict(plain["state_dict"]), 0.0)
+
+
 # ---- other processes
 
 ELSEWHERE = """

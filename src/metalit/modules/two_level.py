@@ -171,6 +171,7 @@ class TwoLevelLearner(OuterLearner):
     def _steps_in_a_row(self, tasks: Any, steps: int, start: Tree | None) -> Tree | None:
         taken = self._row(tasks, steps, start, self._schedule)
         if taken is None:
+            self._estimates.compiled = None  # one reason, which was told, is enough
             return None
         self._flags.append(taken.not_finite)
         diagnose = partial(self.diagnose, taken.found, taken.outer, _part(tasks, steps, steps - 1), taken.start)
@@ -203,6 +204,8 @@ class TwoLevelLearner(OuterLearner):
 
     def diagnose(self, made: Found, outer: Outer, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
         """What is worth knowing of an outer step beside its loss, as means over the tasks."""
+        if self._estimates.compiled is None or self._estimates.compiled.failed:
+            self._diagnoses.compiled = None
         gradient = unflatten(made.packed[1:-1], outer)
         means = self._diagnoses((outer, gradient["problem"]), tasks, (made.inner, start)).metrics
         return {"outer_norm": norm(outer), **means, **made.metrics}
