@@ -109,8 +109,8 @@ def repeated(step: Callable[..., Any], count: Tensor, going: Any, known: Any) ->
     tensor(12.)
     """
     (values, spec), (more, form) = tree_flatten(going), tree_flatten(known)
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    others = [value for value in more if isinstance(value, Tensor)]
+    # copies: torch's loop refuses tensors that share memory, such as slices of one
+    tensors, others = ([v.clone() for v in some if isinstance(v, Tensor)] for some in (values, more))
 
     def once(number: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         now, fixed = iter(rest[: len(tensors)]), iter(rest[len(tensors) + 1 :])

@@ -17,7 +17,8 @@ TASKS, STEPS = 2, 3
 
 
 class Rows(NamedTuple):
-    x: Tensor
+    x: Tensor  # a slice of one tensor, as y is: support and query are, where nothing is cast
+    y: Tensor
     mask: Tensor | None
     power: int
 
@@ -37,7 +38,7 @@ class Pull(nn.Module):
     def estimate(self, outer, tasks, start):
         w, b = outer["problem"]["w"], outer["problem"]["b"]
         begun = torch.zeros(TASKS, 3, dtype=torch.float64) if start is None else start["z"]["a"]
-        away = w - tasks.x**tasks.power
+        away = w - tasks.x**tasks.power - tasks.y
         loss = (0.5 * self.c * away.square().sum(1) + b * begun.sum(1)).mean()
         gradient = {"problem": {"w": self.c * away.mean(0), "b": begun.sum(1).mean()}}
         inner = {"count": torch.ones(TASKS) if start is None else start["count"] + 1, "z": {"a": 0.5 * begun + away}}
@@ -46,7 +47,8 @@ class Pull(nn.Module):
 
 def rows(seed):
     torch.manual_seed(seed)
-    return Rows(torch.randn(STEPS * TASKS, 3, dtype=torch.float64), None, 2)
+    drawn = torch.randn(STEPS * TASKS, 4, dtype=torch.float64)
+    return Rows(drawn[:, :3], drawn[:, 3:], None, 2)
 
 
 def begin(warm):
@@ -63,7 +65,8 @@ def optimizer(kind, pull, options):
 def by_torch(pull, made, schedule, tasks, start):
     """One step after the other; what was found, at which outer variable and start."""
     for number in range(STEPS):
-        now = Rows(tasks.x[number * TASKS : (number + 1) * TASKS], None, tasks.power)
+        which = slice(number * TASKS, (number + 1) * TASKS)
+        now = Rows(tasks.x[which], tasks.y[which], None, tasks.power)
         before = {"problem": {"w": pull.w.detach().clone(), "b": pull.b.detach().clone()}}
         found, begun = pull.estimate(before, now, start), start
         pull.w.grad, pull.b.grad = found.packed[1:4], found.packed[4]

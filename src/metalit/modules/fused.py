@@ -126,7 +126,7 @@ class AdamSteps:
         known = held, rows, tasks
         # of the form that each step finds, and so the inner variable that the first one starts at lies there
         nothing = pytree_map(torch.zeros_like, self._evaluated(torch.zeros_like(count), state[0], start, known))
-        before = nothing if start is None else nothing._replace(inner=_copied(start))
+        before = nothing if start is None else nothing._replace(inner=start)
 
         def step(number: Tensor, going: tuple, known: tuple) -> tuple:
             (flat, *moments), before, _, _, flags = going
@@ -136,7 +136,7 @@ class AdamSteps:
             state = self._updated(flat, *moments, found.packed[1:-1], _at(known[1], number))
             return state, found, flat.clone(), _copied(begun), flags
 
-        going = state, before, state[0].clone(), _copied(start), rows.new_zeros(len(rows))
+        going = state, before, state[0], start, rows.new_zeros(len(rows))
         return repeated(step, count, going, known)
 
     def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, known: tuple) -> Found:

@@ -1,6 +1,7 @@
 """Data hyper-cleaning: a weight for each training example, learned on clean validation examples."""
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Cleaning(RowsProblem):
 
     def init(self, outer: dict[str, Tensor], task: Splits) -> dict[str, Tensor]:
         """The network's own weights."""
-        return {name: self.network.get_parameter(name).detach() for name in self.trained}
+        return {name: attrgetter(name)(self.network).detach() for name in self.trained}
 
     def predict(self, inner: dict[str, Tensor], x: Tensor) -> Tensor:
         """The class scores, ``[rows, classes]``."""
