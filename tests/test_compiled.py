@@ -306,6 +306,20 @@ def test_autocast_is_part_of_the_form():
     assert (flat(rough) - flat(exact)).norm() > 1e-4 * flat(exact).norm()
 
 
+def test_a_solve_is_compiled_and_gives_what_is_not_finite_where_it_would_raise():
+    def slope(matrix):
+        return grad(lambda value: torch.linalg.solve(value, value.sum(0)).square().sum())(matrix)
+
+    compiled = Watched(slope)
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    check_close(compiled(matrix), slope(matrix), E64)
+    assert compiled.is_compiled(matrix), compiled.said
+    singular = torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        slope(singular)
+    assert not compiled(singular).isfinite().all()
+
+
 def test_rounding_beside_something_larger_is_no_difference():
     def split(x):
         # what is left of a sum taken in two orders is rounding alone

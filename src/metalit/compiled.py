@@ -19,6 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Values = Sequence[Any]
 
+# a singular matrix gives what is not finite, which stops the run; the check that raises would order the program's calls
+_UNCHECKED = {torch.ops.aten._linalg_check_errors.default: lambda *_, **__: None}
 _OPTIONS = {
     # a program with a loop is kept in the cache as well: what it loops over is part of the graph, and so of its key
     "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__},
@@ -165,7 +167,7 @@ class CompiledProgram(Program):
             return [value.contiguous() for value in found if isinstance(value, Tensor)]
 
         self.owners, self.places = host.owners, places
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._tensors(values))
+        graph = make_fx(flat, _UNCHECKED, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._tensors(values))
         graph.graph.eliminate_dead_code()
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         # most of the module's parameters come among the arguments too, and are not read from the module
