@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from fits import Kill, KilledError, bare, last, regression, same, scalars, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
@@ -128,6 +130,13 @@ def test_validations_come_after_as_many_outer_steps(interval, steps, tmp_path):
     assert [step for step, _ in logged["val/loss"]] == steps
 
 
+def test_a_share_of_the_steps_is_rounded_down_to_whole_calls(tmp_path):
+    for share, steps in ((0.3, [5, 10, 15, 20]), (0.5, [10, 20]), (0.01, [5, 10, 15, 20])):
+        root = tmp_path / str(share)
+        fit(root, "ridge, warm", FUSED, val_check_interval=share)
+        assert [step for step, _ in scalars(root)["val/loss"]] == steps
+
+
 def test_logs_come_at_multiples_of_both(tmp_path):
     fit(tmp_path, "ridge, cold", FUSED, log_every_n_steps=10)
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [10, 20]
@@ -140,6 +149,27 @@ def test_more_steps_than_are_kept_unseen(tmp_path):
         bare(tmp_path, 140, log_every_n_steps=70).fit(module, data)
         found.append(module)
     assert same(*found)
+
+
+class Heard(Callback):
+    """A hook of its class."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("fused", [1, FUSED])
+@pytest.mark.parametrize("of_object", [True, False])
+def test_callbacks_hear_of_every_outer_step(fused, of_object, tmp_path):
+    heard = Heard()
+    lent = LambdaCallback(on_before_optimizer_step=heard.on_before_optimizer_step)
+    module, data = FITS["ridge, cold"](fused)
+    callbacks = [lent if of_object else heard]
+    bare(tmp_path, STEPS, log_every_n_steps=FUSED, callbacks=callbacks).fit(module, data)
+    assert heard.steps == STEPS
 
 
 # ---- resuming
@@ -159,22 +189,28 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, stop, 
         assert str(saved(roots[0], file)) == str(saved(roots[1], file))
 
 
-def test_a_plain_run_may_go_on_fused_and_a_fused_one_plain(tmp_path):
-    whole = fit(tmp_path / "whole", "ridge, warm", 1)
-    for name, first, second in (("to fused", 1, FUSED), ("to plain", FUSED, 1)):
-        with pytest.raises(KilledError):
-            fit(tmp_path / name, "ridge, warm", first, Kill(10))
-        resumed = fit(tmp_path / name, "ridge, warm", second, ckpt=last(tmp_path / name))
-        assert same(whole, resumed)
-        assert same(whole.inner, resumed.inner)
-
-
-def test_a_checkpoint_between_two_blocks_is_refused(tmp_path):
+@pytest.mark.parametrize(("first", "second"), [(1, FUSED), (FUSED, 1), (FUSED, 10)])
+def test_a_run_goes_on_with_the_number_that_it_began_with(first, second, tmp_path):
+    """Lightning counts calls: with another number it would validate at other steps than an uninterrupted run."""
     with pytest.raises(KilledError):
-        fit(tmp_path, "ridge, warm", 1, Kill(8))
-    told = r"model\.fused_steps=5: the checkpoint is of outer step 8, no multiple of it"
+        fit(tmp_path, "ridge, warm", first, Kill(10))
+    told = rf"model\.fused_steps={second}: the checkpoint is of a run with {first}, .* with model\.fused_steps: {first}"
     with pytest.raises(InputError, match=told):
-        fit(tmp_path, "ridge, warm", FUSED, ckpt=last(tmp_path))
+        fit(tmp_path, "ridge, warm", second, ckpt=last(tmp_path), log_every_n_steps=10)
+    module, data = FITS["ridge, warm"](second)
+    run = bare(tmp_path, STEPS, log_every_n_steps=10)
+    for stage in (run.validate, run.test):
+        stage(module, data, ckpt_path=last(tmp_path), verbose=False)
+    assert module.outer_step == 10
+
+
+def test_a_checkpoint_of_before_there_were_fused_steps_is_a_plain_one(tmp_path):
+    with pytest.raises(KilledError):
+        fit(tmp_path, "ridge, warm", 1, Kill(10))
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    assert checkpoint.pop("fused_steps") == 1
+    torch.save(checkpoint, last(tmp_path))
+    fit(tmp_path, "ridge, warm", 1, ckpt=last(tmp_path))
 
 
 # ---- what is not finite
@@ -246,12 +282,31 @@ def test_the_trainer_keeps_what_it_was_told_where_a_fit_fails(tmp_path):
         ({"log_every_n_steps": 1}, r"trainer\.log_every_n_steps=1 must be a multiple of model\.fused_steps=5"),
         ({"log_every_n_steps": 12}, r"trainer\.log_every_n_steps=12 must"),
         ({"val_check_interval": 4}, r"trainer\.val_check_interval=4 must be a multiple of model\.fused_steps=5"),
+        (
+            {"limit_train_batches": 10},
+            r"trainer\.limit_train_batches=10 \(or overfit_batches\) counts calls of model\.",
+        ),
+        ({"limit_train_batches": 1}, r"trainer\.limit_train_batches=1 \(or"),
+        ({"limit_train_batches": 0.5}, r"trainer\.limit_train_batches=0\.5 \(or"),
+        ({"overfit_batches": 5}, r"trainer\.limit_train_batches=5 \(or overfit_batches\)"),
+        ({"fast_dev_run": True}, r"trainer\.max_steps=1 must .* model\.fused_steps: 1 leaves it free"),
     ],
 )
 def test_numbers_that_are_no_multiples_are_named(options, told, tmp_path):
     module, data = FITS["ridge, cold"](FUSED)
     with pytest.raises(InputError, match=told):
         bare(tmp_path, **{"steps": STEPS, "log_every_n_steps": FUSED, **options}).fit(module, data)
+
+
+def test_saves_that_would_never_come_are_named(tmp_path):
+    module, data = FITS["ridge, cold"](FUSED)
+    told = r"ModelCheckpoint\.every_n_train_steps=7 must be a multiple of model\.fused_steps=5"
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=7)
+    with pytest.raises(InputError, match=told):
+        trainer(tmp_path, STEPS, log_every_n_steps=FUSED, callbacks=[saver]).fit(module, data)
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=10, save_top_k=-1)
+    trainer(tmp_path, STEPS, log_every_n_steps=FUSED, callbacks=[saver]).fit(module, data)
+    assert {"step=10.ckpt", "step=20.ckpt"} <= {path.name for path in tmp_path.glob("*.ckpt")}
 
 
 @pytest.mark.parametrize("name", ["fused_steps", "tasks_per_chunk"])

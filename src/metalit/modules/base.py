@@ -168,7 +168,9 @@ class OuterLearner(LightningModule, ABC):
         hooked += [(self, OuterLearner, "on_before_optimizer_step"), (self, OuterLearner, "optimizer_step")]
         hooked += [(trainer.strategy, Strategy, "optimizer_step")]
         hooked += [(trainer.precision_plugin, Precision, "optimizer_step")]
-        heard = (getattr(type(hook), name) is not getattr(base, name) for hook, base, name in hooked)
+        # on the object: LambdaCallback keeps its functions there
+        found = ((getattr(hook, name), getattr(base, name)) for hook, base, name in hooked)
+        heard = (getattr(method, "__func__", method) is not plain for method, plain in found)
         return self.clip_norm is not None or any(heard)
 
     def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:

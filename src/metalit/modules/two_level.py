@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.func import grad
@@ -36,7 +37,9 @@ class TwoLevelLearner(OuterLearner):
         compile: compile the outer step (:class:`~metalit.compiled.Compiled`). It starts later and runs up to thirty
             times as fast; what the compiler takes grows with the number of inner steps.
         fused_steps: how many outer steps are taken on each call of the Trainer, whose own work small networks would
-            otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last.
+            otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last,
+            a ``val_check_interval`` that is a share of the steps is rounded down to whole calls, one at least, and a
+            run is resumed with the number that it began with.
             Compiled on one CPU rank, Adam's step is part of the program (:class:`~metalit.modules.fused.AdamSteps`).
         tasks_per_chunk: how many tasks are evaluated at once on each rank, to save memory; all if not given.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
@@ -237,33 +240,56 @@ class TwoLevelLearner(OuterLearner):
         """Let the Trainer, which counts its calls, validate after as many outer steps as it was told.
 
         Raises:
-            InputError: it was told a number that is no multiple of ``fused_steps``.
+            InputError: it was told a number of steps that is no multiple of ``fused_steps``, or to limit its calls.
         """
         self._asked_interval = self.trainer.val_check_interval
         if stage != "fit" or self.fused_steps == 1:
             return
-        for name in ("max_steps", "log_every_n_steps", "val_check_interval"):
-            number = getattr(self.trainer, name)
+        names = ("max_steps", "log_every_n_steps", "val_check_interval")
+        numbers = [(f"trainer.{name}", getattr(self.trainer, name)) for name in names]
+        numbers += [
+            (f"{type(saver).__name__}.every_n_train_steps", saver._every_n_train_steps)
+            for saver in self.trainer.checkpoint_callbacks
+            if isinstance(saver, ModelCheckpoint)
+        ]
+        for name, number in numbers:
             if isinstance(number, int) and number > 0 and number % self.fused_steps:
                 raise InputError(
-                    f"trainer.{name}={number} must be a multiple of model.fused_steps={self.fused_steps}: what "
-                    "happens between outer steps happens after that many"
+                    f"{name}={number} must be a multiple of model.fused_steps={self.fused_steps}: what happens between "
+                    "outer steps happens after that many; model.fused_steps: 1 leaves it free"
                 )
+        limit = self.trainer.limit_train_batches
+        if limit > 0 and (isinstance(limit, int) or limit < 1):
+            raise InputError(
+                f"trainer.limit_train_batches={limit} (or overfit_batches) counts calls of model.fused_steps="
+                f"{self.fused_steps} outer steps each; give the number of outer steps as trainer.max_steps, or set "
+                "model.fused_steps to 1"
+            )
         if isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
 
     def on_train_start(self) -> None:
-        """Check that outer steps are counted from a multiple of ``fused_steps``.
+        """Tell the Trainer again what it was told: its loops have made up their minds."""
+        super().on_train_start()
+        self.trainer.val_check_interval = self._asked_interval
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of steps in each call: the Trainer's counts in the checkpoint are of calls."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["fused_steps"] = self.fused_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that training goes on as it began.
 
         Raises:
-            InputError: the checkpoint lies between.
+            InputError: with another number of steps in each call, of which the Trainer has counted so and so many.
         """
-        super().on_train_start()
-        self.trainer.val_check_interval = self._asked_interval  # its loops have made up their minds
-        if self.global_step % self.fused_steps:
+        super().on_load_checkpoint(checkpoint)
+        began = checkpoint.get("fused_steps", 1)
+        if self._trainer is not None and self.trainer.state.fn == "fit" and began != self.fused_steps:
             raise InputError(
-                f"model.fused_steps={self.fused_steps}: the checkpoint is of outer step {self.global_step}, no "
-                "multiple of it; go on with the number that it was trained with"
+                f"model.fused_steps={self.fused_steps}: the checkpoint is of a run with {began}, and what the Trainer "
+                f"counts are such blocks; go on with model.fused_steps: {began}, or load the weights into a new run"
             )
 
 
