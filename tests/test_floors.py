@@ -12,7 +12,7 @@ FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors"), 0),
     **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve"), 1),
     **dict.fromkeys(("problem", "inner"), 2),
-    **dict.fromkeys(("adapt", "problems"), 3),
+    **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("modules", "callbacks", "runs"), 5),
     **dict.fromkeys(("cli", "messages", "__main__"), 6),

@@ -264,3 +264,10 @@ def test_uniform_draws_one_number_for_a_scalar_key():
 
 def test_normal_is_finite_where_uniform_is_just_below_1():
     assert 8 < normal(key_of_first_word(WORD), 1) < 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_can_go_on_where_another_ended(dtype):
+    key = torch.tensor([3, 5])
+    whole = uniform(key, 4, 3, dtype=dtype)
+    assert torch.equal(uniform(key, 2, 3, dtype=dtype, first=6), whole[:, 2:])

@@ -1,11 +1,9 @@
 """The inner loop: how an inner variable is adapted to one task. The heart of the project."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.func import grad
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.inner.base import InnerOptimizer
@@ -65,10 +63,11 @@ def inner_step(
     first_order: bool = False,
 ) -> tuple[Tree, Any]:
     """Take inner step number ``step``: inner variable and state after it, from those before."""
-    # by position: a problem may name its arguments as it likes, such as theta and phi
-    grad_fn = grad(lambda inner: problem.inner_loss(inner, outer["problem"], task, step))
-    if first_order:
-        grad_fn = partial(_constant_gradient, grad_fn)
+
+    def grad_fn(inner: Tree) -> Tree:
+        slope = problem.inner_grad(inner, outer["problem"], task, step)
+        return tree_map(Tensor.detach, slope) if first_order else slope
+
     return optimizer.update(grad_fn, inner, state, outer["optimizer"], step)
 
 
@@ -79,10 +78,6 @@ def _constants(*trees: Any) -> tuple[Any, ...]:
 def _identity(moved: Tensor, before: Tensor) -> Tensor:
     """``moved`` in value, to the last digit, and ``before`` in derivative."""
     return moved + (before - before.detach())
-
-
-def _constant_gradient(grad_fn: Any, inner: Tree) -> Tree:
-    return tree_map(Tensor.detach, grad_fn(inner))
 
 
 def adapt(

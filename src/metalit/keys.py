@@ -49,13 +49,14 @@ def _mixed(number: int) -> int:
     return _signed(z ^ (z >> 31))
 
 
-def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64, first: int = 0) -> Tensor:
     """Draw from the uniform distribution on [0, 1).
 
     Args:
         key: ``[*batch]`` keys.
         shape: the shape of the draw for each key.
         dtype: ``float64`` (53 random bits) or ``float32`` (24 random bits; the same number, rounded down).
+        first: the number of its first entry, where the draw is part of a longer one.
 
     Returns:
         ``[*batch, *shape]``
@@ -65,7 +66,7 @@ def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Ten
         count *= size
     # adding a zero that is no constant keeps a compiler from multiplying indices, which overflows likewise
     zero = (key.reshape(-1)[:1] & 0).sum()
-    counter = torch.arange(1, count + 1, device=key.device) + zero
+    counter = torch.arange(first + 1, first + count + 1, device=key.device) + zero
     bits = _mix(key.unsqueeze(-1) + counter * _GAMMA)
     kept = 24 if dtype == torch.float32 else 53
     fraction = ((bits >> (64 - kept)) & ((1 << kept) - 1)).to(dtype) * 2.0**-kept

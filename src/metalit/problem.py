@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.func import grad
 
 from metalit.tree import Tree
 
@@ -80,6 +81,17 @@ class Problem(nn.Module, ABC):
     @abstractmethod
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
+
+    # ---- how it is differentiated: see metalit.scaled, which alone does it otherwise
+
+    def inner_grad(self, inner: Tree, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
+        """Return ∇θ inner_loss, which inner optimisers descend."""
+        # by position: a problem may name its arguments as it likes, such as theta and phi
+        return grad(lambda inner: self.inner_loss(inner, outer, task, step))(inner)
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """Return what is differentiated to get the outer gradient in place of ``value``."""
+        return value
 
     # ---- what a problem may tell of itself
 

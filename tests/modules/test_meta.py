@@ -8,7 +8,6 @@ import torch
 from fits import Kill, KilledError, parameters, scalars, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.plugins import MixedPrecision
 
 from metalit.adapt import adapt
 from metalit.callbacks import LastCheckpoint
@@ -302,12 +301,6 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tmp_path):
     assert seen == [torch.float32] * 16
     for name, value in parameters(module).items():
         assert value.dtype == torch.float32, name
-
-
-def test_a_gradient_scaler_is_refused(tmp_path):
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(InputError, match=r"precision='16-mixed'.*bf16-mixed"):
-        trainer(tmp_path, plugins=[plugin]).fit(learner(), sine())
 
 
 def test_fast_dev_run(tmp_path):

@@ -558,3 +558,26 @@ def test_a_trial_leaves_the_buffers_of_a_layer_under_two_names(tmp_path):
     held = norm.running_mean
     bare(tmp_path, 1).fit(SupervisedLearner(network), classes())
     assert norm.running_mean is held
+
+
+@pytest.mark.parametrize("perturbation", [None, WeightNoise(0.1), SAM(0.2)])
+@pytest.mark.parametrize("rows", [1, 6, 16])
+def test_chunks_of_rows_are_the_whole_batch(tmp_path, perturbation, rows):
+    ends = []
+    for chunk in (None, rows):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
+        module = SupervisedLearner(network, None, perturbation, rows_per_chunk=chunk, optimizer=OPTIMIZERS["SGD"])
+        trainer(tmp_path / str(chunk), 5, precision="64-true").fit(module, classes())
+        ends.append((parameters(module), scalars(tmp_path / str(chunk))))
+    (whole, told), (parts, logged) = ends
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, **TIGHT)
+    assert logged.keys() == told.keys()
+    for tag, values in told.items():
+        assert [value for _, value in logged[tag]] == pytest.approx([value for _, value in values], rel=1e-6)
+
+
+def test_chunks_of_no_rows_are_refused():
+    with pytest.raises(InputError, match=r"model\.rows_per_chunk=0 must be at least 1"):
+        SupervisedLearner(mlp(), rows_per_chunk=0)

@@ -1,5 +1,6 @@
 """Modules as functions of their parameters."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -67,13 +68,14 @@ def sees_other_rows(module: nn.Module) -> bool:
 
 
 class _KeyedDropout(TorchFunctionMode):
-    """Replaces the random masks of dropout by masks drawn from a key."""
+    """Replaces the random masks of dropout by masks drawn from a key; the rows are those from ``first`` on."""
 
     MASK_DIMS: ClassVar = {F.dropout: None, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
-    def __init__(self, key: Tensor) -> None:
+    def __init__(self, key: Tensor, first: int = 0) -> None:
         super().__init__()
         self.key = key
+        self.first = first
         self.calls = 0
 
     def __torch_function__(
@@ -97,5 +99,6 @@ class _KeyedDropout(TorchFunctionMode):
             # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
             kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2
             shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
-        keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32) >= p
+        before = self.first * math.prod(shape[1:])
+        keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32, first=before) >= p
         return x * keep.to(x.dtype) / (1.0 - p)

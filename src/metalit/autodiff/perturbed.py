@@ -34,6 +34,7 @@ def gradient_at(
     parameters: Mapping[str, Tensor] | None = None,
     key: Tensor | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of ``module`` and its gradient at other parameters; the module is left exactly as it was.
 
@@ -47,6 +48,8 @@ def gradient_at(
         parameters: the point, by parameter name; the module's own values for names that are not given.
         key: a key of :mod:`metalit.keys`, from which dropout then draws; else from torch's global generator.
         buffers: what the forward pass sees and changes as buffers, by name, such as the module's own in training.
+        first: the number of the first row that the network sees, where its batch is part of a larger one: each row
+            drops what it would drop there.
 
     Returns:
         The loss, and the gradient by all trainable parameters; zero for one that the loss does not use.
@@ -74,7 +77,7 @@ def gradient_at(
         def network(*inputs: Any, **options: Any) -> Any:
             return functional_call(module, state, inputs, options)
 
-        with nullcontext() if key is None else _KeyedDropout(fold(key, DROPOUT)):
+        with nullcontext() if key is None else _KeyedDropout(fold(key, DROPOUT), first):
             value = _scalar(loss(network))
         used = value.requires_grad and torch.autograd.grad(value, list(free.values()), allow_unused=True)
         if not used or all(slope is None for slope in used):

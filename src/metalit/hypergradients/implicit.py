@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch.func import grad, grad_and_value, vjp
+from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, adapt
-from metalit.autodiff import hessian_products
 from metalit.errors import InputError
 from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
 from metalit.hypergradients.paths import Path
@@ -63,13 +62,14 @@ class Implicit(Hypergradient):
         own = outer["problem"]
         inner = adapt(problem, optimizer, outer, task, self.steps, start)
 
-        def inner_loss(inner: Tree, own: Tree) -> torch.Tensor:
-            return problem.inner_loss(inner, own, task, self.steps)
+        def slope(inner: Tree, own: Tree) -> Tree:
+            return problem.inner_grad(inner, own, task, self.steps)
 
         (b, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(inner, own, task)
-        _, hessian = vjp(lambda inner: grad(inner_loss)(inner, own), inner)
+        _, hessian = vjp(lambda inner: slope(inner, own), inner)
         q, indefinite = self.solver(lambda v: axpy(self.damping, v, hessian(v)[0]), b)
-        product, indirect = hessian_products(inner_loss, inner, own, q)
+        _, pull_back = vjp(slope, inner, own)
+        product, indirect = pull_back(q)
         left = norm(axpy(-1.0, axpy(self.damping, q, product), b))
         size = norm(b)
         metrics = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.func import grad, vjp
+from torch.func import vjp
 
 from metalit.adapt import Outer, adapt
 from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
@@ -42,11 +42,8 @@ class JTg(Hypergradient):
         own = outer["problem"]
         before = adapt(problem, optimizer, outer, task, 0, start)
 
-        def inner_loss(inner: Tree, own: Tree) -> torch.Tensor:
-            return problem.inner_loss(inner, own, task, 0)
-
-        g, pull_back = vjp(lambda own: grad(inner_loss)(before, own), own)
-        (product,) = pull_back(g)
+        g, pull_back = vjp(lambda own: problem.inner_grad(before, own, task, 0), own)
+        (product,) = pull_back(tree_map(problem.scaled, g))
         inner = adapt(problem, optimizer, outer, task, self.steps, before)
         no_rates = tree_map(torch.zeros_like, outer["optimizer"])
-        return Estimate(0.5 * dot(g, g), {"problem": product, "optimizer": no_rates}, inner)
+        return Estimate(problem.scaled(0.5 * dot(g, g)), {"problem": product, "optimizer": no_rates}, inner)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -14,7 +14,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map as pytree_map
 
@@ -23,7 +23,22 @@ from metalit.errors import InputError, NonFiniteError
 from metalit.modules.optimizers import changes, groups, made, settings
 from metalit.tree import leaves, unflatten
 
+Packed = TypeVar("Packed", bound="HasPacked")
 _FLAGS = 64  # so many steps' results are kept at most, until it is seen whether they are finite
+
+
+class HasPacked(Protocol):
+    """What an outer step found: ``packed`` is that of :func:`~metalit.modules.estimates.packed`."""
+
+    @property
+    def packed(self) -> Tensor:
+        """Loss, gradient and whether they are not finite, as one vector."""
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Tell the user, once for all ranks."""
+    print(f"metalit: {line}", flush=True)
 
 
 def _nothing() -> None:
@@ -60,6 +75,7 @@ class OuterLearner(LightningModule, ABC):
         self._known_step = 0
         self._flags: list[Tensor] = []
         self._step_is_heard = True
+        self._scale: Tensor | None = None
         self._gradient: tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     @abstractmethod
@@ -71,7 +87,9 @@ class OuterLearner(LightningModule, ABC):
         if next(leaves(self.outer()), None) is None:
             raise InputError("model: it has no trainable parameter to learn; give the problem an nn.Parameter")
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
-        optimizer = made("model.optimizer", self.make_optimizer or partial(torch.optim.Adam, fused=True), parameters)
+        # a fused Adam would unscale by itself, after clipping
+        default = partial(torch.optim.Adam, fused=self._scaler is None)
+        optimizer = made("model.optimizer", self.make_optimizer or default, parameters)
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
             scheduler = made("model.scheduler", self.make_scheduler, optimizer)
@@ -84,23 +102,26 @@ class OuterLearner(LightningModule, ABC):
         self._configured = settings(optimizer, configured.get("lr_scheduler"))
         return configured
 
-    def step_outer(self, found: Tensor, diagnose: Callable[[], dict[str, Tensor]] | None = None) -> dict[str, float]:
+    def step_outer(
+        self, evaluate: Callable[[], Packed], diagnose: Callable[[Packed], dict[str, Tensor]] | None = None
+    ) -> tuple[Packed, dict[str, float]]:
         """Average loss and gradient over the ranks, write the gradient to the outer parameters, and step them.
 
         Args:
-            found: the outer loss of this rank's tasks and its gradient, shaped like :meth:`outer`, as
-                :func:`~metalit.modules.estimates.packed`; the only gradient that is ever written.
-            diagnose: makes more scalars by name, to be logged; called before the step, where a log is due. If not
-                given, none ever is.
+            evaluate: finds the outer loss of this rank's tasks and its gradient, shaped like :meth:`outer` and
+                :attr:`scale` times as large; the only gradient that is ever written. It is called again, at a smaller
+                scale, where half precision could not hold it.
+            diagnose: makes more scalars by name, to be logged, of what was evaluated; called before the step, where a
+                log is due. If not given, none ever is.
 
         Returns:
-            What was logged, by name without its ``train/``; nothing where no log was due.
+            What was evaluated, and what was logged, by name without its ``train/``; nothing where no log was due.
         """
-        flat = self.mean_over_ranks(found)
+        found, flat = self._averaged(evaluate)
         self._flags.append(flat[-1:])
         self._write(flat[1:-1])
-        # before the step: clipping changes the gradient, which lies in `flat`, and the scheduler the rates
-        scalars = self._scalars(flat, diagnose) if diagnose else {}
+        # before the step: clipping changes the gradient, and the scheduler the rates
+        scalars = self._scalars(flat, partial(diagnose, found)) if diagnose else {}
         optimizer = self.optimizers()
         if self._step_is_heard:
             optimizer.step()
@@ -111,7 +132,39 @@ class OuterLearner(LightningModule, ABC):
         self._schedule()
         if diagnose is not None or len(self._flags) == _FLAGS:
             self._report(scalars)
-        return scalars
+        return found, scalars
+
+    # ---- half precision: gradients are scaled where they are found, and unscaled by Lightning's plugin
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What gradients are to be multiplied by, in 16-mixed precision; always the same tensor, brought up to date."""
+        scaler = self._scaler
+        if scaler is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            one = torch.ones((), device=self.device)
+            if self._scale is None or self._scale.device != one.device:
+                self._scale = one.clone()
+            return self._scale.copy_(scaler.scale(one))
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _averaged(self, evaluate: Callable[[], Packed]) -> tuple[Packed, Tensor]:
+        while True:
+            scale, found = self.scale, evaluate()
+            flat = self.mean_over_ranks(found.packed)
+            if scale is None or not bool(flat[-1]) or float(scale) < 1:
+                return found, flat
+            # the scaler's own way to a smaller scale; nothing is stepped, nor counted as a step
+            self._write(flat[1:-1])
+            scaler, optimizer = self._scaler, self.optimizers(use_pl_optimizer=False)
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
 
     def _schedule(self) -> None:
         scheduler = self.lr_schedulers()
@@ -145,7 +198,8 @@ class OuterLearner(LightningModule, ABC):
         every = self.trainer.log_every_n_steps
         if every == 0 or (self.global_step + steps) % every:
             return {}
-        scalars, more = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm())}, diagnose()
+        scale = 1.0 if self._scaler is None else float(self._scale)
+        scalars, more = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm()) / scale}, diagnose()
         if more:
             values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
             scalars |= dict(zip(more, values.tolist(), strict=True))
@@ -239,12 +293,14 @@ class OuterLearner(LightningModule, ABC):
         """Forget earlier flags.
 
         Raises:
-            InputError: a precision with a gradient scaler, which would divide gradients that it never scaled.
+            InputError: ``clip_norm`` with a fused optimiser in 16-mixed precision.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if self._scaler is not None and self.clip_norm and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise InputError(
-                f"trainer.precision={self.trainer.precision!r} scales losses, which outer gradients do not go through; "
-                "use bf16-mixed or 32-true"
+                f"model.optimizer: in trainer.precision={self.trainer.precision!r} a fused {type(optimizer).__name__} "
+                f"unscales gradients by itself, after model.clip_norm={self.clip_norm} has clipped them; set fused: "
+                "false"
             )
         self._bad_step, self._flags = torch.tensor(-1, device=self.device), []
         self._log_hyperparameters()

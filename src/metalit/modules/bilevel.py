@@ -244,7 +244,7 @@ class BilevelLearner(TwoLevelLearner):
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
         steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
-        return adapt(self.problem, self.inner_optimizer, outer, task, steps)
+        return adapt(self.posed(self.scale), self.inner_optimizer, outer, task, steps)
 
     def _scored(self, inner: Tree, outer: Outer, task: Any, split: Split) -> dict[str, float]:
         scores = self.problem.scores(inner, outer["problem"], task, split)

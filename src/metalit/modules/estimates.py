@@ -55,6 +55,7 @@ class Estimates:
         tasks_per_chunk: how many tasks are evaluated at once; all if not given.
         name: what ``fn`` is called in messages.
         tell: what takes the messages.
+        what: what the tasks are called in messages, and in the argument ``…_per_chunk``.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Estimates:
         tasks_per_chunk: int | None,
         name: str,
         tell: Callable[[str], None],
+        what: str = "tasks",
     ) -> None:
         self.fn = fn
         self.compiled = Compiled(fn, module, name, tell) if compiles else None
         self.tasks_per_chunk = tasks_per_chunk
         self.tell = tell
+        self.what = what
 
     def program(self, values: Sequence[Any], spec: TreeSpec) -> Program:
         """What evaluates ``fn`` on arguments of this form."""
@@ -109,8 +112,9 @@ class Bound:
                     raise
             self.owner.tasks_per_chunk = (size + 1) // 2
             self.owner.tell(
-                f"{size} tasks at once do not fit into memory: going on with chunks of {self.owner.tasks_per_chunk}; "
-                f"model.tasks_per_chunk={self.owner.tasks_per_chunk} begins with them"
+                f"{size} {self.owner.what} at once do not fit into memory: going on with chunks of "
+                f"{self.owner.tasks_per_chunk}; model.{self.owner.what}_per_chunk={self.owner.tasks_per_chunk} begins "
+                "with them"
             )
 
     def _run(self, values: Sequence[Any], count: int) -> Leaves:

@@ -1,6 +1,5 @@
 """The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.interval import Interval, mean_with_interval
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import FewShotProblem, Points, Task
-from metalit.tree import Tree
 
 
 class MetaLearner(TwoLevelLearner):
@@ -159,8 +157,10 @@ class MetaLearner(TwoLevelLearner):
     def query_losses(self, tasks: Task) -> Tensor:
         """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
 
+        posed = self.posed(self.scale)
+
         def one(outer: Outer, task: Task) -> Tensor:
-            path = self._iterates(outer, task)
+            path = iterates(posed, self.inner_optimizer, outer, task, self.eval_steps)
             return torch.stack([self.problem.outer_loss(inner, outer["problem"], task) for inner in path])
 
         return self._each(one, tasks)
@@ -168,8 +168,10 @@ class MetaLearner(TwoLevelLearner):
     def query_predictions(self, tasks: Task) -> Tensor:
         """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
 
+        posed = self.posed(self.scale)
+
         def one(outer: Outer, task: Task) -> Tensor:
-            path = self._iterates(outer, task)
+            path = iterates(posed, self.inner_optimizer, outer, task, self.eval_steps)
             return torch.stack([self.problem.predict(inner, outer["problem"], task.query.x) for inner in path])
 
         return self._each(one, tasks)
@@ -207,7 +209,7 @@ class MetaLearner(TwoLevelLearner):
         task = Task(support, support, torch.tensor(0, device=self.device))
         steps = self.eval_steps if steps is None else steps
         with torch.inference_mode(False), torch.no_grad(), self.evaluating():
-            inner = adapt(self.problem, self.inner_optimizer, self.constants(), task, steps)
+            inner = adapt(self.posed(self.scale), self.inner_optimizer, self.constants(), task, steps)
         return Adapted(self, inner)
 
     # ---- checkpoints
@@ -240,9 +242,6 @@ class MetaLearner(TwoLevelLearner):
         self.task_losses = self.losses.compute()
         self.losses.reset()
         return [mean_with_interval(column) for column in self.task_losses.unbind(1)]
-
-    def _iterates(self, outer: Outer, task: Task) -> Iterator[Tree]:
-        return iterates(self.problem, self.inner_optimizer, outer, task, self.eval_steps)
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
         return for_each_task(one, self.constants(), self.cast(tasks))

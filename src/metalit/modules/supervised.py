@@ -16,11 +16,11 @@ from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
-from metalit.modules.base import OuterLearner
-from metalit.modules.estimates import packed
+from metalit.modules.base import OuterLearner, say
+from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
-from metalit.tree import flatten, norm, unflatten
+from metalit.tree import norm, unflatten
 
 Batch = Points | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -42,6 +42,8 @@ class SupervisedLearner(OuterLearner):
             cross-entropy for classes.
         perturbation: what is added to the weights before the gradient is taken.
         seed: the seed of noise and dropout.
+        rows_per_chunk: how many rows are evaluated at once on each rank, to save memory; all if not given. The gradient
+            is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows alone.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -55,6 +57,7 @@ class SupervisedLearner(OuterLearner):
         loss: nn.Module | None = None,
         perturbation: Perturbation | None = None,
         seed: int = 0,
+        rows_per_chunk: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         lr_by_name: dict[str, float] | None = None,
@@ -62,11 +65,14 @@ class SupervisedLearner(OuterLearner):
     ) -> None:
         super().__init__(optimizer, scheduler, lr_by_name, clip_norm)
         check_loss(loss)
+        if rows_per_chunk is not None and rows_per_chunk < 1:
+            raise InputError(f"model.rows_per_chunk={rows_per_chunk} must be at least 1")
         self.save_given_hyperparameters()
         self.network = network
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
+        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, "rows")
         if not self.outer()["network"]:
             raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
         # not the default, which leaves NaN out of the mean
@@ -87,36 +93,52 @@ class SupervisedLearner(OuterLearner):
         """Take one step, on ∇L(w + α)."""
         points = self._points(batch)
         key = fold(torch.tensor(self.seed, device=self.device), self.global_step)
-        # noise is that of all ranks, but each drops for itself
-        drop = fold(key, self.trainer.global_rank)
-        own, plain = dict(self.network.named_buffers()), []
+        count = len(points.x)
+        given = points, torch.arange(count) + count * self.trainer.global_rank
+        weights = {name: value.detach() for name, value in self.outer()["network"].items()}
+        before = {name: buffer.clone() for name, buffer in self.network.named_buffers() if self.scale is not None}
+
+        def evaluate() -> Found:
+            for name, buffer in before.items():
+                self.network.get_buffer(name).copy_(buffer)
+            plain: list[Tensor] = []
+
+            @cache
+            def gradient() -> dict[str, Tensor]:
+                plain.append(self._pass(weights, key, given, keeps=True))
+                slopes = self.mean_over_ranks(plain[0][1:-1])
+                return unflatten(slopes if self.scale is None else slopes / self.scale, weights)
+
+            alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
+            moved = {name: weights[name] + change for name, change in alpha.items()}
+            # the running statistics of BatchNorm follow the first pass alone
+            found = self._pass(weights | moved, key, given, keeps=not plain)
+            if not plain:
+                return Found(found, alpha, {})
+            return Found(torch.cat([plain[0][:1], found[1:]]), alpha, {"sharpness": found[0] - plain[0][0]})
+
+        def diagnose(found: Found) -> dict[str, Tensor]:
+            told = {"weight_norm": norm(weights)}
+            told |= {"perturbation_norm": norm(found.inner)} if found.inner else {}
+            return told | found.metrics
+
+        self.step_outer(evaluate, diagnose)
+
+    def _pass(self, weights: dict[str, Tensor], key: Tensor, given: tuple[Points, Tensor], keeps: bool) -> Tensor:
+        known = {"weights": weights, "key": key, "scale": self.scale, "keeps": keeps}
+        return self._estimates(known, given, None).packed
+
+    def _slopes(self, known: dict[str, Any], given: tuple[Points, Tensor], _: None) -> Found:
+        (points, rows), scale = given, known["scale"]
 
         def loss(network: Any) -> Tensor:
-            return row_losses(self.loss, network(points.x), points.y).mean()
+            value = row_losses(self.loss, network(points.x), points.y).mean()
+            return value if scale is None else scale * value
 
-        @cache
-        def gradient() -> dict[str, Tensor]:
-            plain.append(gradient_at(self.network, loss, key=drop, buffers=own))
-            return self._mean_gradient(plain[0][1])
-
-        weights = {name: value.detach() for name, value in self.outer()["network"].items()}
-        alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
-        moved = {name: weights[name] + change for name, change in alpha.items()}
-        # the running statistics of BatchNorm follow the first pass alone
-        value, slopes = gradient_at(self.network, loss, moved, drop, buffers=None if plain else own)
-
-        def diagnose() -> dict[str, Tensor]:
-            told = {"weight_norm": norm(weights)}
-            told |= {"perturbation_norm": norm(alpha)} if alpha else {}
-            return told | ({"sharpness": value - plain[0][0]} if plain else {})
-
-        self.step_outer(packed(plain[0][0] if plain else value, {"network": slopes}), diagnose)
-
-    def _mean_gradient(self, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Over the ranks, so that α is that of the whole batch."""
-        if self.trainer.world_size == 1:
-            return slopes
-        return unflatten(self.mean_over_ranks(flatten(slopes)), slopes)
+        buffers = dict(self.network.named_buffers()) if known["keeps"] else None
+        first = int(rows[0])
+        value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], buffers, first)
+        return Found(packed(value if scale is None else value / scale, {"network": slopes}), {}, {})
 
     def on_fit_start(self) -> None:
         """Try the network on two rows, before anything is trained.

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
@@ -17,10 +16,11 @@ from metalit.data.stream import Fused
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
 from metalit.inner.base import InnerOptimizer
-from metalit.modules.base import OuterLearner
+from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.fused import AdamSteps
 from metalit.problem import Problem
+from metalit.scaled import Scaled
 from metalit.tree import Tree, leaves, norm, tree_map, unflatten
 
 
@@ -75,7 +75,7 @@ class TwoLevelLearner(OuterLearner):
         self.hypergradient = hypergradient
         self.fused_steps = fused_steps
         self._estimates, self._diagnoses = (
-            Estimates(fn, problem, compile, tasks_per_chunk, name, _say)
+            Estimates(fn, problem, compile, tasks_per_chunk, name, say)
             for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
         )
         self._row: AdamSteps | None = None
@@ -146,18 +146,17 @@ class TwoLevelLearner(OuterLearner):
         values, form = tree_flatten(tasks)
         each = list(zip(*(_split(value, steps) for value in values), strict=True))
         outer = self.constants()
-        estimate = self._estimates.bind(outer, tree_unflatten(each[0], form), start)
-        for number, values in enumerate(each, 1):
-            found = estimate([*values, *tree_flatten(start)[0]])
-            if number < steps:
-                self.step_outer(found.packed)
-                start = None if start is None else found.found().inner
-        made = found.found()
-        diagnose = partial(self.diagnose, made, outer, tree_unflatten(each[-1], form), start)
-        logged = self.step_outer(made.packed, diagnose)
+        estimate = self._estimates.bind((outer, self.scale), tree_unflatten(each[0], form), start)
+        for values in each[:-1]:
+            found, _ = self.step_outer(partial(estimate, [*values, *tree_flatten(start)[0]]))
+            start = None if start is None else found.found().inner
+        diagnose = partial(self.diagnose, outer=outer, tasks=tree_unflatten(each[-1], form), start=start)
+        found, logged = self.step_outer(
+            partial(estimate, [*each[-1], *tree_flatten(start)[0]]), lambda found: diagnose(found.found())
+        )
         if logged:
             self._complain(logged)
-        return made.inner
+        return found.found().inner
 
     def _fuses(self) -> bool:
         """Whether Adam can be compiled with the outer step: nothing else has a say in what happens between two."""
@@ -168,7 +167,7 @@ class TwoLevelLearner(OuterLearner):
         if not (alone and AdamSteps.suits(optimizer)):
             return False
         if self._row is None or self._row.optimizer is not optimizer:
-            self._row = AdamSteps(self._estimate, self.problem, optimizer, self.outer(), _say)
+            self._row = AdamSteps(self._unscaled, self.problem, optimizer, self.outer(), say)
         return True
 
     def _steps_in_a_row(self, tasks: Any, steps: int, start: Tree | None) -> Tree | None:
@@ -189,9 +188,18 @@ class TwoLevelLearner(OuterLearner):
             self._complain(logged)
         return taken.found.inner
 
-    def _estimate(self, outer: Outer, tasks: Any, start: Tree | None) -> Found:
-        estimate = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
-        return Found(packed(estimate.loss, estimate.gradient), estimate.inner, estimate.metrics)
+    def posed(self, scale: Tensor | None) -> Problem:
+        """The problem as it is differentiated."""
+        return self.problem if scale is None else Scaled(self.problem, scale)
+
+    def _estimate(self, known: tuple[Outer, Tensor | None], tasks: Any, start: Tree | None) -> Found:
+        outer, scale = known
+        estimate = over_tasks(self.hypergradient, self.posed(scale), self.inner_optimizer, outer, tasks, start)
+        loss = estimate.loss if scale is None else estimate.loss / scale
+        return Found(packed(loss, estimate.gradient), estimate.inner, estimate.metrics)
+
+    def _unscaled(self, outer: Outer, tasks: Any, start: Tree | None) -> Found:
+        return self._estimate((outer, None), tasks, start)
 
     def _complain(self, logged: dict[str, float]) -> None:
         complaints = self.hypergradient.complaints(logged)
@@ -209,17 +217,19 @@ class TwoLevelLearner(OuterLearner):
         """What is worth knowing of an outer step beside its loss, as means over the tasks."""
         if self._estimates.compiled is None or self._estimates.compiled.failed:
             self._diagnoses.compiled = None
-        gradient = unflatten(made.packed[1:-1], outer)
-        means = self._diagnoses((outer, gradient["problem"]), tasks, (made.inner, start)).metrics
+        scale = self.scale
+        gradient = unflatten(made.packed[1:-1] if scale is None else made.packed[1:-1] / scale, outer)
+        means = self._diagnoses((outer, gradient["problem"], scale), tasks, (made.inner, start)).metrics
         return {"outer_norm": norm(outer), **means, **made.metrics}
 
-    def _diagnosis(self, known: tuple[Outer, Tree], tasks: Any, path: tuple[Tree, Tree | None]) -> Found:
-        (outer, slopes), own, step = known, known[0]["problem"], self.hypergradient.steps
+    def _diagnosis(self, known: tuple[Outer, Tree, Tensor | None], tasks: Any, path: tuple[Tree, Tree | None]) -> Found:
+        outer, slopes, scale = known
+        own, step, posed = outer["problem"], self.hypergradient.steps, self.posed(scale)
 
         def one(_: Outer, given: tuple[Any, tuple[Tree, Tree | None]]) -> dict[str, Tensor]:
             task, (inner, begun) = given
             init = self.problem.init(own, task)
-            slope = grad(lambda inner: self.problem.inner_loss(inner, own, task, step))
+            slope = partial(posed.inner_grad, outer=own, task=task, step=step)
             values = dict(self.problem.watch(init if begun is None else begun, inner, own, slopes, task))
             if next(leaves(inner), None) is not None:
                 left, at_init = norm(slope(inner)), norm(slope(init))
@@ -303,11 +313,6 @@ def _part(tasks: Any, steps: int, number: int) -> Any:
 
 def _split(value: Any, steps: int) -> Sequence[Any]:
     return value.split(len(value) // steps) if isinstance(value, Tensor) else [value] * steps
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(f"metalit: {line}", flush=True)
 
 
 def _brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:

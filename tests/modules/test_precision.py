@@ -1,0 +1,261 @@
+"""Mixed precision: gradients are scaled and unscaled once, small ones are kept, and a skipped step is none.
+
+The Trainer takes 16-mixed on the CPU for bf16-mixed; a plugin around torch's own scaler for the CPU does it here.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from cases import PROBLEMS, task_at
+from fits import Kill, KilledError, bare, blobs, last, parameters, same, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.func import vjp
+from torch.utils._pytree import tree_map as pytree_map
+
+from metalit.autodiff import SAM, WeightNoise
+from metalit.callbacks import LastCheckpoint
+from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
+from metalit.errors import InputError, NonFiniteError
+from metalit.hypergradients import FirstOrder, Implicit, JTg, Recomputed, Truncated, Unrolled
+from metalit.inner import SGD, MetaSGD
+from metalit.linsolve import CG
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
+from metalit.networks import MLP
+from metalit.problems import Cleaning, FewShot, Logistic, ThetaPhi
+from metalit.scaled import Scaled
+from metalit.tree import flatten
+
+ONE = torch.ones(())
+STEP = partial(torch.optim.SGD, lr=0.1)
+
+
+def half(scale=2.0**16, growth_interval=2000):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+def sine():
+    return TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(4, 5, 5), Episodes(4, 5, 5))
+
+
+def table():
+    return SplitsDataModule(blobs(rows=60, classes=2))
+
+
+def network(*sizes):
+    torch.manual_seed(0)
+    return MLP(sizes or [1, 8, 1], activation="Tanh")
+
+
+def meta(hypergradient, inner=None, problem=FewShot, **options):
+    return MetaLearner(problem(network()), inner or SGD(0.05), hypergradient, **{"optimizer": STEP, **options})
+
+
+def bilevel(problem, hypergradient, lr=0.2, **options):
+    return BilevelLearner(problem, SGD(lr), hypergradient, **{"optimizer": STEP, **options})
+
+
+def cleaning():
+    return Cleaning(network(4, 8, 2), 30, decay=0.01)
+
+
+def supervised(perturbation=None, **options):
+    return SupervisedLearner(network(4, 8, 3), None, perturbation, **{"optimizer": STEP, **options})
+
+
+def rows():
+    return BatchDataModule(blobs(), batch_size=16)
+
+
+LEARNERS = {
+    "MAML": (lambda **o: meta(Unrolled(2), **o), sine),
+    "MAML, recomputed": (lambda **o: meta(Recomputed(2), **o), sine),
+    "MAML, truncated": (lambda **o: meta(Truncated(3, 1), **o), sine),
+    "FOMAML": (lambda **o: meta(FirstOrder(2), **o), sine),
+    "Meta-SGD": (lambda **o: meta(Unrolled(2), MetaSGD(0.05), **o), sine),
+    "logistic, implicit": (lambda **o: bilevel(Logistic(4, 0.0), Implicit(5, CG(5)), **o), table),
+    "cleaning, unrolled": (lambda **o: bilevel(cleaning(), Unrolled(3), **o), table),
+    "theta-phi, JTg": (lambda **o: bilevel(ThetaPhi([0.7, -1.2], [1.1, 0.4]), JTg(1), 0.01, **o), lambda: None),
+    "supervised": (supervised, rows),
+    "noise": (lambda **o: supervised(WeightNoise(0.01), **o), rows),
+    "SAM": (lambda **o: supervised(SAM(0.2), **o), rows),
+}
+
+
+class Watch(Callback):
+    """Keeps the gradients that the optimiser is given, and the scalars that are logged."""
+
+    def __init__(self):
+        self.gradients, self.logged = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad.reshape(-1).double() for group in optimizer.param_groups for p in group["params"]]
+        self.gradients.append(torch.cat(gradients))
+
+    def setup(self, trainer, module, stage):
+        module.write_scalars = lambda scalars, **_: self.logged.append(scalars)
+
+
+def gradients(tmp_path, learner, data, steps=1, **options):
+    """What the optimiser was given, ``[steps, parameters]``, and what was logged."""
+    watch = Watch()
+    bare(tmp_path, steps, callbacks=[watch], val_check_interval=1.0, **options).fit(learner, data)
+    return torch.stack(watch.gradients), watch.logged
+
+
+def error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_the_gradient_is_scaled_and_unscaled_once_in_every_learner(tmp_path, name):
+    learner, data = LEARNERS[name]
+    full, told = gradients(tmp_path, learner(), data())
+    for precision, bound in ((half(), 2e-3), (half(2.0**8), 2e-3), ({"precision": "bf16-mixed"}, 2e-2)):
+        found, logged = gradients(tmp_path, learner(), data(), **precision)
+        assert error(found, full) < bound
+        for tag in ("train/loss", "train/grad_norm"):
+            assert logged[0][tag] == pytest.approx(told[0][tag], rel=2 * bound)
+
+
+class Tiny(FewShot):
+    """A few-shot problem in units so large that its inner losses are about 1e-6."""
+
+    def inner_loss(self, inner, outer, task, step):
+        return 1e-6 * super().inner_loss(inner, outer, task, step)
+
+
+def test_inner_gradients_do_not_underflow(tmp_path):
+    def found(**precision):
+        return gradients(tmp_path, meta(Unrolled(2), SGD(0.05e6), problem=Tiny), sine(), **precision)[0]
+
+    assert error(found(**half()), found()) < 5e-3
+    problem, data = Tiny(network()), sine()
+    data.setup("fit")
+    task = task_at(data.draw("train", torch.arange(1)), 0)
+    task = pytree_map(lambda leaf: leaf.float() if isinstance(leaf, torch.Tensor) else leaf, task)
+    outer = {name: value.detach() for name, value in problem.outer().items()}
+    full = flatten(problem.inner_grad(dict(outer), outer, task, 0))
+    with torch.autocast("cpu", torch.half, cache_enabled=False):
+        plain, scaled = (flatten(p.inner_grad(dict(outer), outer, task, 0)) for p in (problem, Scaled(problem, ONE)))
+    assert error(scaled, full) < 2e-3
+    assert error(plain, full) > 0.02
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-3, 1e6])
+def test_the_scale_of_an_inner_loss_does_not_change_its_gradient(size):
+    problem = PROBLEMS["bowl in 4-d"]
+    task, outer = task_at(problem.tasks, 0), {"theta": problem.problem.theta.detach()}
+    inner = {"theta": task.c + size}
+    slopes = [
+        vjp(lambda inner, posed=posed: posed.inner_grad(inner, outer, task, 0), inner)
+        for posed in (problem.problem, Scaled(problem.problem, ONE))
+    ]
+    values = [torch.cat([flatten(slope), flatten(pull_back(inner)[0])]) for slope, pull_back in slopes]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0.0)
+
+
+def test_true_gradients_are_clipped(tmp_path):
+    module = meta(Unrolled(2), clip_norm=0.01)
+    before = flatten(module.outer()).detach()
+    bare(tmp_path, 1, **half()).fit(module, sine())
+    assert float((flatten(module.outer()).detach() - before).norm()) == pytest.approx(0.1 * 0.01, rel=1e-4)
+
+
+def test_clipping_with_a_fused_optimizer_is_refused_before_training(tmp_path):
+    module = meta(Unrolled(2), clip_norm=0.01, optimizer=partial(torch.optim.Adam, fused=True))
+    with pytest.raises(InputError, match=r"model\.optimizer: .*16-mixed.*fused Adam .*clip_norm=0\.01.*fused: false"):
+        bare(tmp_path, 1, **half()).fit(module, sine())
+
+
+@pytest.mark.parametrize("name", ["MAML", "cleaning, unrolled", "SAM"])
+def test_a_scale_too_large_is_made_smaller_and_no_step_is_skipped_or_counted(tmp_path, name):
+    make, data = LEARNERS[name]
+    ends = []
+    precision = half(2.0**40)
+    for _ in range(2):
+        module, watch = make(optimizer=partial(torch.optim.Adam, lr=0.01)), Watch()
+        run = bare(tmp_path, 4, callbacks=[watch], **precision)
+        run.fit(module, data())
+        assert run.global_step == len(watch.gradients) == 4
+        assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {4}
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in watch.gradients)
+        ends.append(module)
+        scale = run.precision_plugin.scaler.get_scale()
+        assert 1 <= scale < 2.0**40
+        precision = half(scale)
+    assert same(*ends)
+
+
+def test_buffers_are_those_of_one_pass_where_a_batch_is_evaluated_again(tmp_path):
+    ends = []
+    for precision in ({"precision": "32-true"}, half(2.0**40)):
+        torch.manual_seed(0)
+        module = SupervisedLearner(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), optimizer=STEP)
+        bare(tmp_path, 2, **precision).fit(module, rows())
+        ends.append(dict(module.named_buffers()))
+    full, found = ends
+    assert int(found["network.1.num_batches_tracked"]) == int(full["network.1.num_batches_tracked"]) == 2
+    torch.testing.assert_close(found["network.1.running_mean"], full["network.1.running_mean"], rtol=1e-2, atol=1e-3)
+
+
+def test_all_groups_of_parameters_have_the_same_scale_where_it_grows(tmp_path):
+    def found(growth):
+        options = {"lr_by_name": {"*weight*": 0.05, "*": 0.02}, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+        return gradients(tmp_path, meta(Unrolled(2), **options), sine(), steps=4, **half(2.0**10, growth))[0]
+
+    assert error(found(1), found(2000)) < 1e-3
+
+
+def test_a_loss_that_is_not_finite_at_any_scale_stops_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match="at outer step 1"):
+        bare(tmp_path, 2, **half()).fit(meta(Unrolled(2), SGD(1e30)), sine())
+
+
+@pytest.mark.parametrize("name", ["MAML", "cleaning, unrolled", "SAM"])
+def test_the_scale_is_resumed(tmp_path, name):
+    make, data = LEARNERS[name]
+    options = {"optimizer": None, "scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)}
+    if name.startswith("cleaning"):
+        options["warm_start"] = True
+    whole = make(**options)
+    through = trainer(tmp_path / "whole", 7, **half(2.0**12, 3))
+    through.fit(whole, data())
+    run = trainer(tmp_path / "killed", 7, callbacks=[LastCheckpoint(seconds=0), Kill(4)], **half(2.0**12, 3))
+    with pytest.raises(KilledError):
+        run.fit(make(**options), data())
+    again = make(**options)
+    run = trainer(tmp_path / "killed", 7, **half(2.0**12, 3))
+    run.fit(again, data(), ckpt_path=last(tmp_path / "killed"))
+    assert same(whole, again)
+    assert run.precision_plugin.scaler.get_scale() == through.precision_plugin.scaler.get_scale() == 2.0**14
+
+
+def test_fused_steps_are_those_one_by_one(tmp_path):
+    ends = [meta(Unrolled(2), fused_steps=steps) for steps in (1, 2)]
+    for module in ends:
+        bare(tmp_path, 4, log_every_n_steps=2, **half(2.0**40)).fit(module, sine())
+    assert same(*ends)
+
+
+def test_the_compiled_step_is_the_uncompiled_one(tmp_path):
+    full, _ = gradients(tmp_path, meta(Unrolled(2)), sine())
+    module = meta(Unrolled(2), compile=True)
+    found, _ = gradients(tmp_path, module, sine(), **half())
+    assert not module._estimates.compiled.failed
+    assert error(found, full) < 2e-3
+
+
+def test_evaluation_adapts_with_scaled_inner_gradients(tmp_path):
+    module = meta(Unrolled(2), SGD(0.05e6), problem=Tiny)
+    before = parameters(module)
+    losses = []
+    for precision in ({}, half()):
+        bare(tmp_path, **precision).validate(module, sine(), verbose=False)
+        losses.append(module.task_losses)
+    torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=5e-3)
+    assert float((losses[0][:, 0] - losses[0][:, 2]).abs().max()) > 0.1
+    assert all(torch.equal(value, before[name]) for name, value in parameters(module).items())
