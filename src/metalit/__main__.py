@@ -11,8 +11,9 @@ One config serves all four. Any value of it can be overridden by its path, and s
        metalit fit --config configs/sine_maml.yaml --trainer.max_steps 1000 --model.inner_optimizer.lr 0.02
        metalit fit --config configs/sine_maml.yaml --print_config        show every value, and stop
 
-Checkpoints: --ckpt_path last | best | FILE. "last" and "best" mean the newest version of this experiment that has one;
-fit then goes on in that version's folder. validate, test and predict take the best one if none is named.
+Checkpoints: --ckpt_path last | best | auto | FILE. "last" and "best" mean the newest version of this experiment that
+has one; fit then goes on in that version's folder; "auto" is "last" if there is one, and else a start. validate, test
+and predict take the best one if none is named.
 
        metalit fit --config configs/sine_maml.yaml --ckpt_path last       go on where the run stopped
        tensorboard --logdir lightning_logs                                watch
@@ -28,7 +29,10 @@ from pathlib import Path
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 for input that cannot be used, 1 for a loss that is NaN."""
+    """Run the command line and return its exit status.
+
+    2 for input that cannot be used, 1 for a loss that is NaN, 143 where SIGTERM stopped training, which is then saved.
+    """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(__doc__)
@@ -41,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.path.append(str(Path.cwd()))
     # imported late: help must not wait for torch
     from metalit.cli import run
-    from metalit.errors import InputError, NonFiniteError
+    from metalit.errors import InputError, NonFiniteError, StoppedError
 
     try:
         run(args)
@@ -51,6 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"metalit: stopped: {error}", file=sys.stderr)
         return 1
+    except StoppedError:
+        return 143
     return 0
 
 

@@ -28,7 +28,9 @@ from metalit.callbacks import (
     Report,
     SampleGradientNorms,
     ScoreTable,
+    StopOnSignal,
 )
+from metalit.callbacks.signals import requeue
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -37,7 +39,7 @@ from metalit.data import (
     TaskDataModule,
     TaskDistribution,
 )
-from metalit.errors import InputError
+from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Hypergradient
 from metalit.inner import InnerOptimizer
 from metalit.linsolve import LinearSolver
@@ -46,7 +48,7 @@ from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
-from metalit.runs import check_checkpoint, find_checkpoint, version_folder
+from metalit.runs import check_checkpoint, find_checkpoint, has_checkpoint, version_folder
 
 # importing them is what lets configs name them by their short names
 SHORT_NAMES = (
@@ -133,11 +135,23 @@ class MetalitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.val_check_interval == 0:
             raise InputError("trainer.val_check_interval=0 must be a number of steps, or a share of trainer.max_steps")
+        if config.trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: gradients are accumulated "
+                "within an outer step; set model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk)"
+            )
+        if config.trainer.gradient_clip_val is not None:
+            raise InputError(
+                f"trainer.gradient_clip_val={config.trainer.gradient_clip_val}: outer gradients are clipped by "
+                "model.clip_norm"
+            )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         name = config.experiment or self._first_config_name()
         self.experiment = Path(config.trainer.default_root_dir or ".") / "lightning_logs" / name
         asked = config.ckpt_path
+        if asked == "auto":
+            asked = "last" if has_checkpoint("last", self.experiment) else None
         if asked is None and self.subcommand != "fit":
             asked = "best"
         self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
@@ -179,7 +193,7 @@ class MetalitCLI(LightningCLI):
             self.save_config_callback = None
         if self.subcommand != "fit":
             self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
-        callbacks = [Report(), ScoreTable(), PredictionWriter()]
+        callbacks = [Report(), ScoreTable(), PredictionWriter(), StopOnSignal()]
         if config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             # first, because the others print below it once it has ended
@@ -203,6 +217,15 @@ class MetalitCLI(LightningCLI):
         except SystemExit:
             # how Lightning ends after Ctrl-C
             _say("interrupted; the same command with --ckpt_path last goes on from the last checkpoint")
+            raise
+        except StoppedError as stopped:
+            refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
+            _say(f"{stopped}; the same command with --ckpt_path last goes on from there")
+            if stopped.requeue and refusal is None:
+                _say("the job is put back into the queue")
+                return
+            if refusal:
+                _say(f"the job is not requeued: {refusal}")
             raise
         best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
         if best.best_model_score is not None:
@@ -243,6 +266,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
         InputError: something that the user gave cannot be used.
         NonFiniteError: training became NaN or infinite.
+        StoppedError: a signal stopped it.
     """
     for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,4 +1,6 @@
-"""The one error that users can mend: the command line prints its message alone, without a traceback."""
+"""Errors that the command line tells in one line, without a traceback."""
+
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -7,3 +9,19 @@ class InputError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """Training stopped because the outer loss or its gradient became NaN or infinite."""
+
+
+class StoppedError(RuntimeError):
+    """Training was told to stop by a signal, and did, in good order.
+
+    Attributes:
+        step: the outer steps that are taken and saved.
+        checkpoint: where.
+        requeue: whether the job is to be put back into the queue.
+    """
+
+    def __init__(self, step: int, checkpoint: Path, requeue: bool) -> None:
+        super().__init__(f"stopped by a signal after outer step {step}, saved in {checkpoint}")
+        self.step = step
+        self.checkpoint = checkpoint
+        self.requeue = requeue

@@ -32,19 +32,27 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"ckpt_path={name!r}: there is no such file (looked in {Path.cwd()}); or say best or last")
-    else:
-        # by number: a folder that the user renamed, such as version_3_old, is no version any more
-        versions = {
-            int(folder.name.removeprefix("version_")): folder / "checkpoints" / f"{name}.ckpt"
-            for folder in experiment.glob("version_*")
-            if folder.name.removeprefix("version_").isdigit() and (folder / "checkpoints" / f"{name}.ckpt").is_file()
-        }
-        if not versions:
-            raise InputError(
-                f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"
-            )
-        path = versions[max(versions)]
-    return path
+        return path
+    versions = _versions(name, experiment)
+    if not versions:
+        raise InputError(
+            f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"
+        )
+    return versions[max(versions)]
+
+
+def has_checkpoint(name: str, experiment: Path) -> bool:
+    """Whether any version of an experiment has a checkpoint of this name."""
+    return bool(_versions(name, experiment))
+
+
+def _versions(name: str, experiment: Path) -> dict[int, Path]:
+    # by number: a folder that the user renamed, such as version_3_old, is no version any more
+    return {
+        int(folder.name.removeprefix("version_")): folder / "checkpoints" / f"{name}.ckpt"
+        for folder in experiment.glob("version_*")
+        if folder.name.removeprefix("version_").isdigit() and (folder / "checkpoints" / f"{name}.ckpt").is_file()
+    }
 
 
 def check_checkpoint(path: Path) -> int:

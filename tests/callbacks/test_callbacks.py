@@ -18,6 +18,7 @@ from metalit.errors import InputError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
+from metalit.modules.agreement import Agreement
 from metalit.modules.interval import mean_with_interval
 from metalit.networks import MLP
 from metalit.problem import Points, Task
@@ -41,7 +42,7 @@ class TestCheckpoints:
 
         watch = Watch(seconds=0.0)
         fake = SimpleNamespace(
-            world_size=1,
+            is_global_zero=True,
             val_check_batch=7,
             fast_dev_run=False,
             sanity_checking=False,
@@ -51,12 +52,14 @@ class TestCheckpoints:
             global_step=3,
         )
         watch.dirpath = str(tmp_path)
-        watch.on_train_batch_end(fake, None, None, None, 2)
+        module = SimpleNamespace(agreement=Agreement())
+        watch.on_train_start(fake, module)
+        watch.on_train_batch_end(fake, module, None, None, 2)
         fake.global_step = 7
-        watch.on_train_batch_end(fake, None, None, None, 6)  # a validation comes, and saves
+        watch.on_train_batch_end(fake, module, None, None, 6)  # a validation comes, and saves
         watch.seconds = 1000.0
         fake.global_step = 8
-        watch.on_train_batch_end(fake, None, None, None, 7)
+        watch.on_train_batch_end(fake, module, None, None, 7)
         assert steps == [3]
         assert metalit("fit", MAML, never, always)[0] == 0
         assert torch.load(folder(tmp_path) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6

@@ -7,6 +7,7 @@ from metalit.callbacks.progress import Progress
 from metalit.callbacks.report import Report
 from metalit.callbacks.sample_gradients import SampleGradientNorms
 from metalit.callbacks.scores import ScoreTable
+from metalit.callbacks.signals import StopOnSignal
 
 __all__ = [
     "BestCheckpoint",
@@ -17,4 +18,5 @@ __all__ = [
     "Report",
     "SampleGradientNorms",
     "ScoreTable",
+    "StopOnSignal",
 ]

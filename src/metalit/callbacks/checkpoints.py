@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.errors import InputError
+from metalit.modules.base import OuterLearner
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -39,7 +40,9 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: the learner at the last validation, or later: at most ``seconds`` ago.
+    """``last.ckpt``: the learner at the last validation, or later: at most ``seconds`` ago, by the clock of rank 0.
+
+    With :class:`~metalit.callbacks.StopOnSignal` it also saves where the run is told to stop.
 
     Args:
         seconds: the time between two saves while no validation comes.
@@ -52,27 +55,30 @@ class LastCheckpoint(ModelCheckpoint):
         self.seconds = seconds
         self._saved_at = time.monotonic()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic()
+        pl_module.agreement.wish("save", lambda: trainer.is_global_zero and self._is_late())
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: OuterLearner, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time: ModelCheckpoint's own interval does not count under manual optimisation.
 
         Before a validation it waits: what a resumed run goes on from must know the outcome.
         """
-        due = time.monotonic() - self._saved_at >= self.seconds and (batch_idx + 1) % trainer.val_check_batch != 0
-        if trainer.world_size > 1:
-            due = trainer.strategy.broadcast(due)
-        if due and not self._should_skip_saving_checkpoint(trainer):
+        due = any(pl_module.agreement.granted(wish) for wish in ("save", "stop"))
+        validates = (batch_idx + 1) % trainer.val_check_batch == 0
+        if due and not validates and not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Save what was trained after the last validation."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.seconds
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

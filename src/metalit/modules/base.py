@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.errors import InputError, NonFiniteError
+from metalit.modules.agreement import Agreement
 from metalit.modules.optimizers import changes, groups, made, settings
 from metalit.tree import leaves, unflatten
 
@@ -71,6 +72,7 @@ class OuterLearner(LightningModule, ABC):
         self.clip_norm = clip_norm
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"model.clip_norm={clip_norm} must be positive; leave it out to clip nothing")
+        self.agreement = Agreement()
         self._bad_step = torch.tensor(-1)
         self._known_step = 0
         self._flags: list[Tensor] = []
@@ -156,7 +158,7 @@ class OuterLearner(LightningModule, ABC):
     def _averaged(self, evaluate: Callable[[], Packed]) -> tuple[Packed, Tensor]:
         while True:
             scale, found = self.scale, evaluate()
-            flat = self.mean_over_ranks(found.packed)
+            flat = self._agreed(found.packed)
             if scale is None or not bool(flat[-1]) or float(scale) < 1:
                 return found, flat
             # the scaler's own way to a smaller scale; nothing is stepped, nor counted as a step
@@ -165,6 +167,15 @@ class OuterLearner(LightningModule, ABC):
             scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
+
+    def _agreed(self, packed: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return packed
+        wants = packed.new_tensor(self.agreement.wants())
+        mean = self.mean_over_ranks(torch.cat([packed, wants]))
+        packed, wants = mean.split([len(packed), len(wants)])
+        self.agreement.grant(wants.tolist())
+        return packed
 
     def _schedule(self) -> None:
         scheduler = self.lr_schedulers()
@@ -302,6 +313,7 @@ class OuterLearner(LightningModule, ABC):
                 f"unscales gradients by itself, after model.clip_norm={self.clip_norm} has clipped them; set fused: "
                 "false"
             )
+        self.agreement = Agreement()
         self._bad_step, self._flags = torch.tensor(-1, device=self.device), []
         self._log_hyperparameters()
 

@@ -1,0 +1,92 @@
+"""Signals: a run that is told to stop does so after the same step on all ranks, saved, and is requeued by SLURM."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from metalit.callbacks.checkpoints import LastCheckpoint
+from metalit.errors import InputError, StoppedError
+from metalit.modules.base import OuterLearner
+
+
+class StopOnSignal(Callback):
+    """SIGTERM on any rank, or SLURM's SIGUSR1, ends the run at the end of the step that it comes in.
+
+    The handler takes a note and nothing else; the ranks agree with the next gradient
+    (:class:`~metalit.modules.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
+    validation if one is due, and all ranks leave. Lightning's own handlers would save in mid-step, or wait for a rank
+    that got no signal; they are put aside while training lasts.
+
+    Raises:
+        InputError: when training starts, without a ``LastCheckpoint``.
+        StoppedError: at the start of the step after the one that was saved.
+    """
+
+    def __init__(self) -> None:
+        self._received: set[int] = set()
+        self._before: dict[int, Any] = {}
+        self._stops = self._requeues = False
+
+    def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+        """Keep Lightning from saving and requeueing by itself."""
+        if stage == "fit":
+            if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
+                raise InputError("StopOnSignal: there is nothing to save with; add the callback LastCheckpoint")
+            environment = trainer._accelerator_connector.cluster_environment
+            if isinstance(environment, SLURMEnvironment):
+                environment.auto_requeue = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+        """Listen in place of Lightning, and say to the other ranks what was heard."""
+        self._received, self._stops, self._requeues = set(), False, False
+        # only a main thread may, as in a notebook it may not be
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+            self._before = {number: signal.signal(number, self._note) for number in signals}
+        pl_module.agreement.wish("stop", lambda: bool(self._received))
+        pl_module.agreement.wish("requeue", lambda: signal.SIGUSR1 in self._received)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
+        """Ask whether to go on."""
+        self._stops = self._stops or pl_module.agreement.granted("stop")
+        self._requeues = self._requeues or pl_module.agreement.granted("requeue")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
+        """Leave."""
+        if self._stops:
+            saver = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
+            raise StoppedError(trainer.global_step, Path(saver.best_model_path), self._requeues)
+
+    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+        """Leave the signals as they were."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
+        """Leave the signals as they were."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received.add(number)
+
+
+def requeue() -> str | None:
+    """Put this SLURM job, or task of an array, back into the queue; returns why not, if it was refused."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"scontrol requeue {job}: {error}"
+    return f"scontrol requeue {job}: {(done.stderr or done.stdout).strip()}" if done.returncode else None

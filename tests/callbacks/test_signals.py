@@ -1,0 +1,118 @@
+"""A run that a signal stops: when it leaves, what it has saved, and whether its job is requeued."""
+
+import os
+import signal
+
+import pytest
+import torch
+from fits import last, same, trainer
+from lightning.pytorch import Callback
+
+from metalit.callbacks import BestCheckpoint, LastCheckpoint, StopOnSignal
+from metalit.callbacks.signals import requeue
+from metalit.data import Episodes, Sine, TaskDataModule
+from metalit.errors import InputError, StoppedError
+from metalit.hypergradients import Unrolled
+from metalit.inner import SGD
+from metalit.modules import MetaLearner
+from metalit.modules.agreement import Agreement
+from metalit.networks import MLP
+from metalit.problems import FewShot
+
+
+class Send(Callback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(folder, steps=8, signals=(), ckpt_path=None, **options):
+    torch.manual_seed(0)
+    module = MetaLearner(FewShot(MLP([1, 8, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
+    data = TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(4, 5, 5), Episodes(4, 5, 5))
+    callbacks = [BestCheckpoint(), LastCheckpoint(), StopOnSignal(), *signals]
+    run = trainer(folder, steps, **{"val_check_interval": 4, "callbacks": callbacks, **options})
+    run.fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])  # 4 is followed by a validation
+def test_a_signal_stops_the_run_after_its_step_which_is_saved_and_resumed(tmp_path, step):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=f"after outer step {step}, saved in .*last.ckpt") as stopped:
+        fit(tmp_path / "stopped", signals=[Send(signal.SIGTERM, step)])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.step == step
+    assert not stopped.value.requeue
+    assert str(stopped.value.checkpoint) == last(tmp_path / "stopped")
+    kept = torch.load(stopped.value.checkpoint, weights_only=True)
+    assert kept["global_step"] == step
+    best = [state["best_model_score"] for name, state in kept["callbacks"].items() if name.startswith("Best")]
+    assert (best[0] is not None) == (step >= 4)
+    resumed = fit(tmp_path / "stopped", ckpt_path=last(tmp_path / "stopped"))
+    assert same(resumed, fit(tmp_path / "whole"))
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
+    fit(tmp_path, signals=[Send(signal.SIGTERM, 8)])
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 8
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigusr1_is_heard_in_a_job_of_slurm_alone(tmp_path, monkeypatch):
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    try:
+        fit(tmp_path / "alone", signals=[Send(signal.SIGUSR1, 2)])
+        assert heard == [1]
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+        with pytest.raises(StoppedError) as stopped:
+            fit(tmp_path / "job", signals=[Send(signal.SIGUSR1, 2)])
+        assert stopped.value.requeue
+        assert stopped.value.step == 2
+        assert heard == [1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_run_that_saves_nothing_cannot_be_stopped_so(tmp_path):
+    with pytest.raises(InputError, match=r"StopOnSignal: .*LastCheckpoint"):
+        fit(tmp_path, callbacks=[StopOnSignal()])
+
+
+@pytest.mark.parametrize(
+    ("job", "asked"),
+    [
+        ({"SLURM_JOB_ID": "17"}, "requeue 17"),
+        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "3"}, "requeue 18_3"),
+    ],
+)
+def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch, job, asked):
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert requeue() is None
+    assert (tmp_path / "asked").read_text().strip() == asked
+    script.write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
+    assert requeue() == f"scontrol {asked}: no such job"
+    script.unlink()
+    assert "No such file" in requeue()
+
+
+def test_what_one_rank_wishes_all_grant():
+    agreement = Agreement()
+    agreement.wish("save", lambda: False)
+    agreement.wish("stop", lambda: True)
+    assert agreement.wants() == [0.0, 1.0]
+    agreement.grant([0.5, 0.0])  # another rank of two wants to save, and all know by now that none wants to stop
+    assert agreement.granted("save")
+    assert not agreement.granted("stop")
+    assert not agreement.granted("requeue")

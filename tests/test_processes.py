@@ -1,0 +1,160 @@
+"""Processes that are killed, frozen or told to stop: the others must not go on alone, and nothing may be lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._pytree import tree_leaves
+
+RUN = (
+    "fit",
+    "--config=configs/sine_maml.yaml",
+    "--config=configs/trainer/cpu.yaml",
+    "--model.compile=false",
+    "--model.fused_steps=1",
+    "--data.train.tasks=4",
+    "--data.val.tasks=4",
+    "--figures.tasks=0",
+    "--trainer.val_check_interval=1.0",
+    "--trainer.num_sanity_val_steps=0",
+    "--last_checkpoint.seconds=0.3",
+)
+TWO = ("--trainer.strategy=ddp", "--trainer.devices=2")
+
+
+def start(root, *options, before=("-m", "metalit")):
+    command = [sys.executable, *before, *RUN, f"--trainer.default_root_dir={root}", *options]
+    # no pipe: a frozen process would keep it open
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process.output = output
+    return process
+
+
+def ended(process, seconds=120):
+    """Exit status and output; whatever is left of the process is killed."""
+    try:
+        status = process.wait(timeout=seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.output.seek(0)
+    return status, process.output.read()
+
+
+def checkpoint(root, process, seconds=120):
+    """Wait for the first checkpoint that the run saves."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        found = list(Path(root).rglob("last.ckpt"))
+        if found:
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"nothing was saved: {ended(process, 1)}")
+
+
+def child(process):
+    """The process id of rank 1, which rank 0 has started."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in pids if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    return int(ranks[0])
+
+
+def values(path):
+    state = torch.load(path, weights_only=True)
+    return state["global_step"], tree_leaves([state["state_dict"], state["optimizer_states"], state["lr_schedulers"]])
+
+
+@pytest.mark.parametrize("who", ["rank 1", pytest.param("rank 0", marks=pytest.mark.long)])
+def test_two_ranks_stop_together_where_one_is_told_to_and_go_on_as_if_they_had_not(tmp_path, who):
+    options = (*TWO, "--trainer.max_steps=1000", "--ckpt_path=auto")
+    process = start(tmp_path / "stopped", *options)
+    checkpoint(tmp_path / "stopped", process)
+    os.kill(child(process) if who == "rank 1" else process.pid, signal.SIGTERM)
+    status, output = ended(process)
+    assert status == 143, output
+    assert output.count("stopped by a signal after outer step ") == 1
+    assert "--ckpt_path last" in output
+    (saved,) = (tmp_path / "stopped").rglob("last.ckpt")
+    assert f"outer step {values(saved)[0]}, saved in {saved}" in output
+    assert 0 < values(saved)[0] < 1000
+    for root in ("stopped", "whole"):
+        status, output = ended(start(tmp_path / root, *options))
+        assert status == 0, output
+    assert "going on from" not in output
+    (whole,) = (tmp_path / "whole").rglob("last.ckpt")
+    assert values(saved)[0] == values(whole)[0] == 1000
+    for found, expected in zip(values(saved)[1], values(whole)[1], strict=True):
+        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+
+
+@pytest.mark.parametrize("who", ["rank 1", pytest.param("rank 0", marks=pytest.mark.long)])
+def test_no_rank_goes_on_alone_where_another_is_killed(tmp_path, who):
+    process = start(tmp_path, *TWO, "--trainer.max_steps=1000000")
+    checkpoint(tmp_path, process)
+    other = child(process)
+    os.kill(other if who == "rank 1" else process.pid, signal.SIGKILL)
+    status, output = ended(process)
+    assert status != 0, output
+    assert "best checkpoint" not in output
+    until = time.monotonic() + 60
+    while Path(f"/proc/{other}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{other}").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
+    ddp = (
+        "--config=configs/trainer/gpus.yaml",
+        "--config=configs/trainer/cpu.yaml",
+        "--trainer.devices=2",
+        "--trainer.strategy.timeout=0:00:10",
+        "--trainer.strategy.process_group_backend=gloo",
+    )
+    process = start(tmp_path, *ddp, "--trainer.max_steps=1000000")
+    checkpoint(tmp_path, process)
+    other = child(process)
+    os.kill(other, signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        status, output = ended(process)
+    finally:
+        os.kill(other, signal.SIGKILL)
+    assert status != 0, output
+    assert 5 < time.monotonic() - begun < 60
+
+
+def test_two_nodes_of_torchrun_are_one_process(tmp_path):
+    options = ("--trainer.max_steps=20", "--trainer.precision=64-true", "--trainer.val_check_interval=10")
+    port = 29500 + os.getpid() % 1000
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    nodes = [
+        start(
+            tmp_path / "two",
+            *("--config=configs/trainer/nodes.yaml", "--config=configs/trainer/cpu.yaml"),
+            *("--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy.process_group_backend=gloo"),
+            *options,
+            before=["-m", "torch.distributed.run", *rendezvous, f"--node-rank={node}", "-m", "metalit"],
+        )
+        for node in (0, 1)
+    ]
+    outputs = [ended(node) for node in nodes]
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    status, output = ended(start(tmp_path / "one", *options))
+    assert status == 0, output
+    assert [text.count("best checkpoint") for _, text in outputs] == [1, 0]
+    (one,), (two,) = ((tmp_path / name).rglob("last.ckpt") for name in ("one", "two"))
+    assert values(one)[0] == values(two)[0] == 20
+    for found, expected in zip(values(two)[1], values(one)[1], strict=True):
+        if isinstance(found, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(list((tmp_path / "two").rglob("events*"))) == len(list((tmp_path / "one").rglob("events*")))
