@@ -1,4 +1,7 @@
-"""Trains on as many processes as it is told: ``python ranks.py FOLDER RANKS``."""
+"""Trains every kind of learner on as many processes as it is told: ``python ranks.py FOLDER RANKS HALFWAY NAME ...``.
+
+HALFWAY is the step at which it is stopped, to go on from its checkpoint, or 0.
+"""
 
 import sys
 from functools import partial
@@ -10,38 +13,132 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fits import blobs, last, regression, trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
-from metalit.autodiff import SAM
-from metalit.callbacks import BestCheckpoint, LastCheckpoint, ScoreTable
-from metalit.data import BatchDataModule, SplitsDataModule
-from metalit.hypergradients import Unrolled
-from metalit.inner import SGD
-from metalit.modules import BilevelLearner, SupervisedLearner
+from metalit.autodiff import SAM, WeightNoise
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, ScoreTable
+from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
+from metalit.hypergradients import Implicit, Unrolled
+from metalit.inner import SGD, MetaSGD
+from metalit.linsolve import CG
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
-from metalit.problems import Ridge
+from metalit.problems import Cleaning, FewShot, Logistic, Ridge
+from metalit.tree import flatten
+
+ADAM = partial(torch.optim.Adam, lr=0.01)
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=50)
+# one that would let the ranks drift apart if they judged differently
+PLATEAU = partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.05)
 
 
-def fit(root: Path, ranks: int) -> None:
-    """A bilevel learner, which is resumed, and SAM."""
-    options = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "precision": "64-true"}
-    # a scheduler that would let the ranks drift apart if they judged differently
-    scheduler = partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.05)
-    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
-    for steps in (4, 8):
-        module = BilevelLearner(
-            Ridge(3, -1.0, batch=8, outer_batch=5), SGD(0.1), Unrolled(3), warm_start=True,
-            optimizer=optimizer, scheduler=scheduler,
-        )  # fmt: skip
-        callbacks = [ScoreTable(), BestCheckpoint(), LastCheckpoint()]
-        run = trainer(root / "bilevel", steps, val_check_interval=2, callbacks=callbacks, **options)
-        run.fit(
-            module, SplitsDataModule(regression(), draws=2), ckpt_path=None if steps == 4 else last(root / "bilevel")
-        )
+def network(*sizes):
     torch.manual_seed(0)
-    module = SupervisedLearner(MLP([4, 8, 3]), None, SAM(0.2), optimizer=partial(torch.optim.Adam, lr=0.01))
-    run = trainer(root / "SAM", 4, **options)
-    run.fit(module, BatchDataModule(blobs(rows=124), batch_size=16))
+    return MLP(sizes, activation="Tanh")
+
+
+def dropout():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
+
+
+def meta(inner=None, **options):
+    options = {"eval_steps": 3, "optimizer": ADAM, "scheduler": COSINE, **options}
+    return MetaLearner(FewShot(network(1, 8, 1)), inner or SGD(0.05), Unrolled(2), **options)
+
+
+def sine():
+    return TaskDataModule(Sine(), Episodes(24, 5, 5), Episodes(12, 5, 5), Episodes(6, 5, 5))
+
+
+def ridge(**options):
+    problem = Ridge(3, -1.0, batch=8, outer_batch=5)
+    return BilevelLearner(problem, SGD(0.1), Unrolled(3), **{"optimizer": ADAM, "scheduler": PLATEAU, **options})
+
+
+def logistic(**options):
+    problem = Logistic(4, -1.0, batch=8, outer_batch=5)
+    return BilevelLearner(problem, SGD(0.1), Implicit(3, CG(5), damping=0.1), **{"optimizer": ADAM, **options})
+
+
+def cleaning(**options):
+    problem = Cleaning(network(4, 6, 2), 30, decay=0.01, batch=8, outer_batch=8)
+    return BilevelLearner(problem, SGD(0.2), Unrolled(2), **{"optimizer": ADAM, **options})
+
+
+def splits(source):
+    return SplitsDataModule(source, draws=24)
+
+
+def supervised(perturbation=None, **options):
+    return SupervisedLearner(dropout(), None, perturbation, **{"optimizer": ADAM, "scheduler": PLATEAU, **options})
+
+
+def rows():
+    return BatchDataModule(blobs(rows=150), batch_size=24)
+
+
+def two_classes():
+    return splits(blobs(rows=60, classes=2))
+
+
+def half():
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**30))]}
+
+
+DOUBLE = {"precision": "64-true"}
+CASES = {
+    "MAML": (meta, sine, DOUBLE),
+    "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
+    "MAML, fused": (lambda: meta(fused_steps=5), sine, DOUBLE | {"log_every_n_steps": 5}),
+    "Meta-SGD, clipped": (lambda: meta(MetaSGD(0.05), clip_norm=0.1), sine, DOUBLE),
+    "ridge, warm": (lambda: ridge(warm_start=True), lambda: splits(regression()), DOUBLE),
+    "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),
+    "logistic, implicit, warm": (lambda: logistic(warm_start=True), two_classes, DOUBLE),
+    "cleaning": (cleaning, two_classes, DOUBLE),
+    "supervised": (supervised, rows, DOUBLE),
+    "supervised, chunks": (lambda: supervised(rows_per_chunk=5), rows, DOUBLE),
+    "noise": (lambda: supervised(WeightNoise(0.01)), rows, DOUBLE),
+    "SAM": (lambda: supervised(SAM(0.1)), rows, DOUBLE),
+    "SAM, chunks": (lambda: supervised(SAM(0.1), rows_per_chunk=3), rows, DOUBLE),
+}
+COMPILED = {
+    "MAML, compiled": (lambda: meta(compile=True), sine, DOUBLE),
+    "MAML, compiled, chunks, fused": (
+        lambda: meta(compile=True, tasks_per_chunk=4, fused_steps=5),
+        sine,
+        DOUBLE | {"log_every_n_steps": 5},
+    ),
+    "ridge, compiled, warm": (lambda: ridge(compile=True, warm_start=True), lambda: splits(regression()), DOUBLE),
+}
+HALF = {
+    "MAML, half": (meta, sine, half),
+    "cleaning, half": (cleaning, two_classes, half),
+    "SAM, half": (lambda: supervised(SAM(0.1)), rows, half),
+}
+ALL = CASES | COMPILED | HALF
+
+
+def fit(root: Path, ranks: int, name: str, halfway: int, steps: int = 50) -> None:
+    """Train one of them."""
+    make, data, options = ALL[name]
+    for until in filter(None, (halfway, steps)):
+        module = make()
+        callbacks = [FitFigures(tasks=2), ScoreTable(), BestCheckpoint(), LastCheckpoint()]
+        given = options() if callable(options) else options
+        devices = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+        settings = {"log_every_n_steps": 1, "val_check_interval": 10, "callbacks": callbacks, **given, **devices}
+        run = trainer(root / name, until, num_sanity_val_steps=0, **settings)
+        resumed = halfway and until == steps
+        run.fit(module, data(), ckpt_path=last(root / name) if resumed else None)
+        assert name not in COMPILED or not module._estimates.compiled.failed, name
+        own = flatten(module.outer()).detach()
+        for other in module.all_gather(own).reshape(ranks, -1):
+            assert torch.equal(own, other), f"{name}: the ranks drifted apart"
 
 
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), int(sys.argv[2]))
+    folder, count, step, *names = sys.argv[1:]
+    for name in names:
+        fit(Path(folder), int(count), name, int(step))

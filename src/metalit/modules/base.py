@@ -371,6 +371,9 @@ class OuterLearner(LightningModule, ABC):
                 "use the config that the checkpoint was trained with: config.yaml in its version folder"
             )
         self._known_step = int(checkpoint["global_step"])
+        if self._trainer is not None:
+            # Lightning does so only after loading: double precision would be rounded to single and back
+            self.trainer.precision_plugin.convert_module(self)
 
     def save_given_hyperparameters(self) -> None:
         """Keep the configuration that the command line gave, so that a checkpoint rebuilds its learner.
