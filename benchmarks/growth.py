@@ -1,16 +1,14 @@
 """How metalit's step grows with tasks, threads and processes."""
 
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
 import torch
 
-from benchmarks.harness import ONE_THREAD, Contender, DifferentWorkError, Missing, Race, markdown, rounds, say, section
+from benchmarks.harness import Contender, DifferentWorkError, Missing, Race, markdown, rounds, say, section
+from benchmarks.workers import Worker, together, told
 from metalit.adapt import Outer
 from metalit.data import Sine
 from metalit.data.base import task_keys
@@ -27,46 +25,10 @@ KINDS = ("not compiled", "compiled", "compiled, `tasks_per_chunk: 25`")
 INNER_STEPS, LR, POINTS = 1, 0.01, 10
 
 
-class Worker:
-    """A process of its own that takes steps when it is told: the number of threads is bound when torch starts."""
-
-    def __init__(self, kind: str, tasks: int, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.growth", kind, str(tasks), str(threads)]
-        count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self.process = subprocess.Popen(
-            command, env={**os.environ, **ONE_THREAD, **count}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        answer = self._answer()
-        self.loss = float(answer) if answer else None  # none where it cannot be compiled
-
-    def begin(self, steps: int) -> None:
-        """Take steps, and do not wait."""
-        print(steps, file=self.process.stdin, flush=True)
-
-    def end(self) -> None:
-        """Wait until they are taken."""
-        if not self._answer():
-            raise RuntimeError("a process of the benchmark ended before its time")
-
-    def advance(self, steps: int) -> None:
-        """Take steps."""
-        self.begin(steps)
-        self.end()
-
-    def close(self) -> None:
-        """Let it go."""
-        self.process.communicate()
-
-    def _answer(self) -> str:
-        return self.process.stdout.readline().strip()
-
-
-def together(workers: Sequence[Worker], steps: int) -> None:
-    """All take steps at the same time."""
-    for worker in workers:
-        worker.begin(steps)
-    for worker in workers:
-        worker.end()
+def started(kind: str, tasks: int, threads: int) -> Worker:
+    """A worker with so many threads, whose number is bound when torch starts."""
+    count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return Worker([sys.executable, "-m", "benchmarks.growth", kind, str(tasks), str(threads)], count)
 
 
 def serve(kind: str, count: int, threads: int) -> None:
@@ -88,34 +50,32 @@ def serve(kind: str, count: int, threads: int) -> None:
     loss = float(estimates(outer, tasks, None).packed[0])
     if estimates.compiled is not None and estimates.compiled.failed:
         return
-    print(loss, flush=True)
-    for line in sys.stdin:
-        for _ in range(int(line)):
-            estimates(outer, tasks, None)
-        print("done", flush=True)
+    goes_on = told(loss, sys.stdin.readline, partial(print, flush=True))
+    while goes_on():
+        estimates(outer, tasks, None)
 
 
 def run(quick: bool) -> str:
     """Measure."""
-    started = time.perf_counter()
+    begun = time.perf_counter()
+    losses: dict[tuple[str, int], list[float | None]] = {}
     workers: dict[tuple[str, int, str], list[Worker]] = {}
     missing = []
     for kind in KINDS:
         for tasks in TASKS:
-            one, two, other = (Worker(kind, tasks, threads) for threads in (1, 2, 1))
-            if None in (one.loss, two.loss, other.loss):
+            one, two, other = (started(kind, tasks, threads) for threads in (1, 2, 1))
+            losses[kind, tasks] = [worker.ready() for worker in (one, two, other)]
+            if None in losses[kind, tasks]:
                 missing.append(Missing(_name(kind, tasks, ""), "it cannot be compiled here"))
                 continue
             workers[kind, tasks, ""] = [one]
             workers[kind, tasks, "2 threads"] = [two]
             workers[kind, tasks, "2 processes"] = [one, other]
-    for (_, tasks, _), group in workers.items():
-        expected = workers["not compiled", tasks, ""][0].loss
-        if any(abs(worker.loss - expected) > 1e-4 * abs(expected) for worker in group):
-            raise DifferentWorkError(
-                f"the losses of {tasks} tasks differ: {[worker.loss for worker in group]}, {expected}"
-            )
-    say(f"{len(workers)} contenders are ready after {time.perf_counter() - started:.0f} s")
+    for kind, tasks, _ in workers:
+        expected = losses["not compiled", tasks][0]
+        if any(abs(loss - expected) > 1e-4 * abs(expected) for loss in losses[kind, tasks]):
+            raise DifferentWorkError(f"the losses of {tasks} tasks differ: {losses[kind, tasks]}, {expected}")
+    say(f"{len(workers)} contenders are ready after {time.perf_counter() - begun:.0f} s")
     race = Race(
         [Contender(_name(*key), partial(together, group)) for key, group in workers.items()],
         seconds=0.1 if quick else 0.5,
