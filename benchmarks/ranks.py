@@ -96,8 +96,9 @@ def run(quick: bool) -> str:
         "rounds",
     ]
     about = (
-        "`fit` of the benchmark meta_step, compiled, one thread for each process: alone; twice at the same time; and "
-        "as two ranks under DDP with gloo, which draw twice the tasks and step alike. Nothing is fused, logged or saved."
+        "`fit` of the benchmark meta_step, compiled, one thread for each process: alone; twice at the same time; "
+        "and as two ranks under DDP with gloo, which draw twice the tasks and step alike. No step is "
+        "fused, logged or saved."
     )
     return section("ranks: two processes that train together", about, markdown(header, rows))
 
