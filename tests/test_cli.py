@@ -272,3 +272,19 @@ def test_no_validation_at_step_zero(metalit):
     status, output = metalit("fit", MAML, "--trainer.val_check_interval=0")
     assert status == 2
     assert "trainer.val_check_interval=0 must be" in output
+
+
+def test_auto_starts_and_then_goes_on(metalit, tmp_path):
+    status, output = metalit("fit", MAML, "--ckpt_path=auto")
+    assert status == 0
+    assert "going on from" not in output
+    status, output = metalit("fit", MAML, "--ckpt_path=auto", "--trainer.max_steps=12")
+    assert status == 0
+    assert "version_0/checkpoints/last.ckpt at step 6" in output
+    assert [folder.name for folder in (tmp_path / "lightning_logs/sine_maml").iterdir()] == ["version_0"]
+
+
+def test_half_precision_on_the_cpu_is_said_to_be_bfloat16(metalit):
+    status, output = metalit("fit", MAML, "--trainer.precision=16-mixed", "--trainer.accelerator=cpu")
+    assert status == 0
+    assert "Using `precision='bf16-mixed'` instead" in output

@@ -108,3 +108,15 @@ def _columns(config: Path) -> str:
         if "file" in own
         else "task,x,y"
     )
+
+
+@pytest.mark.parametrize("fragment", sorted(Path("configs/trainer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_fragments_of_trainers_go_with_any_config(fragment, shell):
+    config = "configs/bilevel_ridge.yaml"
+    run = shell("-m", "metalit", "fit", f"--config={config}", f"--config={fragment}", "--print_config")
+    assert run.returncode == 0, run.stderr
+    asked, found = (yaml.safe_load(text)["trainer"] for text in (fragment.read_text(), run.stdout))
+    for name, value in asked.items():
+        strategy = isinstance(value, dict)
+        assert found[name]["init_args"]["timeout"] == "0:10:00" if strategy else found[name] == value
+    assert found["max_steps"] == yaml.safe_load(Path(config).read_text())["trainer"]["max_steps"]

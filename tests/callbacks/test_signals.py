@@ -80,6 +80,21 @@ def test_sigusr1_is_heard_in_a_job_of_slurm_alone(tmp_path, monkeypatch):
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_signal_ends_a_run_at_once_that_is_failing(tmp_path):
+    found = []
+
+    class Fail(Callback):
+        def on_train_batch_start(self, *_):
+            raise ValueError
+
+        def on_exception(self, *_):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        fit(tmp_path, signals=[Fail()])
+    assert found == [signal.SIG_DFL]
+
+
 def test_a_run_that_saves_nothing_cannot_be_stopped_so(tmp_path):
     with pytest.raises(InputError, match=r"StopOnSignal: .*LastCheckpoint"):
         fit(tmp_path, callbacks=[StopOnSignal()])

@@ -165,6 +165,14 @@ def test_true_gradients_are_clipped(tmp_path):
     assert float((flatten(module.outer()).detach() - before).norm()) == pytest.approx(0.1 * 0.01, rel=1e-4)
 
 
+def test_the_default_optimizer_can_be_clipped(tmp_path):
+    module = meta(Unrolled(2), clip_norm=0.01, optimizer=None)
+    watch = Watch()
+    bare(tmp_path, 2, callbacks=[watch], **half()).fit(module, sine())
+    assert module.optimizers().param_groups[0]["fused"] is False
+    assert len(watch.gradients) == 2
+
+
 def test_clipping_with_a_fused_optimizer_is_refused_before_training(tmp_path):
     module = meta(Unrolled(2), clip_norm=0.01, optimizer=partial(torch.optim.Adam, fused=True))
     with pytest.raises(InputError, match=r"model\.optimizer: .*16-mixed.*fused Adam .*clip_norm=0\.01.*fused: false"):

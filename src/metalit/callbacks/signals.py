@@ -65,15 +65,15 @@ class StopOnSignal(Callback):
             raise StoppedError(trainer.global_step, Path(saver.best_model_path), self._requeues)
 
     def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
-        """Leave the signals as they were."""
-        self._restore()
+        """Leave the signals to Lightning again."""
+        self._leave_to(self._before)
 
     def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
-        """Leave the signals as they were."""
-        self._restore()
+        """Let a signal end the process at once: Lightning's handler would wait for ranks that may be gone."""
+        self._leave_to(dict.fromkeys(self._before, signal.SIG_DFL))
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def _leave_to(self, handlers: dict[int, Any]) -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         self._before = {}
 
