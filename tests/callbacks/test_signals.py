@@ -7,6 +7,7 @@ import pytest
 import torch
 from fits import last, same, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint, StopOnSignal
 from metalit.callbacks.signals import requeue
@@ -78,6 +79,20 @@ def test_sigusr1_is_heard_in_a_job_of_slurm_alone(tmp_path, monkeypatch):
         assert heard == [1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_lightning_saves_and_requeues_nothing_by_itself(tmp_path, monkeypatch):
+    job = {"NTASKS": 1, "JOB_NAME": "train", "JOB_ID": 17, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS_PER_NODE": 1}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    found = []
+
+    class Look(Callback):
+        def on_sanity_check_start(self, trainer, *_):
+            found.append((type(trainer._accelerator_connector.cluster_environment), signal.getsignal(signal.SIGUSR1)))
+
+    fit(tmp_path, signals=[Look()])
+    assert found == [(SLURMEnvironment, signal.SIG_DFL)]
 
 
 def test_a_signal_ends_a_run_at_once_that_is_failing(tmp_path):
