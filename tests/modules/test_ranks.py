@@ -102,7 +102,7 @@ def test_chunks_are_the_whole(trained):
 
 
 @LONG
-@pytest.mark.parametrize("halfway", [20, 23])  # a validation comes after every tenth step
+@pytest.mark.parametrize("halfway", [20, 25])  # a validation comes after every tenth step
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_resumed_bit_for_bit(trained, name, halfway):
     whole, parts = (trained(tuple(CASES), 2, step) / name for step in (0, halfway))
