@@ -164,3 +164,17 @@ def test_two_nodes_of_torchrun_are_one_process(tmp_path):
         if isinstance(found, torch.Tensor):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert len(list((tmp_path / "two").rglob("events*"))) == len(list((tmp_path / "one").rglob("events*")))
+
+
+@pytest.mark.long
+def test_another_number_of_processes_goes_on_where_one_was(tmp_path):
+    options = ("--trainer.precision=64-true", "--model.scheduler.init_args.T_max=20", "--ckpt_path=auto")
+    for root, steps, more in (("parts", 10, ()), ("parts", 20, TWO), ("whole", 20, ())):
+        status, output = ended(start(tmp_path / root, *options, f"--trainer.max_steps={steps}", *more))
+        assert status == 0, output
+        assert ("at step 10" in output) == (more == TWO)
+    ends = [values(next((tmp_path / root).rglob("last.ckpt"))) for root in ("parts", "whole")]
+    assert ends[0][0] == ends[1][0] == 20
+    for found, expected in zip(ends[0][1], ends[1][1], strict=True):
+        if isinstance(found, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
