@@ -72,7 +72,7 @@ class CG(LinearSolver):
         enough = max(self.tolerance, torch.finfo(square.dtype).eps) ** 2 * square
         indefinite = torch.zeros_like(square, dtype=torch.bool)
         for _ in range(self.iterations):
-            product = matvec(direction)
+            product = _product(matvec, direction)
             curvature = dot(direction, product)
             active = square > enough
             # not "<= 0": a curvature that is NaN is none either
@@ -132,6 +132,25 @@ class Dense(LinearSolver):
         basis = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
         matrix = vmap(lambda column: flatten(matvec(unflatten(column, b))))(basis).mT
         # _ex: flags instead of exceptions, which vmap and a GPU would have to wait for
-        _, failed = torch.linalg.cholesky_ex(matrix)
-        solution, _ = torch.linalg.solve_ex(matrix, flat)
-        return Solution(unflatten(solution, b), failed > 0)
+        _, failed = torch.linalg.cholesky_ex(single(matrix))
+        return Solution(unflatten(solve(matrix, flat), b), failed > 0)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve a system that is written down: ``[n, n]`` and ``[n]``, in single precision at least."""
+    solution, _ = torch.linalg.solve_ex(single(matrix), single(right))
+    return solution.to(right.dtype)
+
+
+def single(value: Tensor) -> Tensor:
+    """Cast a tensor to single precision, unless it is of more: half has no elimination."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _product(matvec: MatVec, direction: Tree) -> Tree:
+    """A times a direction, taken at one of size 64: in half precision the entries of a short one would vanish."""
+    size = torch.stack([leaf.abs().max() for _, leaf in leaves(direction)]).max()
+    # a power of 2, so that nothing is rounded
+    unit = torch.exp2(torch.floor(torch.log2(torch.where(size > 0, size, 1.0))) - 6)
+    product = matvec(tree_map(lambda value: value / unit, direction))
+    return tree_map(lambda value: unit * value, product)

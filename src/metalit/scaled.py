@@ -15,12 +15,13 @@ _LEAST = 2.0**-40  # of a loss that is 0, or as good as
 class Scaled(Problem):
     """Another problem, whose hypergradient comes out ``scale`` times as large and whose inner gradients are the same.
 
-    outer_loss ← s · outer_loss,  ∇θ inner_loss ← ∇θ(r · inner_loss) / r,  r = 2^(4 − ⌊log₂|inner_loss| / 2⌋)
+    outer_loss ← s · outer_loss,  ∇θ inner_loss ← ∇θ(r · inner_loss) / r,  r = min(2^(4 − ⌊log₂|inner_loss| / 2⌋), 16 s)
 
     (Loss scaling: Micikevicius et al. 2018, section 3.2.) r is a constant for differentiation. It grows as the inner
     loss falls, as the square root, because gradients fall in proportion to the loss where its units are large, and as
-    its root near a minimum: at a loss of 10⁻⁶ it is 2¹⁴. The division is done in single precision, on the parameters'
-    own gradients.
+    its root near a minimum: at a loss of 10⁻⁶ it is 2¹⁴. A loss near 0 may have a large gradient all the same: where
+    that overflows, s is made smaller, and r with it. The division is done in single precision, on the parameters' own
+    gradients.
 
     Args:
         problem: the problem.
@@ -40,6 +41,16 @@ class Scaled(Problem):
         self.problem = problem
         self.scale = scale
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what the problem has beside the protocol, such as predict
+            return getattr(super().__getattr__("problem"), name)
+
+    def outer(self) -> dict[str, Tensor]:
+        """Return that of the problem."""
+        return self.problem.outer()
+
     def init(self, outer: dict[str, Tensor], task: Any) -> Tree:
         """Return that of the problem."""
         return self.problem.init(outer, task)
@@ -52,9 +63,9 @@ class Scaled(Problem):
         """Return that of the problem."""
 
         def enlarged(inner: Tree) -> tuple[Tensor, Tensor]:
-            loss = self.inner_loss(inner, outer, task, step)
-            loss = loss.float() if loss.dtype == torch.half else loss
+            loss = _single(self.inner_loss(inner, outer, task, step))
             factor = torch.exp2(4 - torch.floor(torch.log2(loss.detach().abs().clamp(min=_LEAST)) / 2))
+            factor = torch.minimum(factor, 16 * self.scale)
             return factor * loss, factor
 
         slope, factor = grad(enlarged, has_aux=True)(inner)
@@ -66,4 +77,8 @@ class Scaled(Problem):
 
     def scaled(self, value: Tensor) -> Tensor:
         """Return s times ``value``."""
-        return self.scale * value
+        return self.scale * _single(value)
+
+
+def _single(value: Tensor) -> Tensor:
+    return value.float() if value.dtype == torch.half else value

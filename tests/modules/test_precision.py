@@ -8,27 +8,28 @@ from functools import partial
 import pytest
 import torch
 from cases import PROBLEMS, task_at
-from fits import Kill, KilledError, bare, blobs, last, parameters, same, trainer
+from fits import Given, Kill, KilledError, bare, blobs, last, parameters, regression, same, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.func import vjp
 from torch.utils._pytree import tree_map as pytree_map
 
-from metalit.autodiff import SAM, WeightNoise
+from metalit.autodiff import SAM, Perturbation, WeightNoise
 from metalit.callbacks import LastCheckpoint
 from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import FirstOrder, Implicit, JTg, Recomputed, Truncated, Unrolled
-from metalit.inner import SGD, MetaSGD
-from metalit.linsolve import CG
+from metalit.inner import SGD, MetaSGD, Newton
+from metalit.linsolve import CG, Dense
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
+from metalit.modules.base import OuterLearner
 from metalit.networks import MLP
-from metalit.problems import Cleaning, FewShot, Logistic, ThetaPhi
+from metalit.problems import Cleaning, FewShot, Logistic, Ridge, ThetaPhi
 from metalit.scaled import Scaled
 from metalit.tree import flatten
 
-ONE = torch.ones(())
+LARGE = torch.tensor(2.0**16)
 STEP = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -142,7 +143,7 @@ def test_inner_gradients_do_not_underflow(tmp_path):
     outer = {name: value.detach() for name, value in problem.outer().items()}
     full = flatten(problem.inner_grad(dict(outer), outer, task, 0))
     with torch.autocast("cpu", torch.half, cache_enabled=False):
-        plain, scaled = (flatten(p.inner_grad(dict(outer), outer, task, 0)) for p in (problem, Scaled(problem, ONE)))
+        plain, scaled = (flatten(p.inner_grad(dict(outer), outer, task, 0)) for p in (problem, Scaled(problem, LARGE)))
     assert error(scaled, full) < 2e-3
     assert error(plain, full) > 0.02
 
@@ -154,7 +155,7 @@ def test_the_scale_of_an_inner_loss_does_not_change_its_gradient(size):
     inner = {"theta": task.c + size}
     slopes = [
         vjp(lambda inner, posed=posed: posed.inner_grad(inner, outer, task, 0), inner)
-        for posed in (problem.problem, Scaled(problem.problem, ONE))
+        for posed in (problem.problem, Scaled(problem.problem, LARGE))
     ]
     values = [torch.cat([flatten(slope), flatten(pull_back(inner)[0])]) for slope, pull_back in slopes]
     torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0.0)
@@ -269,3 +270,187 @@ def test_evaluation_adapts_with_scaled_inner_gradients(tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=5e-3)
     assert float((losses[0][:, 0] - losses[0][:, 2]).abs().max()) > 0.1
     assert all(torch.equal(value, before[name]) for name, value in parameters(module).items())
+
+
+# ---- what a scale could hide, or spoil
+
+
+class Endless(FewShot):
+    """A loss that is infinite, with the gradient of one that is not."""
+
+    def outer_loss(self, inner, outer, task):
+        return super().outer_loss(inner, outer, task) + torch.inf
+
+
+@pytest.mark.parametrize("precision", [{}, half(growth_interval=2)], ids=["32-true", "16-mixed"])
+def test_a_loss_that_is_infinite_beside_a_finite_gradient_stops_the_run(tmp_path, precision):
+    module = meta(Unrolled(2), problem=Endless, optimizer=partial(torch.optim.Adam, lr=0.01))
+    run = bare(tmp_path, 3, log_every_n_steps=1, **precision)
+    with pytest.raises(NonFiniteError, match="at outer step 1"):
+        run.fit(module, sine())
+    assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {1}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_fused_optimizer_does_not_see_what_overflows(tmp_path, optimizer):
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    ends, precision = [], half(2.0**40)
+    for _ in range(2):
+        module = meta(Unrolled(2), optimizer=partial(optimizer, lr=0.01, fused=True, **options))
+        run = bare(tmp_path, 3, **precision)
+        run.fit(module, sine())
+        ends.append(module)
+        precision = half(run.precision_plugin.scaler.get_scale())
+    assert same(*ends)
+
+
+class Slope(FewShot):
+    """An inner loss that is linear in the predictions: 0 where they are, with a large gradient all the same."""
+
+    def inner_loss(self, inner, outer, task, step):
+        return -(self.predict(inner, outer, task.support.x) * task.support.y).mean()
+
+
+def silent():
+    """A network that says 0."""
+    module = network()
+    for parameter in list(module.parameters())[-2:]:
+        nn.init.zeros_(parameter)
+    return module
+
+
+def test_an_inner_loss_of_0_with_a_large_gradient_trains(tmp_path):
+    found = []
+    for precision in ({}, half()):
+        module = MetaLearner(Slope(silent()), SGD(0.05), Unrolled(2), optimizer=STEP)
+        found.append(gradients(tmp_path, module, sine(), steps=3, **precision)[0])
+    assert error(*found[::-1]) < 5e-3
+
+
+def test_an_inner_loss_below_0_is_scaled_by_its_size():
+    problem, phi = ThetaPhi([1.0], [1.0]), {"phi": torch.tensor([1e-3])}
+    seen = []
+
+    class Negative(ThetaPhi):
+        def inner_loss(self, inner, outer, task, step):
+            return -problem.inner_loss(inner, outer, task, step)
+
+    for posed in (problem, Negative([1.0], [1.0])):
+        with torch.autocast("cpu", torch.half, cache_enabled=False):
+            seen.append(Scaled(posed, LARGE).inner_grad(torch.tensor([1.0]), phi, None, 0))
+    assert torch.equal(seen[0], -seen[1])
+    assert float(seen[0]) == pytest.approx(2e-6, rel=1e-5)
+
+
+class Half(FewShot):
+    """Whose losses are in half precision, as those of a network that ends in a mean may be."""
+
+    def inner_loss(self, inner, outer, task, step):
+        return super().inner_loss(inner, outer, task, step).half()
+
+    def outer_loss(self, inner, outer, task):
+        return super().outer_loss(inner, outer, task).half()
+
+
+def test_losses_in_half_precision_are_scaled_in_single(tmp_path):
+    full, _ = gradients(tmp_path, meta(Unrolled(2)), sine())
+    module = meta(Unrolled(2), problem=Half)
+    run = bare(tmp_path, 1, callbacks=[watch := Watch()], **half(2.0**17))
+    run.fit(module, sine())
+    assert error(watch.gradients[0], full[0]) < 5e-3
+    assert Scaled(Half(network()), LARGE).scaled(torch.tensor(3.0).half()).item() == 3 * 2.0**16
+
+
+def test_a_scaled_problem_has_what_the_problem_has():
+    problem = FewShot(network())
+    scaled = Scaled(problem, LARGE)
+    assert scaled.outer().keys() == problem.outer().keys()
+    assert scaled.predict == problem.predict
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = scaled.nothing_of_the_kind
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-3])
+def test_conjugate_gradients_keep_what_is_small(tmp_path, noise):
+    given = regression(inputs=4).read()
+    source = Given(given._replace(y=noise * given.y))
+    found = []
+    for precision in ({"precision": "64-true"}, half(2.0**12)):
+        module = BilevelLearner(Ridge(4, -8.0), SGD(0.3), Implicit(60, CG(8)), optimizer=STEP)
+        found.append(gradients(tmp_path, module, SplitsDataModule(source), **precision)[0][0])
+    assert error(found[1], found[0]) < 1e-2
+
+
+def test_the_logged_derivatives_are_true_ones(tmp_path):
+    told = []
+    for precision in ({}, half()):
+        learner = bilevel(ThetaPhi([0.7, -1.2], [1.1, 0.4]), JTg(1), 0.01)
+        told.append(gradients(tmp_path, learner, None, **precision)[1][0])
+    assert told[0].keys() == told[1].keys()
+    for name, value in told[0].items():
+        assert told[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+
+
+class Along(Perturbation):
+    """α = the gradient itself, whose size counts."""
+
+    def __call__(self, parameters, gradient, key):
+        return gradient()
+
+
+def test_perturbations_are_given_the_true_gradient(tmp_path):
+    found = [gradients(tmp_path, supervised(Along()), rows(), **precision)[0] for precision in ({}, half())]
+    assert error(*found[::-1]) < 5e-3
+
+
+def test_a_pass_that_is_not_finite_is_seen_whatever_the_perturbation_makes_of_it(tmp_path):
+    class Tamed(Perturbation):
+        def __call__(self, parameters, gradient, key):
+            return {name: torch.zeros_like(value) for name, value in gradient().items()}
+
+    class Once(nn.Module):
+        """Infinite in the first pass of every step."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(4, 3), 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return self.linear(x) * (torch.inf if self.calls % 2 else 1.0)
+
+    class Untried(SupervisedLearner):
+        def on_fit_start(self):
+            OuterLearner.on_fit_start(self)
+
+    with pytest.raises(NonFiniteError, match="at outer step 1"):
+        bare(tmp_path, 1).fit(Untried(Once(), None, Tamed(), optimizer=STEP), rows())
+
+
+def test_all_that_adapts_is_scaled(tmp_path):
+    """Where inner losses are about 1e-6, half precision alone adapts to nothing."""
+    data, found = sine(), []
+    data.setup("fit")
+    tasks = data.draw("val", torch.arange(3))
+    for precision in ({}, half()):
+        module = meta(Unrolled(2), SGD(0.05e6), problem=Tiny)
+        bare(tmp_path, **precision).validate(module, data, verbose=False)
+        with module.trainer.precision_plugin.forward_context():
+            adapted = module.adapt(tasks.support.x[0].float(), tasks.support.y[0].float())
+            found.append([module.query_predictions(tasks).float(), adapted(tasks.query.x[0].float()).float()])
+    for value, expected in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_pure_half_precision_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"trainer\.precision='16-true' .*16-mixed"):
+        bare(tmp_path, 1, precision="16-true").fit(meta(Unrolled(2)), sine())
+
+
+def test_systems_are_solved_in_bfloat16_too(tmp_path):
+    for inner, hypergradient in ((Newton(), Unrolled(1)), (SGD(0.3), Implicit(20, Dense()))):
+        found = []
+        for precision in ("32-true", "bf16-true"):
+            module = BilevelLearner(Ridge(3, -1.0), inner, hypergradient, optimizer=STEP)
+            found.append(gradients(tmp_path, module, SplitsDataModule(regression()), precision=precision)[0])
+        assert error(*found[::-1]) < 0.1

@@ -10,6 +10,7 @@ from torch.func import jacrev
 
 from metalit.errors import InputError
 from metalit.inner.base import GradFn, InnerOptimizer
+from metalit.linsolve import solve
 from metalit.tree import Tree, axpy, flatten, leaves, unflatten
 
 
@@ -48,5 +49,4 @@ class Newton(InnerOptimizer):
 
         flat = flatten(inner)
         hessian = jacrev(slope)(flat) + self.damping * torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
-        move, _ = torch.linalg.solve_ex(hessian, slope(flat))
-        return axpy(-1.0, unflatten(move, inner), inner), state
+        return axpy(-1.0, unflatten(solve(hessian, slope(flat)), inner), inner), state

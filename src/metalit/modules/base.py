@@ -4,13 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
@@ -19,13 +17,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
-from metalit.errors import InputError, NonFiniteError
+from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
-from metalit.modules.optimizers import changes, groups, made, settings
-from metalit.tree import leaves, unflatten
+from metalit.modules.finite import FiniteWatch, stopped
+from metalit.modules.gradients import Gradients
+from metalit.modules.hyperparameters import log_given
+from metalit.modules.loss_scale import LossScale
+from metalit.modules.optimizers import changes, check_takes_single_steps, groups, made, settings
+from metalit.modules.ranks import check_ranks
+from metalit.tree import leaves
 
 Packed = TypeVar("Packed", bound="HasPacked")
-_FLAGS = 64  # so many steps' results are kept at most, until it is seen whether they are finite
 
 
 class HasPacked(Protocol):
@@ -73,16 +75,33 @@ class OuterLearner(LightningModule, ABC):
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"model.clip_norm={clip_norm} must be positive; leave it out to clip nothing")
         self.agreement = Agreement()
-        self._bad_step = torch.tensor(-1)
+        self._finite = FiniteWatch(torch.device("cpu"))
+        self._gradients = Gradients(self.outer)
+        self._loss_scale = LossScale()
         self._known_step = 0
-        self._flags: list[Tensor] = []
         self._step_is_heard = True
-        self._scale: Tensor | None = None
-        self._gradient: tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     @abstractmethod
     def outer(self) -> Outer:
         """The outer variable: a tree of this module's parameters."""
+
+    def setup(self, stage: str) -> None:
+        """Check that all ranks can be one; see :func:`~metalit.modules.ranks.check_ranks`.
+
+        Raises:
+            InputError: they cannot; a fit in 16-true precision, or with validations by the clock.
+        """
+        check_ranks(self.trainer)
+        if stage == "fit" and self.trainer.precision == "16-true":
+            raise InputError(
+                "trainer.precision='16-true' keeps weights and optimiser in half precision, where small steps and "
+                "Adam's ε are 0; use 16-mixed, bf16-mixed or bf16-true"
+            )
+        if stage == "fit" and self.trainer._val_check_time_interval is not None:
+            raise InputError(
+                "trainer.val_check_interval: a validation by the clock comes at another step in every run, so give a "
+                "number of steps, or a share of trainer.max_steps"
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
@@ -92,6 +111,7 @@ class OuterLearner(LightningModule, ABC):
         # a fused Adam would unscale by itself, after clipping
         default = partial(torch.optim.Adam, fused=self._scaler is None)
         optimizer = made("model.optimizer", self.make_optimizer or default, parameters)
+        check_takes_single_steps(optimizer)
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
             scheduler = made("model.scheduler", self.make_scheduler, optimizer)
@@ -121,8 +141,8 @@ class OuterLearner(LightningModule, ABC):
             its ``train/``, nothing where no log was due.
         """
         found, flat = self._averaged(evaluate)
-        self._flags.append(flat[-1:])
-        self._write(flat[1:-1])
+        self._finite.add(flat[-1:])
+        self._gradients.write(flat[1:-1])
         # before the step: clipping changes the gradient, and the scheduler the rates
         scalars = self._scalars(flat, partial(diagnose, found)) if diagnose else {}
         optimizer = self.optimizers()
@@ -133,7 +153,7 @@ class OuterLearner(LightningModule, ABC):
             optimizer.optimizer.step(_nothing)
             optimizer._on_after_step()
         self._schedule()
-        if diagnose is not None or len(self._flags) == _FLAGS:
+        if diagnose is not None or self._finite.is_full:
             self._report(scalars)
         return found, scalars
 
@@ -142,19 +162,11 @@ class OuterLearner(LightningModule, ABC):
     @property
     def scale(self) -> Tensor | None:
         """What gradients are to be multiplied by, in 16-mixed precision; always the same tensor, brought up to date."""
-        scaler = self._scaler
-        if scaler is None:
-            return None
-        with torch.inference_mode(False), torch.no_grad():
-            one = torch.ones((), device=self.device)
-            if self._scale is None or self._scale.device != one.device:
-                self._scale = one.clone()
-            return self._scale.copy_(scaler.scale(one))
+        return self._loss_scale.value(self._trainer, self.device)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
-        return scaler if scaler is not None and scaler.is_enabled() else None
+        return self._loss_scale.scaler(self._trainer)
 
     def _averaged(self, evaluate: Callable[[], Packed]) -> tuple[Packed, Tensor]:
         while True:
@@ -162,12 +174,9 @@ class OuterLearner(LightningModule, ABC):
             flat = self._agreed(found.packed)
             if scale is None or not bool(flat[-1]) or float(scale) < 1:
                 return found, flat
-            # the scaler's own way to a smaller scale; nothing is stepped, nor counted as a step
-            self._write(flat[1:-1])
-            scaler, optimizer = self._scaler, self.optimizers(use_pl_optimizer=False)
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            # infinite also where the loss alone is; nothing is stepped, nor counted as a step
+            self._gradients.write(torch.full_like(flat[1:-1], torch.inf))
+            self._loss_scale.lower(self._scaler, self.optimizers(use_pl_optimizer=False))
 
     def _agreed(self, packed: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -183,34 +192,20 @@ class OuterLearner(LightningModule, ABC):
             scheduler.step()
 
     def _report(self, scalars: dict[str, float]) -> None:
-        self._watch()
+        self._finite.look(self.global_step)
         if scalars:
             self.raise_if_not_finite()
             self.log("train/loss", scalars["loss"], logger=False, prog_bar=True)
             self.write_scalars({f"train/{name}": value for name, value in scalars.items()})
-
-    def _write(self, gradient: Tensor) -> None:
-        # buffers that stay: to make a view for each parameter costs as much as the step of the optimiser
-        if self._gradient is None or any(parameter.grad is not grad for parameter, grad, _ in self._gradient[1]):
-            outer, buffer = self.outer(), torch.empty_like(gradient)
-            slots = []
-            for (_, parameter), (_, view) in zip(leaves(outer), leaves(unflatten(buffer, outer)), strict=True):
-                parameter.grad = view if view.dtype == parameter.dtype else torch.empty_like(parameter)
-                slots.append((parameter, parameter.grad, view))
-            self._gradient = buffer, slots
-        buffer, slots = self._gradient
-        buffer.copy_(gradient)
-        for _, grad, view in slots:
-            if grad is not view:
-                grad.copy_(view)
 
     def _scalars(self, flat: Tensor, diagnose: Callable[[], dict[str, Tensor]], steps: int = 1) -> dict[str, float]:
         """What is to be logged once ``steps`` more are taken, if it is due."""
         every = self.trainer.log_every_n_steps
         if every == 0 or (self.global_step + steps) % every:
             return {}
-        scale = 1.0 if self._scaler is None else float(self._scale)
-        scalars, more = {"loss": float(flat[0]), "grad_norm": float(flat[1:-1].norm()) / scale}, diagnose()
+        slope, scale = flat[1:-1], self.scale
+        size = (slope if scale is None else slope / scale).norm()
+        scalars, more = {"loss": float(flat[0]), "grad_norm": float(size)}, diagnose()
         if more:
             values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
             scalars |= dict(zip(more, values.tolist(), strict=True))
@@ -226,6 +221,14 @@ class OuterLearner(LightningModule, ABC):
         total = values.clone()
         torch.distributed.all_reduce(total)
         return total / ranks
+
+    def of_all_ranks(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in their order; all must ask together."""
+        if self.trainer.world_size == 1:
+            return items
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here, where gradients are true ones in every precision."""
@@ -275,35 +278,21 @@ class OuterLearner(LightningModule, ABC):
 
     # ---- what is not finite must neither go on nor be saved
 
-    def _watch(self) -> None:
-        flags, self._flags = torch.cat(self._flags) != 0, []
-        first = self.global_step - len(flags) + 1
-        steps = torch.arange(first, first + len(flags), device=flags.device)
-        bad = torch.where(flags, steps, steps[-1] + 1).amin()
-        self._bad_step = torch.where((bad <= steps[-1]) & (self._bad_step < 0), bad, self._bad_step)
-
     def raise_if_not_finite(self) -> None:
         """Stop if the loss or its gradient was NaN or infinite; reads a flag that stays on the device until then.
 
         Raises:
             NonFiniteError: with the step, and the last good checkpoint's name.
         """
-        if int(self._bad_step) < 0:
-            return
-        saved = [Path(path) for callback in self.trainer.checkpoint_callbacks if (path := callback.best_model_path)]
-        good = max((path for path in saved if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
-        kept = f"The last good checkpoint is {good}" if good else "No checkpoint had been saved yet"
-        raise NonFiniteError(
-            f"the outer loss or its gradient became NaN or infinite at outer step {int(self._bad_step)}. {kept}. "
-            "Lower the inner or the outer learning rate, or set model.clip_norm, such as 10"
-        )
+        if (step := self._finite.step) >= 0:
+            raise stopped(step, self.trainer)
 
     def check_finite(self) -> None:
         """Stop likewise if an outer parameter is not finite; this reads them all."""
         self.raise_if_not_finite()
         # parameters alone: a buffer may hold infinities by right, such as the mask of an attention
         if not all(bool(torch.isfinite(parameter).all()) for _, parameter in leaves(self.outer())):
-            self._bad_step = torch.tensor(self.global_step)
+            self._finite.mark(self.global_step)
             self.raise_if_not_finite()
 
     def on_fit_start(self) -> None:
@@ -320,8 +309,8 @@ class OuterLearner(LightningModule, ABC):
                 "false"
             )
         self.agreement = Agreement()
-        self._bad_step, self._flags = torch.tensor(-1, device=self.device), []
-        self._log_hyperparameters()
+        self._finite = FiniteWatch(self.device)
+        log_given(self)
 
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings."""
@@ -380,25 +369,6 @@ class OuterLearner(LightningModule, ABC):
         if self._trainer is not None:
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)
-
-    def save_given_hyperparameters(self) -> None:
-        """Keep the configuration that the command line gave, so that a checkpoint rebuilds its learner.
-
-        What Python code passes instead are live objects, which a checkpoint must not hold: those are left out.
-        """
-        if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters(logger=False)
-
-    def _log_hyperparameters(self) -> None:
-        """Those of model and data apart: Lightning merges them, and fails where both have a ``seed``."""
-        parts = {"model": self, "data": self.trainer.datamodule}
-        given = {
-            name: {key: value for key, value in part.hparams.items() if not key.startswith("_")}
-            for name, part in parts.items()
-            if part is not None and part.hparams
-        }
-        for logger in self.trainer.loggers if given else []:
-            logger.log_hyperparams(given)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

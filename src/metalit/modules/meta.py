@@ -14,6 +14,7 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.adapted import Adapted, check_points
+from metalit.modules.hyperparameters import save_given
 from metalit.modules.interval import Interval, mean_with_interval
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import FewShotProblem, Points, Task
@@ -73,7 +74,7 @@ class MetaLearner(TwoLevelLearner):
                 f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
                 "trained: val/loss is the loss after those"
             )
-        self.save_given_hyperparameters()
+        save_given(self)
         self.eval_steps = eval_steps
         self.scaling: Scaling | None = None
         self.losses = CatMetric(nan_strategy="disable")

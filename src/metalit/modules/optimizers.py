@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,20 @@ def made(owner: str, make: Callable[[Any], Any], argument: Any) -> Any:
         return make(argument)
     except (TypeError, ValueError) as error:
         raise InputError(f"{owner}: {error}") from error
+
+
+def check_takes_single_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimiser needs nothing but the gradient.
+
+    Raises:
+        InputError: one that evaluates the loss itself, such as LBFGS.
+    """
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise InputError(
+            f"model.optimizer: {type(optimizer).__name__} evaluates the loss several times in a step, and an outer "
+            "step evaluates it once; use one that does not, such as Adam or SGD"
+        )
 
 
 def groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Sequence[dict[str, Any]]:

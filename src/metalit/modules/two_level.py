@@ -175,7 +175,7 @@ class TwoLevelLearner(OuterLearner):
         if taken is None:
             self._estimates.compiled = None  # one reason, which was told, is enough
             return None
-        self._flags.append(taken.not_finite)
+        self._finite.add(taken.not_finite)
         diagnose = partial(self.diagnose, taken.found, taken.outer, _part(tasks, steps, steps - 1), taken.start)
         logged = self._scalars(taken.found.packed, diagnose, steps)
         optimizer = self.optimizers()
@@ -252,6 +252,7 @@ class TwoLevelLearner(OuterLearner):
         Raises:
             InputError: it was told a number of steps that is no multiple of ``fused_steps``, or to limit its calls.
         """
+        super().setup(stage)
         self._asked_interval = self.trainer.val_check_interval
         if stage != "fit" or self.fused_steps == 1:
             return

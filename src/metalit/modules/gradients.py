@@ -1,0 +1,45 @@
+"""The one place where gradients are written to the outer parameters."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metalit.adapt import Outer
+from metalit.tree import leaves, unflatten
+
+
+class Gradients:
+    """The ``.grad`` of the outer parameters, as views of one vector where their type is that of the vector.
+
+    The vector stays: to make a view for each parameter costs as much as the step of the optimiser.
+
+    Args:
+        outer: returns the outer variable.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> Gradients(lambda: {"problem": {"weight": weight}}).write(torch.tensor([1.0, 2.0]))
+    >>> weight.grad
+    tensor([1., 2.])
+    """
+
+    def __init__(self, outer: Callable[[], Outer]) -> None:
+        self.outer = outer
+        self._vector: Tensor | None = None
+        self._slots: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def write(self, gradient: Tensor) -> None:
+        """Write the gradient, a vector in the order of the outer variable's leaves."""
+        if self._vector is None or any(parameter.grad is not grad for parameter, grad, _ in self._slots):
+            self._begin(gradient)
+        self._vector.copy_(gradient)
+        for _, grad, view in self._slots:
+            if grad is not view:
+                grad.copy_(view)
+
+    def _begin(self, gradient: Tensor) -> None:
+        outer, self._vector, self._slots = self.outer(), torch.empty_like(gradient), []
+        views = leaves(unflatten(self._vector, outer))
+        for (_, parameter), (_, view) in zip(leaves(outer), views, strict=True):
+            parameter.grad = view if view.dtype == parameter.dtype else torch.empty_like(parameter)
+            self._slots.append((parameter, parameter.grad, view))

@@ -1,0 +1,39 @@
+"""The scale of losses in 16-mixed precision: that of the gradient scaler in Lightning's plugin."""
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+
+class LossScale:
+    """What gradients are multiplied by where they are found; the plugin divides by it before the optimiser's step.
+
+    (Micikevicius et al. 2018, section 3.2.)
+    """
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    @staticmethod
+    def scaler(trainer: Trainer | None) -> torch.amp.GradScaler | None:
+        """The scaler of a trainer in 16-mixed precision; of another, none."""
+        scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def value(self, trainer: Trainer | None, device: torch.device) -> Tensor | None:
+        """The present scale, or none; always the same tensor, brought up to date."""
+        scaler = self.scaler(trainer)
+        if scaler is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            one = torch.ones((), device=device)
+            if self._value is None or self._value.device != one.device:
+                self._value = one.clone()
+            return self._value.copy_(scaler.scale(one))
+
+    @staticmethod
+    def lower(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """Make the scale smaller, as after a step that overflowed; the gradients of the optimiser must be infinite."""
+        # not by scaler.step: an optimiser that unscales by itself would be called, and begin its state
+        scaler.unscale_(optimizer)
+        scaler.update()

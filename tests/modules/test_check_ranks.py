@@ -1,0 +1,37 @@
+"""Which processes can train as one: what would train alone, or hold a part of the parameters, is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+from fits import bare
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from ranks import meta, sine
+
+from metalit.errors import InputError
+from metalit.modules.ranks import check_ranks
+
+TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "none"}
+SLURM = {"JOB_ID": 17, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS_PER_NODE": 2}
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "SLURM"])
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch, starter):
+    names = TORCHRUN if starter == "torchrun" else {f"SLURM_{name}": value for name, value in SLURM.items()}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    count = "WORLD_SIZE" if starter == "torchrun" else "SLURM_NTASKS"
+    monkeypatch.setenv(count, "2")
+    with pytest.raises(InputError, match=r"trainer\.devices.*2 processes were started.* 1 device.* on each of 1 node"):
+        bare(tmp_path, 1, devices=1).fit(meta(), sine())
+    monkeypatch.setenv(count, "1")
+    bare(tmp_path, 1, devices=1).fit(meta(), sine())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_parameters_are_refused(strategy):
+    with pytest.raises(InputError, match=rf"trainer\.strategy: {strategy.__name__} .*use ddp"):
+        check_ranks(SimpleNamespace(strategy=strategy()))
+    environment = SimpleNamespace(creates_processes_externally=False)
+    check_ranks(
+        SimpleNamespace(strategy=DDPStrategy(), _accelerator_connector=SimpleNamespace(cluster_environment=environment))
+    )
