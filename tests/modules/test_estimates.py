@@ -59,7 +59,7 @@ def check_is_whole(found):
 
 @pytest.mark.parametrize(
     ("chunk", "sizes"),
-    [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (100, [7]), (None, [7])],
+    [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 2, 2]), (6, [4, 3]), (7, [7]), (100, [7]), (None, [7])],
 )
 def test_chunks_give_the_mean_of_all_and_the_inner_variables_in_order(chunk, sizes):
     fn = Fit()

@@ -4,12 +4,14 @@ import copy
 import math
 import warnings
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from cases import draw
 from fits import Kill, KilledError, bare, blobs, last, parameters, regression, same, scalars, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
-from metalit.autodiff import SAM, AdaptiveSAM, Perturbation, WeightNoise
+from metalit.autodiff import SAM, AdaptiveSAM, Perturbation, WeightNoise, gradient_at
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
 from metalit.data import BatchDataModule
 from metalit.errors import InputError, NonFiniteError
@@ -345,7 +347,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, tmp_pa
         module = RESUMED[name]()
         # other numbers of the global generator, which nothing may depend on
         torch.manual_seed(hash(str(root)) % 1000)
-        run = trainer(root, steps=6, callbacks=[LastCheckpoint(seconds=0.0), BestCheckpoint(), *callbacks])
+        run = trainer(root, steps=6, callbacks=[BestCheckpoint(), LastCheckpoint(seconds=0.0), *callbacks])
         run.fit(module, classes(), ckpt_path=ckpt)
         return module
 
@@ -581,3 +583,89 @@ def test_chunks_of_rows_are_the_whole_batch(tmp_path, perturbation, rows):
 def test_chunks_of_no_rows_are_refused():
     with pytest.raises(InputError, match=r"model\.rows_per_chunk=0 must be at least 1"):
         SupervisedLearner(mlp(), rows_per_chunk=0)
+
+
+class Tokens(nn.Module):
+    """Drops from ``[rows · 3, 4]``, ``[rows, 3, 4]`` or ``[3, rows, 4]``, or whole channels of ``[rows, 3, 4]``."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.before, self.after, self.form = nn.Linear(4, 12), nn.Linear(12, 3), form
+        self.dropout = nn.Dropout1d(0.5) if form == "channels" else nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = self.before(x).reshape(-1, 3, 4)
+        if self.form == "flat":
+            hidden = self.dropout(hidden.flatten(0, 1)).reshape(-1, 3, 4)
+        elif self.form == "tokens first":
+            hidden = self.dropout(hidden.transpose(0, 1)).transpose(0, 1)
+        else:
+            hidden = self.dropout(hidden)
+        return self.after(hidden.flatten(1))
+
+
+@pytest.mark.parametrize("form", ["flat", "rows first", "channels", "tokens first"])
+def test_each_row_drops_what_it_would_drop_in_the_whole_batch(tmp_path, form):
+    ends = []
+    for chunk in (None, 5):
+        torch.manual_seed(0)
+        module = SupervisedLearner(Tokens(form), rows_per_chunk=chunk, optimizer=OPTIMIZERS["SGD"])
+        bare(tmp_path, 2, precision="64-true").fit(module, classes())
+        ends.append(torch.cat([value.flatten() for value in parameters(module).values()]))
+    assert torch.allclose(*ends, rtol=1e-12, atol=1e-13) == (form != "tokens first")
+
+
+def test_parts_of_a_batch_drop_apart_where_rows_do_not_come_first():
+    def dropped(first, rows):
+        network, key, masks = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), torch.tensor(3), []
+        gradient_at(network, lambda net: masks.append(net(torch.ones(7, rows, 1))) or masks[0].sum(), key=key,
+                    rows=range(first, first + rows))  # fmt: skip
+        return (masks[0] == 0).detach()
+
+    whole, parts = dropped(0, 300), [dropped(first, 100) for first in (0, 100, 200)]
+    assert not torch.equal(torch.cat(parts, 1), whole)
+    for one, other in combinations(parts, 2):
+        assert 0.4 < float((one == other).float().mean()) < 0.6
+        # nor is one a shifted copy of the other
+        assert not torch.equal(one.flatten()[100:], other.flatten()[:-100])
+
+
+def test_batches_are_cut_into_chunks_that_batchnorm_can_take(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    bare(tmp_path, 2).fit(SupervisedLearner(network, rows_per_chunk=5), classes())
+    assert int(network[1].num_batches_tracked) == 2 * 4  # 16 rows
+
+
+class Full(nn.Module):
+    """Does not take more than 8 rows, as long as it counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = False
+
+    def forward(self, x):
+        if self.counts and self.training and len(x) > 8:
+            raise torch.OutOfMemoryError
+        return x
+
+
+def test_buffers_are_those_of_one_pass_where_memory_ends_in_another(tmp_path):
+    ends = []
+    for full in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), Full(), nn.Linear(8, 3))
+        module = SupervisedLearner(network, rows_per_chunk=None if full else 8, optimizer=OPTIMIZERS["SGD"])
+        begin = LambdaCallback(
+            on_train_start=lambda *_, network=network, full=full: setattr(network[2], "counts", full)
+        )
+        bare(tmp_path, 2, callbacks=[begin]).fit(module, classes())
+        assert module._estimates.tasks_per_chunk == 8
+        ends.append(dict(network.named_buffers()) | parameters(module))
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name
+
+
+def test_optimizers_that_evaluate_the_loss_themselves_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"model\.optimizer: LBFGS evaluates the loss several times"):
+        bare(tmp_path, 1).fit(SupervisedLearner(mlp(), optimizer=partial(torch.optim.LBFGS, lr=0.1)), classes())

@@ -68,14 +68,19 @@ def sees_other_rows(module: nn.Module) -> bool:
 
 
 class _KeyedDropout(TorchFunctionMode):
-    """Replaces the random masks of dropout by masks drawn from a key; the rows are those from ``first`` on."""
+    """Replaces the random masks of dropout by masks drawn from a key.
+
+    Where the batch is part of a larger one, ``rows`` are its numbers there. Each row then drops what it would drop in
+    the whole, where rows come first in what is dropped from, also as ``[rows · tokens, …]``; elsewhere, as in
+    ``[tokens, rows, …]``, every part draws by itself.
+    """
 
     MASK_DIMS: ClassVar = {F.dropout: None, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
-    def __init__(self, key: Tensor, first: int = 0) -> None:
+    def __init__(self, key: Tensor, rows: range | None = None) -> None:
         super().__init__()
         self.key = key
-        self.first = first
+        self.rows = rows
         self.calls = 0
 
     def __torch_function__(
@@ -99,6 +104,9 @@ class _KeyedDropout(TorchFunctionMode):
             # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
             kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2
             shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
-        before = self.first * math.prod(shape[1:])
-        keep = uniform(fold(self.key, self.calls), *shape, dtype=torch.float32, first=before) >= p
+        key, before = fold(self.key, self.calls), 0
+        if self.rows:
+            each, over = divmod(shape[0], len(self.rows))
+            key, before = (fold(key, self.rows.start), 0) if over else (key, self.rows.start * each)
+        keep = uniform(key, *shape, dtype=torch.float32, first=before * math.prod(shape[1:])) >= p
         return x * keep.to(x.dtype) / (1.0 - p)

@@ -34,7 +34,7 @@ def gradient_at(
     parameters: Mapping[str, Tensor] | None = None,
     key: Tensor | None = None,
     buffers: Mapping[str, Tensor] | None = None,
-    first: int = 0,
+    rows: range | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of ``module`` and its gradient at other parameters; the module is left exactly as it was.
 
@@ -48,8 +48,8 @@ def gradient_at(
         parameters: the point, by parameter name; the module's own values for names that are not given.
         key: a key of :mod:`metalit.keys`, from which dropout then draws; else from torch's global generator.
         buffers: what the forward pass sees and changes as buffers, by name, such as the module's own in training.
-        first: the number of the first row that the network sees, where its batch is part of a larger one: each row
-            drops what it would drop there.
+        rows: the numbers of the rows that the network sees, where its batch is part of a larger one: each row drops
+            what it would drop there, where rows come first in the inputs of dropout.
 
     Returns:
         The loss, and the gradient by all trainable parameters; zero for one that the loss does not use.
@@ -77,7 +77,7 @@ def gradient_at(
         def network(*inputs: Any, **options: Any) -> Any:
             return functional_call(module, state, inputs, options)
 
-        with nullcontext() if key is None else _KeyedDropout(fold(key, DROPOUT), first):
+        with nullcontext() if key is None else _KeyedDropout(fold(key, DROPOUT), rows):
             value = _scalar(loss(network))
         used = value.requires_grad and torch.autograd.grad(value, list(free.values()), allow_unused=True)
         if not used or all(slope is None for slope in used):

@@ -56,6 +56,7 @@ class Estimates:
         name: what ``fn`` is called in messages.
         tell: what takes the messages.
         what: what the tasks are called in messages, and in the argument ``…_per_chunk``.
+        begin: is given the outer variable before every evaluation, also where one begins anew in smaller chunks.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Estimates:
         name: str,
         tell: Callable[[str], None],
         what: str = "tasks",
+        begin: Callable[[Any], None] | None = None,
     ) -> None:
         self.fn = fn
         self.compiled = Compiled(fn, module, name, tell) if compiles else None
         self.tasks_per_chunk = tasks_per_chunk
         self.tell = tell
         self.what = what
+        self.begin = begin
 
     def program(self, values: Sequence[Any], spec: TreeSpec) -> Program:
         """What evaluates ``fn`` on arguments of this form."""
@@ -92,6 +95,7 @@ class Bound:
 
     def __init__(self, owner: Estimates, outer: Any, tasks: Any, start: Any) -> None:
         self.owner = owner
+        self.outer = outer
         self.shared = tree_flatten(outer)[0]
         self.spec = tree_flatten((outer, tasks, start))[1]
         self.programs: dict[int, Program] = {}
@@ -105,6 +109,8 @@ class Bound:
         count = len(next(value for value in values if isinstance(value, Tensor)))
         while True:
             size = min(self.owner.tasks_per_chunk or count, count)
+            if self.owner.begin is not None:
+                self.owner.begin(self.outer)
             try:
                 return self._run(values, count) if size == count else self._in_chunks(values, count, size)
             except torch.OutOfMemoryError:
@@ -126,8 +132,9 @@ class Bound:
         return Leaves(found, program.spec)
 
     def _in_chunks(self, values: Sequence[Any], count: int, size: int) -> Leaves:
-        sizes = [min(size, count - first) for first in range(0, count, size)]
-        split = [value.split(size) if isinstance(value, Tensor) else [value] * len(sizes) for value in values]
+        # of nearly the same size: BatchNorm cannot take a last row alone
+        sizes = [len(part) for part in torch.arange(count).tensor_split(-(-count // size))]
+        split = [value.split(sizes) if isinstance(value, Tensor) else [value] * len(sizes) for value in values]
         parts = [self._run(piece, n) for piece, n in zip(zip(*split, strict=True), sizes, strict=True)]
         kept = parts[0].spec.children()[1].num_leaves
         merged = []

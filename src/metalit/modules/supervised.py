@@ -18,6 +18,7 @@ from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
+from metalit.modules.hyperparameters import save_given
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
 from metalit.tree import norm, unflatten
@@ -43,7 +44,8 @@ class SupervisedLearner(OuterLearner):
         perturbation: what is added to the weights before the gradient is taken.
         seed: the seed of noise and dropout.
         rows_per_chunk: how many rows are evaluated at once on each rank, to save memory; all if not given. The gradient
-            is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows alone.
+            is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows alone, and
+            dropout from inputs whose first dimension is not that of the rows.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -67,12 +69,14 @@ class SupervisedLearner(OuterLearner):
         check_loss(loss)
         if rows_per_chunk is not None and rows_per_chunk < 1:
             raise InputError(f"model.rows_per_chunk={rows_per_chunk} must be at least 1")
-        self.save_given_hyperparameters()
+        save_given(self)
         self.network = network
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, "rows")
+        self._estimates = Estimates(
+            self._slopes, network, False, rows_per_chunk, "the outer step", say, "rows", self._restore
+        )
         if not self.outer()["network"]:
             raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
         # not the default, which leaves NaN out of the mean
@@ -96,26 +100,25 @@ class SupervisedLearner(OuterLearner):
         count = len(points.x)
         given = points, torch.arange(count) + count * self.trainer.global_rank
         weights = {name: value.detach() for name, value in self.outer()["network"].items()}
-        before = {name: buffer.clone() for name, buffer in self.network.named_buffers() if self.scale is not None}
+        buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
 
         def evaluate() -> Found:
-            for name, buffer in before.items():
-                self.network.get_buffer(name).copy_(buffer)
             plain: list[Tensor] = []
 
             @cache
             def gradient() -> dict[str, Tensor]:
-                plain.append(self._pass(weights, key, given, keeps=True))
-                slopes = self.mean_over_ranks(plain[0][1:-1])
-                return unflatten(slopes if self.scale is None else slopes / self.scale, weights)
+                plain.append(self._pass(weights, key, given, buffers))
+                slopes, scale = self.mean_over_ranks(plain[0][1:-1]), self.scale
+                return unflatten(slopes if scale is None else slopes / scale, weights)
 
             alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
             moved = {name: weights[name] + change for name, change in alpha.items()}
             # the running statistics of BatchNorm follow the first pass alone
-            found = self._pass(weights | moved, key, given, keeps=not plain)
+            found = self._pass(weights | moved, key, given, None if plain else buffers)
             if not plain:
                 return Found(found, alpha, {})
-            return Found(torch.cat([plain[0][:1], found[1:]]), alpha, {"sharpness": found[0] - plain[0][0]})
+            bad = torch.maximum(plain[0][-1:], found[-1:])
+            return Found(torch.cat([plain[0][:1], found[1:-1], bad]), alpha, {"sharpness": found[0] - plain[0][0]})
 
         def diagnose(found: Found) -> dict[str, Tensor]:
             told = {"weight_norm": norm(weights)}
@@ -124,9 +127,16 @@ class SupervisedLearner(OuterLearner):
 
         self.step_outer(evaluate, diagnose)
 
-    def _pass(self, weights: dict[str, Tensor], key: Tensor, given: tuple[Points, Tensor], keeps: bool) -> Tensor:
-        known = {"weights": weights, "key": key, "scale": self.scale, "keeps": keeps}
+    def _pass(
+        self, weights: dict[str, Tensor], key: Tensor, given: tuple[Points, Tensor], buffers: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Loss and gradient at ``weights``; changes the network's buffers, from what is given, or leaves them alone."""
+        known = {"weights": weights, "key": key, "scale": self.scale, "buffers": buffers}
         return self._estimates(known, given, None).packed
+
+    def _restore(self, known: dict[str, Any]) -> None:
+        for name, buffer in (known["buffers"] or {}).items():
+            self.network.get_buffer(name).copy_(buffer)
 
     def _slopes(self, known: dict[str, Any], given: tuple[Points, Tensor], _: None) -> Found:
         (points, rows), scale = given, known["scale"]
@@ -135,9 +145,9 @@ class SupervisedLearner(OuterLearner):
             value = row_losses(self.loss, network(points.x), points.y).mean()
             return value if scale is None else scale * value
 
-        buffers = dict(self.network.named_buffers()) if known["keeps"] else None
-        first = int(rows[0])
-        value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], buffers, first)
+        buffers = None if known["buffers"] is None else dict(self.network.named_buffers())
+        numbers = range(int(rows[0]), int(rows[-1]) + 1)
+        value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], buffers, numbers)
         return Found(packed(value if scale is None else value / scale, {"network": slopes}), {}, {})
 
     def on_fit_start(self) -> None:
