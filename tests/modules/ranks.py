@@ -88,6 +88,17 @@ def half():
 
 
 DOUBLE = {"precision": "64-true"}
+
+
+def judged():
+    """Where each rank judges tasks of its own, and the scheduler goes by all."""
+    return BilevelLearner(FewShot(network(1, 8, 1)), SGD(0.05), Unrolled(2), optimizer=ADAM, scheduler=PLATEAU)
+
+
+def uneven():
+    return TaskDataModule(Sine(), Episodes(24, 5, 5), Episodes(5, 5, 5), Episodes(6, 5, 5))
+
+
 CASES = {
     "MAML": (meta, sine, DOUBLE),
     "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
@@ -97,6 +108,7 @@ CASES = {
     "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),
     "logistic, implicit, warm": (lambda: logistic(warm_start=True), two_classes, DOUBLE),
     "cleaning": (cleaning, two_classes, DOUBLE),
+    "tasks, judged": (judged, uneven, DOUBLE),
     "supervised": (supervised, rows, DOUBLE),
     "supervised, chunks": (lambda: supervised(rows_per_chunk=5), rows, DOUBLE),
     "noise": (lambda: supervised(WeightNoise(0.01)), rows, DOUBLE),

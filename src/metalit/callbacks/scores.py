@@ -52,7 +52,8 @@ class ScoreTable(Callback):
         most = trainer.num_val_batches[0]
         batches = islice(loader, None if most == math.inf else most)
         with learner.evaluating(), torch.no_grad():
-            learner.scores = means([table for tasks in batches for table in learner.judge(tasks, "val", True)])
+            tables = [table for tasks in batches for table in learner.judge(tasks, "val", True)]
+            learner.scores = means(learner.of_all_ranks(tables))
             results = learner.results(next(iter(loader)))
         self._told = _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
         for logger in _tensorboards(trainer):
