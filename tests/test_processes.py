@@ -30,16 +30,18 @@ RUN = (
 TWO = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
 
-def start(root, *options, before=("-m", "metalit")):
+def start(root, *options, before=("-m", "metalit"), environment=None):
     command = [sys.executable, *before, *RUN, f"--trainer.default_root_dir={root}", *options]
     # no pipe: a frozen process would keep it open
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
     process.output = output
     return process
 
 
-def ended(process, seconds=120):
+def ended(process, seconds=600):
     """Exit status and output; whatever is left of the process is killed."""
     try:
         status = process.wait(timeout=seconds)
@@ -50,7 +52,7 @@ def ended(process, seconds=120):
     return status, process.output.read()
 
 
-def checkpoint(root, process, seconds=120):
+def checkpoint(root, process, seconds=600):
     """Wait for the first checkpoint that the run saves."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
@@ -100,6 +102,20 @@ def test_two_ranks_stop_together_where_one_is_told_to_and_go_on_as_if_they_had_n
         assert status == 0, output
     assert "going on from" not in output
     same_end(tmp_path / "stopped", tmp_path / "whole", 1000)
+
+
+def test_a_signal_of_slurm_to_one_rank_requeues_the_job_once(tmp_path):
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    script.chmod(0o755)
+    environment = {**os.environ, "SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = start(tmp_path / "runs", *TWO, "--trainer.max_steps=1000000", environment=environment)
+    checkpoint(tmp_path / "runs", process)
+    os.kill(child(process), signal.SIGUSR1)
+    status, output = ended(process)
+    assert status == 0, output
+    assert output.count("put back into the queue") == 1
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
 @pytest.mark.parametrize("who", ["rank 1", pytest.param("rank 0", marks=pytest.mark.long)])

@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,7 +30,7 @@ from metalit.callbacks import (
     ScoreTable,
     StopOnSignal,
 )
-from metalit.callbacks.signals import requeue
+from metalit.callbacks.signals import ignore_signals, requeue
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -109,8 +109,12 @@ class MetalitCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
-            # max_steps alone decides when training ends
-            {"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 50, "trainer.max_epochs": -1}
+            {
+                "trainer.devices": 1,  # more are asked for: a step must be worth what they cost
+                "trainer.enable_model_summary": False,
+                "trainer.log_every_n_steps": 50,
+                "trainer.max_epochs": -1,  # max_steps alone decides when training ends
+            }
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -199,7 +203,10 @@ class MetalitCLI(LightningCLI):
             # first, because the others print below it once it has ended
             callbacks = [*([Progress()] if sys.stdout.isatty() else []), *callbacks]
         kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
@@ -214,11 +221,17 @@ class MetalitCLI(LightningCLI):
         _say(f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}; logs: {folder}")
         try:
             self.trainer.fit(**kwargs, weights_only=True)
+        except SIGTERMException:
+            # in what comes before training: how Lightning ends then, as if all were well
+            raise SystemExit(143) from None
         except SystemExit:
             # how Lightning ends after Ctrl-C
-            _say("interrupted; the same command with --ckpt_path last goes on from the last checkpoint")
+            last = next(callback for callback in self.trainer.callbacks if isinstance(callback, LastCheckpoint))
+            way = "; the same command with --ckpt_path last goes on from the last checkpoint"
+            _say(f"interrupted{way if last.best_model_path else ', before anything was saved'}")
             raise
         except StoppedError as stopped:
+            ignore_signals()
             refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
             _say(f"{stopped}; the same command with --ckpt_path last goes on from there")
             if stopped.requeue and refusal is None:
@@ -279,6 +292,7 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         # Lightning's own calls, none of the user's doing
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         try:
             MetalitCLI(args)

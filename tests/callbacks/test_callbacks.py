@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fits import last, scalars, trainer
+from lightning.pytorch import Callback
 from matplotlib.image import imread
 
 from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
+from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.callbacks.figures import draw_fits
 from metalit.data import Columns, Episodes, Scaling, Sine, TaskDataModule
 from metalit.errors import InputError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
-from metalit.modules.agreement import Agreement
 from metalit.modules.interval import mean_with_interval
 from metalit.networks import MLP
 from metalit.problem import Points, Task
@@ -31,37 +33,99 @@ def folder(tmp_path, version=0):
     return tmp_path / "lightning_logs" / "sine_maml" / f"version_{version}"
 
 
+def saves(tmp_path, seconds, **options):
+    """After which of eight steps ``last.ckpt`` is saved, and whether by the validation."""
+    saved = []
+
+    class Watch(LastCheckpoint):
+        def _save_checkpoint(self, trainer, filepath):
+            saved.append((trainer.global_step, trainer.validating))
+            super()._save_checkpoint(trainer, filepath)
+
+    module, data = small()
+    trainer(tmp_path, 8, **options, callbacks=[Watch(seconds)], num_sanity_val_steps=0).fit(module, data)
+    return saved
+
+
+def small():
+    """A learner and its data."""
+    module = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
+    return module, TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(4, 5, 5), Episodes(4, 5, 5))
+
+
 class TestCheckpoints:
-    def test_the_last_one_is_saved_when_its_time_has_come(self, metalit, tmp_path):
-        never, always = "--trainer.val_check_interval=1.0", "--last_checkpoint.seconds=0"
-        steps = []
+    @pytest.mark.parametrize(
+        ("options", "validated"),
+        [
+            ({"val_check_interval": 3}, {3, 6}),
+            ({"val_check_interval": 0.5}, {4, 8}),
+            ({"val_check_interval": 3, "limit_val_batches": 0}, set()),
+            ({"val_check_interval": 1.0, "limit_train_batches": 2, "check_val_every_n_epoch": 2}, {4, 8}),
+            ({"val_check_interval": 3, "limit_train_batches": 2, "check_val_every_n_epoch": None}, {3, 6}),
+        ],
+    )
+    def test_the_last_one_is_saved_when_its_time_has_come_or_after_the_validation_that_comes(
+        self, tmp_path, options, validated
+    ):
+        saved = saves(tmp_path, 0.0, **options)
+        assert saved == [(step, step in validated) for step in range(1, 9)]
 
-        class Watch(LastCheckpoint):
-            def _save_checkpoint(self, trainer, filepath):
-                steps.append(trainer.global_step)
+    def test_the_last_one_knows_the_outcome_of_a_validation_that_nobody_foresaw(self, tmp_path):
+        class Stop(Callback):
+            """Ends the run, which then validates."""
 
-        watch = Watch(seconds=0.0)
-        fake = SimpleNamespace(
-            is_global_zero=True,
-            val_check_batch=7,
-            fast_dev_run=False,
-            sanity_checking=False,
-            state=SimpleNamespace(fn="fit"),
-            callback_metrics={},
-            current_epoch=0,
-            global_step=3,
-        )
-        watch.dirpath = str(tmp_path)
-        module = SimpleNamespace(agreement=Agreement())
-        watch.on_train_start(fake, module)
-        watch.on_train_batch_end(fake, module, None, None, 2)
-        fake.global_step = 7
-        watch.on_train_batch_end(fake, module, None, None, 6)  # a validation comes, and saves
-        watch.seconds = 1000.0
-        fake.global_step = 8
-        watch.on_train_batch_end(fake, module, None, None, 7)
-        assert steps == [3]
-        assert metalit("fit", MAML, never, always)[0] == 0
+            def on_train_batch_end(self, trainer, *_):
+                trainer.should_stop = trainer.global_step == 5
+
+        best = BestCheckpoint()
+        module, data = small()
+        # the stop comes after the save, and before Lightning decides
+        run = trainer(tmp_path, 8, val_check_interval=4, callbacks=[best, LastCheckpoint(0.0)])
+        run.callbacks.append(Stop())
+        run.fit(module, data)
+        kept = torch.load(last(tmp_path), weights_only=True)
+        state = next(value for key, value in kept["callbacks"].items() if key.startswith("BestCheckpoint"))
+        assert kept["global_step"] == 5
+        assert state["current_score"] == best.current_score
+        assert len(scalars(tmp_path)["val/loss"]) == 2
+
+    def test_the_last_one_must_come_after_the_best_one(self, tmp_path):
+        module, data = small()
+        with pytest.raises(InputError, match=r"callbacks: LastCheckpoint .*must come after.*BestCheckpoint\(\), Last"):
+            trainer(tmp_path, 1, callbacks=[LastCheckpoint(), BestCheckpoint()]).fit(module, data)
+
+    def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(self, tmp_path, monkeypatch):
+        saver, path = AtomicCheckpointIO(), tmp_path / "folder" / "last.ckpt"
+        saver.save_checkpoint({"step": 1}, path)
+
+        class Cut(Exception):
+            pass
+
+        def half(checkpoint, file):
+            file.write(b"half of it")
+            raise Cut
+
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(Cut):
+            saver.save_checkpoint({"step": 2}, path)
+        monkeypatch.undo()
+        assert torch.load(path, weights_only=True) == {"step": 1}
+        saver.save_checkpoint({"step": 3}, path)
+        assert torch.load(path, weights_only=True) == {"step": 3}
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_checkpoints_are_saved_beside_the_one_that_they_replace(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "no such folder"))
+        monkeypatch.setattr("tempfile.mkstemp", None)
+        module, data = small()
+        run = trainer(tmp_path, 1)
+        run.fit(module, data)
+        assert isinstance(run.strategy.checkpoint_io, AtomicCheckpointIO)
+        assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 1
+
+    def test_the_last_one_waits_for_its_time(self, metalit, tmp_path):
+        assert saves(tmp_path, 1000.0, val_check_interval=1.0) == [(8, True)]
+        assert metalit("fit", MAML, "--trainer.val_check_interval=1.0", "--last_checkpoint.seconds=0")[0] == 0
         assert torch.load(folder(tmp_path) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
     def test_the_best_one_has_the_lowest_validation_loss(self, metalit, tmp_path):

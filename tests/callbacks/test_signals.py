@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint, StopOnSignal
-from metalit.callbacks.signals import requeue
+from metalit.callbacks.signals import ignore_signals, requeue
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Unrolled
@@ -32,9 +32,9 @@ class Send(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fit(folder, steps=8, signals=(), ckpt_path=None, **options):
+def fit(folder, steps=8, signals=(), ckpt_path=None, fused=1, **options):
     torch.manual_seed(0)
-    module = MetaLearner(FewShot(MLP([1, 8, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
+    module = MetaLearner(FewShot(MLP([1, 8, 1])), SGD(0.05), Unrolled(1), eval_steps=1, fused_steps=fused)
     data = TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(4, 5, 5), Episodes(4, 5, 5))
     callbacks = [BestCheckpoint(), LastCheckpoint(), StopOnSignal(), *signals]
     run = trainer(folder, steps, **{"val_check_interval": 4, "callbacks": callbacks, **options})
@@ -42,11 +42,16 @@ def fit(folder, steps=8, signals=(), ckpt_path=None, **options):
     return module
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])  # 4 is followed by a validation
-def test_a_signal_stops_the_run_after_its_step_which_is_saved_and_resumed(tmp_path, step):
+NEVER = {"limit_val_batches": 0}
+EPOCHS = {"limit_train_batches": 2, "val_check_interval": 1.0, "check_val_every_n_epoch": 2}
+
+
+# every fourth step is followed by a validation, but for NEVER
+@pytest.mark.parametrize(("step", "options"), [(1, {}), (4, {}), (6, {}), (4, NEVER), (2, EPOCHS), (4, EPOCHS)])
+def test_a_signal_stops_the_run_after_its_step_which_is_saved_and_resumed(tmp_path, step, options):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError, match=f"after outer step {step}, saved in .*last.ckpt") as stopped:
-        fit(tmp_path / "stopped", signals=[Send(signal.SIGTERM, step)])
+        fit(tmp_path / "stopped", signals=[Send(signal.SIGTERM, step)], **options)
     assert signal.getsignal(signal.SIGTERM) == before
     assert stopped.value.step == step
     assert not stopped.value.requeue
@@ -54,9 +59,9 @@ def test_a_signal_stops_the_run_after_its_step_which_is_saved_and_resumed(tmp_pa
     kept = torch.load(stopped.value.checkpoint, weights_only=True)
     assert kept["global_step"] == step
     best = [state["best_model_score"] for name, state in kept["callbacks"].items() if name.startswith("Best")]
-    assert (best[0] is not None) == (step >= 4)
-    resumed = fit(tmp_path / "stopped", ckpt_path=last(tmp_path / "stopped"))
-    assert same(resumed, fit(tmp_path / "whole"))
+    assert (best[0] is not None) == (step >= 4 and options is not NEVER)
+    resumed = fit(tmp_path / "stopped", ckpt_path=last(tmp_path / "stopped"), **options)
+    assert same(resumed, fit(tmp_path / "whole", **options))
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
@@ -89,10 +94,79 @@ def test_lightning_saves_and_requeues_nothing_by_itself(tmp_path, monkeypatch):
 
     class Look(Callback):
         def on_sanity_check_start(self, trainer, *_):
-            found.append((type(trainer._accelerator_connector.cluster_environment), signal.getsignal(signal.SIGUSR1)))
+            found.append(type(trainer._accelerator_connector.cluster_environment))
+            found.extend(signal.getsignal(number).__self__ for number in (signal.SIGTERM, signal.SIGUSR1))
 
-    fit(tmp_path, signals=[Look()])
-    assert found == [(SLURMEnvironment, signal.SIG_DFL)]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    stop = StopOnSignal()
+    fit(tmp_path, callbacks=[BestCheckpoint(), LastCheckpoint(), stop, Look()])
+    assert found == [SLURMEnvironment, stop, stop]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+class SendIn(Callback):
+    """Sends this process a signal in some hook."""
+
+    def __init__(self, number, hook):
+        setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), number))
+
+
+@pytest.mark.parametrize(
+    ("number", "hook"),
+    [
+        (signal.SIGUSR1, "on_fit_start"),
+        (signal.SIGUSR1, "on_sanity_check_end"),
+        (signal.SIGTERM, "on_sanity_check_end"),
+        (signal.SIGTERM, "on_train_start"),
+    ],
+)
+def test_a_signal_before_training_stops_the_run_after_its_first_step(tmp_path, monkeypatch, number, hook):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(StoppedError) as stopped:
+            fit(tmp_path, signals=[SendIn(number, hook)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (stopped.value.step, stopped.value.requeue) == (1, number == signal.SIGUSR1)
+    assert torch.load(stopped.value.checkpoint, weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_ignored_while_a_stopped_run_leaves(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(StoppedError):
+            fit(tmp_path, signals=[Send(signal.SIGUSR1, 2), SendIn(number, "on_exception")])
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        ignore_signals()
+        os.kill(os.getpid(), number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_a_run_of_fused_steps_stops_after_a_call(tmp_path):
+    options = {"fused": 3, "steps": 9, "log_every_n_steps": 3, "val_check_interval": 9}
+    with pytest.raises(StoppedError, match="after outer step 6, saved") as stopped:
+        fit(tmp_path / "stopped", signals=[Send(signal.SIGTERM, 4)], **options)
+    assert torch.load(stopped.value.checkpoint, weights_only=True)["global_step"] == 6
+    resumed = fit(tmp_path / "stopped", ckpt_path=last(tmp_path / "stopped"), **options)
+    assert same(resumed, fit(tmp_path / "whole", **options))
+
+
+def test_a_run_that_saves_nothing_by_intent_is_left_to_lightning(tmp_path):
+    found = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_):
+            found.append(getattr(signal.getsignal(signal.SIGTERM), "__self__", None))
+
+    stop = StopOnSignal()
+    fit(tmp_path, callbacks=[BestCheckpoint(), LastCheckpoint(), stop, Look()], fast_dev_run=1)
+    assert len(found) == 1
+    assert found[0] is not stop
 
 
 def test_a_signal_ends_a_run_at_once_that_is_failing(tmp_path):

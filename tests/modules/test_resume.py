@@ -32,9 +32,10 @@ KILLS = {
 }
 
 
-def fit(root, name, *callbacks, ckpt_path=None, steps=STEPS):
+def fit(root, name, *callbacks, ckpt_path=None, steps=STEPS, **more):
     make, data, options = {**CASES, **HALF}[name]
     options = {**(options() if callable(options) else options), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    options |= more
     callbacks = [BestCheckpoint(), LastCheckpoint(seconds=0.0), *callbacks]
     trainer(root, steps, val_check_interval=4, callbacks=callbacks, **options).fit(make(), data(), ckpt_path=ckpt_path)
 
@@ -62,6 +63,26 @@ def whole(tmp_path_factory):
         return ends[name]
 
     return end
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_where_validations_come_across_epochs(tmp_path, step):
+    """They come after every fourth step, and an epoch ends after every fifth."""
+    options = {"limit_train_batches": 5, "check_val_every_n_epoch": None, "steps": 14}
+    fit(tmp_path / "whole", "ridge, warm", **options)
+    with pytest.raises(KilledError):
+        fit(tmp_path / "parts", "ridge, warm", Kill(step), **options)
+    fit(tmp_path / "parts", "ridge, warm", ckpt_path=last(tmp_path / "parts"), **options)
+    expected, found = (torch.load(last(tmp_path / name), weights_only=True) for name in ("whole", "parts"))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "inner"):
+        assert str(expected[part]) == str(found[part])
+    best = [
+        state["best_model_score"]
+        for kept in (expected, found)
+        for name, state in kept["callbacks"].items()
+        if name.startswith("Best")
+    ]
+    assert best[0] == best[1]
 
 
 @pytest.mark.parametrize("kill", [*KILLS, "at its end"])

@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
 
@@ -46,6 +48,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         seconds: the time between two saves while no validation comes.
+
+    Raises:
+        InputError: negative seconds; when training starts: a :class:`BestCheckpoint` that comes after it, whose score
+            it would not know.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -54,6 +60,19 @@ class LastCheckpoint(ModelCheckpoint):
             raise InputError(f"last_checkpoint.seconds={seconds} must not be negative")
         self.seconds = seconds
         self._saved_at = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+        """See that what is saved is whole, and knows the best score."""
+        if stage == "fit":
+            savers = trainer.checkpoint_callbacks
+            if any(isinstance(saver, BestCheckpoint) for saver in savers[savers.index(self) :]):
+                raise InputError(
+                    "callbacks: LastCheckpoint keeps the score of BestCheckpoint, and so must come after it: "
+                    "[BestCheckpoint(), LastCheckpoint()]"
+                )
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Start the clock."""
@@ -67,13 +86,23 @@ class LastCheckpoint(ModelCheckpoint):
 
         Before a validation it waits: what a resumed run goes on from must know the outcome.
         """
-        due = any(pl_module.agreement.granted(wish) for wish in ("save", "stop"))
-        validates = (batch_idx + 1) % trainer.val_check_batch == 0
-        if due and not validates and not self._should_skip_saving_checkpoint(trainer):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        if any(pl_module.agreement.granted(wish) for wish in ("save", "stop")):
+            # as Lightning decides it: by epochs, steps, shares, the clock, and whether there is anything to validate
+            fit = trainer.fit_loop
+            if not fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
+                self._save_now(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+        """Save, also over what was saved after the same step: it does not know the outcome."""
+        if not trainer.sanity_checking:
+            self._last_global_step_saved = 0
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Save what was trained after the last validation."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -17,12 +17,13 @@ from metalit.modules.base import OuterLearner
 
 
 class StopOnSignal(Callback):
-    """SIGTERM on any rank, or SLURM's SIGUSR1, ends the run at the end of the step that it comes in.
+    """SIGTERM on any rank, or SLURM's SIGUSR1, ends the run at the end of the step that it comes in, or of the first.
 
     The handler takes a note and nothing else; the ranks agree with the next gradient
     (:class:`~metalit.modules.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
     validation if one is due, and all ranks leave. Lightning's own handlers would save in mid-step, or wait for a rank
-    that got no signal; they are put aside while training lasts.
+    that got no signal; they are put aside while training lasts. Once the run leaves, further signals are ignored, which
+    ranks may get late. ``Trainer(fast_dev_run=True)``, which saves nothing, is left to Lightning.
 
     Raises:
         InputError: when training starts, without a ``LastCheckpoint``.
@@ -36,20 +37,24 @@ class StopOnSignal(Callback):
 
     def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
         """Keep Lightning from saving and requeueing by itself."""
-        if stage == "fit":
-            if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
-                raise InputError("StopOnSignal: there is nothing to save with; add the callback LastCheckpoint")
-            environment = trainer._accelerator_connector.cluster_environment
-            if isinstance(environment, SLURMEnvironment):
-                environment.auto_requeue = False
+        if stage != "fit":
+            return
+        if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
+            raise InputError("StopOnSignal: there is nothing to save with; add the callback LastCheckpoint")
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+        self._received, self._before, self._stops, self._requeues = set(), {}, False, False
+        # not yet SIGTERM: nothing is trained that would have to be saved
+        self._listen(trainer, *_requeueing())
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+        """Listen in place of Lightning."""
+        self._listen(trainer, signal.SIGTERM, *_requeueing())
 
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Listen in place of Lightning, and say to the other ranks what was heard."""
-        self._received, self._stops, self._requeues = set(), False, False
-        # only a main thread may, as in a notebook it may not be
-        if threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
-            self._before = {number: signal.signal(number, self._note) for number in signals}
+        self._listen(trainer, signal.SIGTERM, *_requeueing())
         pl_module.agreement.wish("stop", lambda: bool(self._received))
         pl_module.agreement.wish("requeue", lambda: signal.SIGUSR1 in self._received)
 
@@ -65,20 +70,43 @@ class StopOnSignal(Callback):
             raise StoppedError(trainer.global_step, Path(saver.best_model_path), self._requeues)
 
     def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
-        """Leave the signals to Lightning again."""
-        self._leave_to(self._before)
+        """Leave SIGTERM to Lightning again, which then leaves it to whom it was left before."""
+        self._leave(signal.SIGTERM)
+
+    def teardown(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+        """Leave the others to whom they were left before."""
+        self._leave(*self._before)
 
     def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
         """Let a signal end the process at once: Lightning's handler would wait for ranks that may be gone."""
-        self._leave_to(dict.fromkeys(self._before, signal.SIG_DFL))
+        ends = signal.SIG_IGN if isinstance(exception, StoppedError) else signal.SIG_DFL
+        for number in self._before:
+            signal.signal(number, ends)
 
-    def _leave_to(self, handlers: dict[int, Any]) -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _leave(self, *numbers: int) -> None:
+        for number in set(numbers) & self._before.keys():
+            signal.signal(number, self._before.pop(number))
+
+    def _listen(self, trainer: Trainer, *numbers: int) -> None:
+        # only a main thread may, as in a notebook it may not be
+        if threading.current_thread() is threading.main_thread() and not trainer.fast_dev_run:
+            for number in numbers:
+                before = signal.signal(number, self._note)
+                self._before.setdefault(number, before)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)
+
+
+def _requeueing() -> list[int]:
+    return [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+
+
+def ignore_signals() -> None:
+    """From now on: one that comes late, to this rank or in haste, must not keep the job from being requeued."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, *_requeueing()):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def requeue() -> str | None:

@@ -1,0 +1,30 @@
+"""Checkpoints that are whole or not there: a process that is killed while it saves leaves the one before."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file that is to be replaced, and renames.
+
+    Lightning's own goes by way of the folder for temporary files, which is often on another disk than the runs: what it
+    moves over the last checkpoint from there, it copies, and half a copy is none.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save; paths that are no local ones as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = path.with_name(f".{path.name}.part")
+        with begun.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        begun.replace(path)
