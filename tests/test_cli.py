@@ -52,6 +52,13 @@ def test_interpolation_holds_over_files_and_overrides(print_config, capfd, tmp_p
     assert _steps(capfd) == 55
 
 
+def test_one_device_is_used_unless_more_are_asked_for(print_config, capfd):
+    for options, devices in (([], 1), (["--config=configs/trainer/gpus.yaml"], -1), (["--trainer.devices=4"], 4)):
+        print_config(*options)
+        text = capfd.readouterr().out
+        assert yaml.safe_load(text[text.index("seed_everything") :])["trainer"]["devices"] in (devices, str(devices))
+
+
 def _steps(capfd):
     text = capfd.readouterr().out
     config = yaml.safe_load(text[text.index("seed_everything") :])
@@ -88,6 +95,8 @@ def _steps(capfd):
         (["--trainer.accumulate_grad_batches=2"], ["accumulate_grad_batches=2", "model.tasks_per_chunk"]),
         (["--trainer.gradient_clip_val=1"], ["gradient_clip_val=1", "model.clip_norm"]),
         (["--trainer.val_check_interval=30000"], ["val_check_interval"]),
+        (["--trainer.strategy=nonsense"], ["trainer: ", "'nonsense'", "ddp"]),
+        (["--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], ["trainer: ", "fsdp"]),
         (["--last_checkpoint.seconds=-1"], ["seconds=-1"]),
         (["--trainer.max_steps=-1"], ["trainer.max_steps=-1", "such as"]),
         (["--ckpt_path=nowhere.ckpt"], ["ckpt_path='nowhere.ckpt'", "no such file"]),
@@ -105,6 +114,13 @@ def test_bad_input_gets_one_clear_error_before_training(options, told, metalit, 
         assert words in message
     assert "Traceback" not in output
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_error_of_another_rank_says_whose_it_is(metalit, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    status, output = metalit("fit", MAML, "--trainer.max_steps=-1", tiny=False)
+    assert status == 2
+    assert output.strip().splitlines()[-1].startswith("metalit: rank 3: error: ")
 
 
 def test_a_misspelt_key_in_a_file(metalit, tmp_path):

@@ -50,14 +50,22 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except InputError as error:
-        print(f"metalit: error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
     except NonFiniteError as error:
-        print(f"metalit: stopped: {error}", file=sys.stderr)
+        _tell(f"stopped: {error}")
         return 1
     except StoppedError:
         return 143
     return 0
+
+
+def _tell(line: str) -> None:
+    # in one piece, and with its number: several ranks may fail at once, for one reason or each for its own
+    from lightning.fabric.utilities.rank_zero import _get_rank
+
+    rank = _get_rank()
+    sys.stderr.write(f"metalit: {f'rank {rank}: ' if rank else ''}{line}\n")
 
 
 if __name__ == "__main__":
