@@ -18,6 +18,15 @@ def errors(metalit, tmp_path, name):
         return list(csv.DictReader(handle)), output
 
 
+def test_precisions_are_compared(shell):
+    run = shell("scripts/compare_precisions.py", "--steps", "200")
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[1]: line.split() for line in run.stdout.splitlines() if line.startswith("│ ")}
+    assert list(rows) == ["64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+    single, brain, half = (float(rows[name][3]) for name in ("32-true", "bf16-mixed", "16-mixed"))
+    assert float(rows["64-true"][3]) == 0 < single < 1e-6 < half < 5e-3 < brain < 5e-2
+
+
 def test_sine_maml_is_at_least_as_good_as_published(metalit, tmp_path):
     rows, _ = errors(metalit, tmp_path, "sine_maml")
     assert rows[0]["tasks"] == "600"
