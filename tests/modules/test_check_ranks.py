@@ -11,7 +11,7 @@ from metalit.errors import InputError
 from metalit.modules.ranks import check_ranks
 
 TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "none"}
-SLURM = {"JOB_ID": 17, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS_PER_NODE": 2}
+SLURM = {"JOB_ID": 17, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2}
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "SLURM"])
@@ -19,7 +19,7 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
     names = TORCHRUN if starter == "torchrun" else {f"SLURM_{name}": value for name, value in SLURM.items()}
     for name, value in names.items():
         monkeypatch.setenv(name, str(value))
-    count = "WORLD_SIZE" if starter == "torchrun" else "SLURM_NTASKS"
+    count = "WORLD_SIZE" if starter == "torchrun" else "SLURM_STEP_NUM_TASKS"
     monkeypatch.setenv(count, "2")
     with pytest.raises(InputError, match=r"trainer\.devices.*2 processes were started.* 1 device.* on each of 1 node"):
         bare(tmp_path, 1, devices=1).fit(meta(), sine())
@@ -31,7 +31,5 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
 def test_strategies_that_split_parameters_are_refused(strategy):
     with pytest.raises(InputError, match=rf"trainer\.strategy: {strategy.__name__} .*use ddp"):
         check_ranks(SimpleNamespace(strategy=strategy()))
-    environment = SimpleNamespace(creates_processes_externally=False)
-    check_ranks(
-        SimpleNamespace(strategy=DDPStrategy(), _accelerator_connector=SimpleNamespace(cluster_environment=environment))
-    )
+    environment = SimpleNamespace(cluster_environment=SimpleNamespace(creates_processes_externally=False))
+    check_ranks(SimpleNamespace(strategy=DDPStrategy(), world_size=2, _accelerator_connector=environment))
