@@ -1,5 +1,7 @@
 """A run that is killed anywhere goes on from its last checkpoint as if it had not been, bit for bit, whoever learns."""
 
+from itertools import product
+
 import pytest
 import torch
 from fits import Kill, KilledError, last, scalars, trainer
@@ -85,8 +87,14 @@ def test_where_validations_come_across_epochs(tmp_path, step):
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("kill", [*KILLS, "at its end"])
-@pytest.mark.parametrize("name", [name for name in (*CASES, *HALF) if "fused" not in name])
+PAIRS = list(product([name for name in (*CASES, *HALF) if "fused" not in name], [*KILLS, "at its end"]))
+SHORT = {*product(("MAML", "ridge, warm", "SAM", "SAM, half"), (*KILLS, "at its end"))}
+SHORT |= {(name, "between two steps") for name, _ in PAIRS}
+
+
+@pytest.mark.parametrize(
+    ("name", "kill"), [pytest.param(*pair, marks=() if pair in SHORT else pytest.mark.long) for pair in PAIRS]
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, tmp_path, name, kill):
     expected, told = whole(name)
     if kill == "at its end":
