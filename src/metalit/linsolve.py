@@ -148,9 +148,9 @@ def single(value: Tensor) -> Tensor:
 
 
 def _product(matvec: MatVec, direction: Tree) -> Tree:
-    """A times a direction, taken at one of size 64: in half precision the entries of a short one would vanish."""
+    """A times a direction, taken at one of size 1: in half precision the entries of a short one would vanish."""
     size = torch.stack([leaf.abs().max() for _, leaf in leaves(direction)]).max()
     # a power of 2, so that nothing is rounded
-    unit = torch.exp2(torch.floor(torch.log2(torch.where(size > 0, size, 1.0))) - 6)
+    unit = torch.exp2(torch.floor(torch.log2(torch.where(size > 0, size, 1.0))))
     product = matvec(tree_map(lambda value: value / unit, direction))
     return tree_map(lambda value: unit * value, product)

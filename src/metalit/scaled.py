@@ -63,7 +63,8 @@ class Scaled(Problem):
         """Return that of the problem."""
 
         def enlarged(inner: Tree) -> tuple[Tensor, Tensor]:
-            loss = _single(self.inner_loss(inner, outer, task, step))
+            loss = self.inner_loss(inner, outer, task, step)
+            loss = loss.float() if loss.dtype == torch.half else loss
             factor = torch.exp2(4 - torch.floor(torch.log2(loss.detach().abs().clamp(min=_LEAST)) / 2))
             factor = torch.minimum(factor, 16 * self.scale)
             return factor * loss, factor
@@ -77,8 +78,4 @@ class Scaled(Problem):
 
     def scaled(self, value: Tensor) -> Tensor:
         """Return s times ``value``."""
-        return self.scale * _single(value)
-
-
-def _single(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.half else value
+        return self.scale * value  # in single precision, as the scale is

@@ -27,6 +27,16 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch
     bare(tmp_path, 1, devices=1).fit(meta(), sine())
 
 
+def test_tasks_of_an_interactive_job_are_refused(tmp_path, monkeypatch):
+    """Which Lightning takes for processes that know nothing of each other."""
+    for name, value in {**SLURM, "JOB_NAME": "interactive", "STEP_NUM_TASKS": 2}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(InputError, match=r"2 processes were started.*use sbatch"):
+        bare(tmp_path, 1, devices=1).fit(meta(), sine())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a notebook in a larger job
+    bare(tmp_path, 1, devices=1).fit(meta(), sine())
+
+
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_strategies_that_split_parameters_are_refused(strategy):
     with pytest.raises(InputError, match=rf"trainer\.strategy: {strategy.__name__} .*use ddp"):

@@ -342,6 +342,32 @@ def test_an_inner_loss_below_0_is_scaled_by_its_size():
     assert float(seen[0]) == pytest.approx(2e-6, rel=1e-5)
 
 
+def test_the_size_of_an_inner_loss_below_0_counts():
+    class Down(ThetaPhi):
+        """−θ, which is differentiated in half precision."""
+
+        def inner_loss(self, inner, outer, task, step):
+            return -inner.half().float().sum()
+
+    slope = Scaled(Down([1.0], [1.0]), LARGE).inner_grad(torch.tensor([1.0]), {"phi": torch.tensor([1.0])}, None, 0)
+    assert slope.item() == -1.0
+
+
+def test_evaluation_takes_the_scale_that_training_found(tmp_path):
+    def learner():
+        return MetaLearner(Slope(silent()), SGD(0.05), Unrolled(2), optimizer=STEP)
+
+    module, losses = learner(), []
+    run = trainer(tmp_path, 3, **half())
+    run.fit(module, sine())
+    assert run.precision_plugin.scaler.get_scale() < 2.0**14
+    for validated, path in ((module, None), (learner(), last(tmp_path))):
+        bare(tmp_path, **half()).validate(validated, sine(), ckpt_path=path, verbose=False)
+        assert bool(torch.isfinite(validated.task_losses).all())
+        losses.append(validated.task_losses)
+    assert torch.equal(*losses)
+
+
 class Half(FewShot):
     """Whose losses are in half precision, as those of a network that ends in a mean may be."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metalit.data.base import Split
 from metalit.modules.bilevel import BilevelLearner
+from metalit.modules.ranks import items_of_ranks
 from metalit.modules.scores import Scores, means
 from metalit.tree import leaves
 
@@ -53,7 +54,7 @@ class ScoreTable(Callback):
         batches = islice(loader, None if most == math.inf else most)
         with learner.evaluating(), torch.no_grad():
             tables = [table for tasks in batches for table in learner.judge(tasks, "val", True)]
-            learner.scores = means(learner.of_all_ranks(tables))
+            learner.scores = means(items_of_ranks(trainer, tables))
             results = learner.results(next(iter(loader)))
         self._told = _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
         for logger in _tensorboards(trainer):

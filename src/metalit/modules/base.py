@@ -24,7 +24,7 @@ from metalit.modules.gradients import Gradients
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
 from metalit.modules.optimizers import changes, check_takes_single_steps, groups, made, settings
-from metalit.modules.ranks import check_ranks
+from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.tree import leaves
 
 Packed = TypeVar("Packed", bound="HasPacked")
@@ -176,7 +176,7 @@ class OuterLearner(LightningModule, ABC):
                 return found, flat
             # infinite also where the loss alone is; nothing is stepped, nor counted as a step
             self._gradients.write(torch.full_like(flat[1:-1], torch.inf))
-            self._loss_scale.lower(self._scaler, self.optimizers(use_pl_optimizer=False))
+            self._loss_scale.lower(self.trainer, self.optimizers(use_pl_optimizer=False))
 
     def _agreed(self, packed: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -213,22 +213,8 @@ class OuterLearner(LightningModule, ABC):
         return scalars | {f"lr {group.get('name', '')}".strip(): group["lr"] for group in rates}
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
-        ranks = self.trainer.world_size
-        if ranks == 1:
-            return values
-        # in one call: Lightning's own reduction waits at a barrier first, which costs more than the rest
-        total = values.clone()
-        torch.distributed.all_reduce(total)
-        return total / ranks
-
-    def of_all_ranks(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks, in their order; all must ask together."""
-        if self.trainer.world_size == 1:
-            return items
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
+        """See :func:`~metalit.modules.ranks.mean_of_ranks`."""
+        return mean_of_ranks(self.trainer, values)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here, where gradients are true ones in every precision."""
@@ -342,6 +328,7 @@ class OuterLearner(LightningModule, ABC):
         """Never end well on what is not finite."""
         self.check_finite()
         self._known_step = self.global_step
+        self._loss_scale.keep(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save what is not finite."""
@@ -366,6 +353,7 @@ class OuterLearner(LightningModule, ABC):
                 "use the config that the checkpoint was trained with: config.yaml in its version folder"
             )
         self._known_step = int(checkpoint["global_step"])
+        self._loss_scale.load(checkpoint)
         if self._trainer is not None:
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)

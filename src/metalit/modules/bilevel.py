@@ -17,6 +17,7 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.hyperparameters import save_given
+from metalit.modules.ranks import items_of_ranks, rows_of_ranks
 from metalit.modules.scores import LEARNED, Scores, means
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import Problem, Splits
@@ -136,15 +137,8 @@ class BilevelLearner(TwoLevelLearner):
         They are those of all ranks, which must ask together.
         """
         if self._all is None and self._own is not None:
-            self._all = tree_map(self._concatenated, self._own)
+            self._all = tree_map(partial(rows_of_ranks, self.trainer), self._own)
         return self._all
-
-    def _concatenated(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        parts = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather(parts, value.contiguous())
-        return torch.cat(parts)
 
     def start(self, tasks: Any) -> Tree | None:
         """With a warm start, where the last step left this rank's tasks."""
@@ -192,7 +186,7 @@ class BilevelLearner(TwoLevelLearner):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores."""
-        self.scores = means(self.of_all_ranks(self._collected))
+        self.scores = means(items_of_ranks(self.trainer, self._collected))
         values = {f"val/{name}": value for name, value in self.scores[LEARNED].items()}
         for name, value in values.items():
             self.log(name, value, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
@@ -202,7 +196,7 @@ class BilevelLearner(TwoLevelLearner):
 
     def on_test_epoch_end(self) -> None:
         """Log the scores."""
-        self.scores = means(self.of_all_ranks(self._collected))
+        self.scores = means(items_of_ranks(self.trainer, self._collected))
         values = {f"test/{name}": value for name, value in self.scores[LEARNED].items()}
         self.log_dict(values, logger=False, sync_dist=True, batch_size=1)
         self.write_scalars(values)

@@ -1,5 +1,7 @@
 """The scale of losses in 16-mixed precision: that of the gradient scaler in Lightning's plugin."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -8,11 +10,13 @@ from torch import Tensor
 class LossScale:
     """What gradients are multiplied by where they are found; the plugin divides by it before the optimiser's step.
 
-    (Micikevicius et al. 2018, section 3.2.)
+    (Micikevicius et al. 2018, section 3.2.) Outside of a fit, where nothing would notice that it is too large, it is
+    the last one of training.
     """
 
     def __init__(self) -> None:
         self._value: Tensor | None = None
+        self._found: float | None = None
 
     @staticmethod
     def scaler(trainer: Trainer | None) -> torch.amp.GradScaler | None:
@@ -29,11 +33,21 @@ class LossScale:
             one = torch.ones((), device=device)
             if self._value is None or self._value.device != one.device:
                 self._value = one.clone()
-            return self._value.copy_(scaler.scale(one))
+            trained = trainer.state.fn != "fit" and self._found is not None
+            return self._value.copy_(one * self._found if trained else scaler.scale(one))
 
-    @staticmethod
-    def lower(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    def lower(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Make the scale smaller, as after a step that overflowed; the gradients of the optimiser must be infinite."""
         # not by scaler.step: an optimiser that unscales by itself would be called, and begin its state
+        scaler = self.scaler(trainer)
         scaler.unscale_(optimizer)
         scaler.update()
+
+    def keep(self, trainer: Trainer) -> None:
+        """Remember the scale that training ended with."""
+        scaler = self.scaler(trainer)
+        self._found = None if scaler is None else scaler.get_scale()
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the scale that a checkpoint's training had found."""
+        self._found = checkpoint.get("MixedPrecision", {}).get("scale")

@@ -1,10 +1,13 @@
-"""Which processes can train as one: each holds all parameters, and none was started that the Trainer does not know."""
+"""Ranks: which processes can train as one, and what they tell each other."""
 
 import os
+from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
 from metalit.errors import InputError
 
@@ -24,22 +27,43 @@ def check_ranks(trainer: Trainer) -> None:
             f"trainer.strategy: {type(strategy).__name__} splits the parameters among processes, and each needs all of "
             "them to differentiate through the inner loop; use ddp, and model.tasks_per_chunk to save memory"
         )
-    started, known = _started(trainer._accelerator_connector.cluster_environment), trainer.world_size
-    if started not in (None, known):
+    environment = trainer._accelerator_connector.cluster_environment
+    # Lightning's own knows of none but those that it starts itself, and is also that of an interactive job of SLURM
+    own = isinstance(environment, LightningEnvironment)
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started == 1 and environment.creates_processes_externally and not own and "SLURM_NTASKS" not in os.environ:
+        started = environment.world_size()
+    if started > 1 and (own or started != trainer.world_size):
         raise InputError(
             f"trainer.devices, trainer.num_nodes: {started} processes were started, but {trainer.num_devices} "
-            f"device(s) on each of {trainer.num_nodes} node(s) make {known}, and each process would train alone; give "
-            "the processes of a node as trainer.devices, and the nodes as trainer.num_nodes"
+            f"device(s) on each of {trainer.num_nodes} node(s) would have each train alone; give the processes of a "
+            "node as trainer.devices, and the nodes as trainer.num_nodes, and on SLURM use sbatch scripts/slurm.sbatch"
         )
 
 
-def _started(environment: ClusterEnvironment) -> int | None:
-    """How many processes others have started, if they have."""
-    # Lightning's own environment starts as many as it is told
-    if not environment.creates_processes_externally or isinstance(environment, LightningEnvironment):
-        return None
-    if isinstance(environment, SLURMEnvironment):
-        # those of srun; a notebook in a larger allocation is one process
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
-        return int(tasks) if tasks else None
-    return environment.world_size()
+def mean_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
+    if trainer.world_size == 1:
+        return values
+    # in one call: Lightning's own reduction waits at a barrier first, which costs more than the rest
+    total = values.clone()
+    torch.distributed.all_reduce(total)
+    return total / trainer.world_size
+
+
+def rows_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """The rows of all ranks, as many of each, in their order."""
+    if trainer.world_size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def items_of_ranks(trainer: Trainer, items: list[Any]) -> list[Any]:
+    """The items of all ranks, in their order."""
+    if trainer.world_size == 1:
+        return items
+    parts: list[list[Any]] = [[]] * trainer.world_size
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

@@ -41,7 +41,7 @@ class TwoLevelLearner(OuterLearner):
             a ``val_check_interval`` that is a share of the steps is rounded down to whole calls, one at least, and a
             run is resumed with the number that it began with.
             Compiled on one CPU rank, Adam's step is part of the program (:class:`~metalit.modules.fused.AdamSteps`).
-        tasks_per_chunk: how many tasks are evaluated at once on each rank, to save memory; all if not given.
+        tasks_per_chunk: how many tasks at most are evaluated at once on each rank, to save memory; all if not given.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
