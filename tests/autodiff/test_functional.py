@@ -5,6 +5,7 @@ import torch
 from cases import draw
 from torch import nn
 from torch.func import grad, hessian, jacrev, vmap
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from metalit.autodiff import call, draws, hessian_products
@@ -389,3 +390,33 @@ def test_a_layer_under_two_names_keeps_its_parameters():
     held = network[0].weight
     call(network, {"0.weight": torch.zeros(2, 2, dtype=torch.float64)}, draw(4, 2))
     assert network[0].weight is network[2].weight is held
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.arange(30).reshape(5, 6) % 7 > 1},
+        {"attn_mask": torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)},
+        {"enable_gqa": True},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_attention_that_drops_by_a_key_is_torchs_where_little_is_dropped(options):
+    heads = 2 if "enable_gqa" in options else 4
+    query, key, value = draw(3, 4, 5, 2), draw(3, heads, 6, 2, seed=1), draw(3, heads, 6, 2, seed=2)
+
+    class Attention(nn.Module):
+        def forward(self, x, dropout_p):
+            return F.scaled_dot_product_attention(x, key, value, dropout_p=dropout_p, **options)
+
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    assert_close(call(Attention(), {}, query, 1e-12, key=KEY), expected, rtol=1e-11, atol=1e-12)
+    assert torch.equal(call(Attention(), {}, query, 0.0, key=KEY), expected)
+    dropped, again = (call(Attention(), {}, query, 0.5, key=KEY) for _ in range(2))
+    assert torch.equal(dropped, again)
+    assert not torch.allclose(dropped, expected)
+    many = [call(Attention(), {}, query, 0.5, key=KEY + number) for number in range(2000)]
+    assert_close(torch.stack(many).mean(0), expected, rtol=0, atol=0.15)

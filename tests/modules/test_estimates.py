@@ -125,6 +125,13 @@ def test_what_does_not_fit_is_halved_and_stays_so(most, begins, told, sizes):
     assert fn.sizes == sizes
 
 
+def test_what_is_told_is_what_was_tried():
+    fn = Fit(3)
+    each, told = estimates(fn, 6)
+    check_is_whole(each(OUTER, TASKS, START))
+    assert told == [line(4, 2)]  # 7 tasks in chunks of 6 are 4 and 3
+
+
 @pytest.mark.parametrize("begins", [None, 1])
 def test_a_single_task_that_does_not_fit_raises(begins):
     each, told = estimates(Fit(0), begins)

@@ -669,3 +669,33 @@ def test_buffers_are_those_of_one_pass_where_memory_ends_in_another(tmp_path):
 def test_optimizers_that_evaluate_the_loss_themselves_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"model\.optimizer: LBFGS evaluates the loss several times"):
         bare(tmp_path, 1).fit(SupervisedLearner(mlp(), optimizer=partial(torch.optim.LBFGS, lr=0.1)), classes())
+
+
+def test_buffers_that_share_memory_are_left_alone(tmp_path):
+    class Shared(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.register_buffer("one", torch.ones(1).expand(3))
+
+        def forward(self, x):
+            return super().forward(x) * self.one
+
+    bare(tmp_path, 2).fit(SupervisedLearner(Shared()), classes())
+
+
+def test_dropout_in_attention_is_drawn_from_the_seed(tmp_path):
+    ends = []
+    for seed, chunk in ((0, None), (1, None), (2, 5), (3, 5)):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.3, batch_first=True)
+        network = nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten(), nn.Linear(8, 3))
+        module = SupervisedLearner(network, rows_per_chunk=chunk, optimizer=OPTIMIZERS["SGD"])
+        data = BatchDataModule(blobs(inputs=8), batch_size=16)
+        torch.manual_seed(seed)
+        bare(tmp_path, 2, precision="64-true").fit(module, data)
+        assert torch.initial_seed() == seed
+        ends.append(torch.cat([value.flatten() for value in parameters(module).values()]))
+    assert torch.equal(ends[0], ends[1])
+    # parts of a batch draw apart, each from its own rows
+    assert torch.equal(ends[2], ends[3])
+    assert not torch.allclose(ends[2], ends[0])

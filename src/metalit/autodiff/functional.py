@@ -1,8 +1,8 @@
 """Modules as functions of their parameters."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
+from torch.random import fork_rng
 
 from metalit.autodiff.untouched import untouched
 from metalit.errors import InputError
@@ -62,6 +63,22 @@ def draws(module: nn.Module) -> bool:
     return any(layer.training and layer.p > 0 for layer in layers)
 
 
+@contextmanager
+def drawing_by(key: Tensor | None, module: nn.Module, rows: range | None = None) -> Iterator[None]:
+    """Let the dropout of ``module`` draw from a key, of the rows with these numbers; without one, as torch does."""
+    if key is None:
+        yield
+        return
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.MultiheadAttention))
+    with ExitStack() as stack:
+        stack.enter_context(_KeyedDropout(key, rows))
+        if any(layer.training and layer.dropout > 0 for layer in layers):
+            # no mode sees what it calls: the generator that it draws from is a function of the key then
+            stack.enter_context(fork_rng([key.device] if key.is_cuda else []))
+            torch.manual_seed(int(fold(key, rows.start if rows else 0)))
+        yield
+
+
 def sees_other_rows(module: nn.Module) -> bool:
     """Whether ``module`` holds BatchNorm, by which what it says of one row depends on the others."""
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
@@ -86,9 +103,38 @@ class _KeyedDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **(kwargs or {}))
         if func not in self.MASK_DIMS:
             return func(*args, **(kwargs or {}))
         return self.dropout(self.MASK_DIMS[func], *args, **(kwargs or {}))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention whose weights drop: softmax(QKᵀ · scale + mask) written down; without dropout, torch's own."""
+        if dropout_p == 0.0:
+            options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return self.dropout(None, scores.softmax(-1), dropout_p) @ value
 
     def dropout(
         self, spatial: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False

@@ -1,7 +1,6 @@
 """The gradient of ready-made networks at perturbed weights."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metalit.autodiff.functional import _KeyedDropout
+from metalit.autodiff.functional import drawing_by
 from metalit.autodiff.names import of_module
 from metalit.autodiff.perturbations import Perturbation
 from metalit.autodiff.untouched import untouched
@@ -77,7 +76,7 @@ def gradient_at(
         def network(*inputs: Any, **options: Any) -> Any:
             return functional_call(module, state, inputs, options)
 
-        with nullcontext() if key is None else _KeyedDropout(fold(key, DROPOUT), rows):
+        with drawing_by(None if key is None else fold(key, DROPOUT), module, rows):
             value = _scalar(loss(network))
         used = value.requires_grad and torch.autograd.grad(value, list(free.values()), allow_unused=True)
         if not used or all(slope is None for slope in used):

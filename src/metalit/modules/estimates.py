@@ -56,7 +56,7 @@ class Estimates:
         name: what ``fn`` is called in messages.
         tell: what takes the messages.
         what: what the tasks are called in messages, and in the argument ``…_per_chunk``.
-        begin: is given the outer variable before every evaluation, also where one begins anew in smaller chunks.
+        again: is given the outer variable where an evaluation begins anew, in smaller chunks.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Estimates:
         name: str,
         tell: Callable[[str], None],
         what: str = "tasks",
-        begin: Callable[[Any], None] | None = None,
+        again: Callable[[Any], None] | None = None,
     ) -> None:
         self.fn = fn
         self.compiled = Compiled(fn, module, name, tell) if compiles else None
         self.tasks_per_chunk = tasks_per_chunk
         self.tell = tell
         self.what = what
-        self.begin = begin
+        self.again = again
 
     def program(self, values: Sequence[Any], spec: TreeSpec) -> Program:
         """What evaluates ``fn`` on arguments of this form."""
@@ -108,14 +108,15 @@ class Bound:
         """
         count = len(next(value for value in values if isinstance(value, Tensor)))
         while True:
-            size = min(self.owner.tasks_per_chunk or count, count)
-            if self.owner.begin is not None:
-                self.owner.begin(self.outer)
+            sizes = _sizes(count, self.owner.tasks_per_chunk or count)
+            size = sizes[0]
             try:
-                return self._run(values, count) if size == count else self._in_chunks(values, count, size)
+                return self._run(values, count) if size == count else self._in_chunks(values, count, sizes)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
+            if self.owner.again is not None:
+                self.owner.again(self.outer)
             self.owner.tasks_per_chunk = (size + 1) // 2
             self.owner.tell(
                 f"{size} {self.owner.what} at once do not fit into memory: going on with chunks of "
@@ -131,9 +132,7 @@ class Bound:
         found = program(values)
         return Leaves(found, program.spec)
 
-    def _in_chunks(self, values: Sequence[Any], count: int, size: int) -> Leaves:
-        # of nearly the same size: BatchNorm cannot take a last row alone
-        sizes = [len(part) for part in torch.arange(count).tensor_split(-(-count // size))]
+    def _in_chunks(self, values: Sequence[Any], count: int, sizes: list[int]) -> Leaves:
         split = [value.split(sizes) if isinstance(value, Tensor) else [value] * len(sizes) for value in values]
         parts = [self._run(piece, n) for piece, n in zip(zip(*split, strict=True), sizes, strict=True)]
         kept = parts[0].spec.children()[1].num_leaves
@@ -144,3 +143,10 @@ class Bound:
             else:
                 merged.append(sum(leaf * (n / count) for leaf, n in zip(leaves, sizes, strict=True)))
         return Leaves(merged, parts[0].spec)
+
+
+def _sizes(count: int, most: int) -> list[int]:
+    """Chunks of nearly the same size: BatchNorm could not take a last row alone."""
+    chunks = -(-count // most)
+    least, more = divmod(count, chunks)
+    return [least + 1] * more + [least] * (chunks - more)

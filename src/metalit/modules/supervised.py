@@ -43,9 +43,9 @@ class SupervisedLearner(OuterLearner):
             cross-entropy for classes.
         perturbation: what is added to the weights before the gradient is taken.
         seed: the seed of noise and dropout.
-        rows_per_chunk: how many rows are evaluated at once on each rank, to save memory; all if not given. The gradient
-            is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows alone, and
-            dropout from inputs whose first dimension is not that of the rows.
+        rows_per_chunk: how many rows at most are evaluated at once on each rank, to save memory; all if not given. The
+            gradient is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows
+            alone, and dropout from inputs whose first dimension is not that of the rows.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -74,9 +74,8 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        self._estimates = Estimates(
-            self._slopes, network, False, rows_per_chunk, "the outer step", say, "rows", self._restore
-        )
+        begin = ("rows", lambda known: self._restore(known["buffers"]))
+        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, *begin)
         if not self.outer()["network"]:
             raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
         # not the default, which leaves NaN out of the mean
@@ -100,9 +99,11 @@ class SupervisedLearner(OuterLearner):
         count = len(points.x)
         given = points, torch.arange(count) + count * self.trainer.global_rank
         weights = {name: value.detach() for name, value in self.outer()["network"].items()}
-        buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        buffers: dict[str, Tensor] = {}
 
         def evaluate() -> Found:
+            self._restore(buffers)
+            buffers.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
             plain: list[Tensor] = []
 
             @cache
@@ -134,9 +135,11 @@ class SupervisedLearner(OuterLearner):
         known = {"weights": weights, "key": key, "scale": self.scale, "buffers": buffers}
         return self._estimates(known, given, None).packed
 
-    def _restore(self, known: dict[str, Any]) -> None:
-        for name, buffer in (known["buffers"] or {}).items():
-            self.network.get_buffer(name).copy_(buffer)
+    def _restore(self, buffers: dict[str, Tensor] | None) -> None:
+        """Bring the buffers back that an evaluation has changed which begins anew."""
+        for name, kept in (buffers or {}).items():
+            if not torch.equal(buffer := self.network.get_buffer(name), kept):
+                buffer.copy_(kept)
 
     def _slopes(self, known: dict[str, Any], given: tuple[Points, Tensor], _: None) -> Found:
         (points, rows), scale = given, known["scale"]
