@@ -1,11 +1,15 @@
 """The command line: what it builds, what it finds, and what it says of bad input."""
 
 import shutil
+import signal
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metalit.__main__ import main
 
@@ -95,6 +99,10 @@ def _steps(capfd):
         (["--trainer.accumulate_grad_batches=2"], ["accumulate_grad_batches=2", "model.tasks_per_chunk"]),
         (["--trainer.gradient_clip_val=1"], ["gradient_clip_val=1", "model.clip_norm"]),
         (["--trainer.val_check_interval=30000"], ["val_check_interval"]),
+        (
+            ["--trainer.val_check_interval=00:00:10:00"],
+            ["error: trainer.val_check_interval: a validation by the clock"],
+        ),
         (["--trainer.strategy=nonsense"], ["trainer: ", "'nonsense'", "ddp"]),
         (["--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], ["trainer: ", "fsdp"]),
         (["--last_checkpoint.seconds=-1"], ["seconds=-1"]),
@@ -121,6 +129,44 @@ def test_an_error_of_another_rank_says_whose_it_is(metalit, monkeypatch):
     status, output = metalit("fit", MAML, "--trainer.max_steps=-1", tiny=False)
     assert status == 2
     assert output.strip().splitlines()[-1].startswith("metalit: rank 3: error: ")
+
+
+def test_tasks_of_slurm_that_lightning_cannot_count_are_an_input_error(metalit, monkeypatch):
+    for name, value in {"NTASKS": 2, "JOB_NAME": "train", "JOB_ID": 17, "PROCID": 0, "LOCALID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    status, output = metalit("fit", MAML, tiny=False)
+    assert status == 2
+    assert output.strip().splitlines()[-1].startswith("metalit: error: trainer: You set `--ntasks=2`")
+
+
+def test_the_command_line_leaves_signals_as_they_were(metalit, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no scontrol is
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    module = tmp_path / "sender.py"
+    module.write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\n\nclass Send(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 1:\n            os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    status, output = metalit("fit", MAML, "--trainer.callbacks+=sender.Send")
+    assert status == 143
+    assert "stopped by a signal after outer step 2" in output
+    assert "the job is not requeued: scontrol requeue 17: " in output
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_sigterm_that_lightning_hears_is_told_by_the_exit_status(metalit, monkeypatch):
+    @wraps(Trainer.fit)  # whose arguments are the command line's
+    def ended(*_, **__):
+        raise SIGTERMException
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", ended)
+    with pytest.raises(SystemExit) as stopped:
+        metalit("fit", MAML)
+    assert stopped.value.code == 143
 
 
 def test_a_misspelt_key_in_a_file(metalit, tmp_path):

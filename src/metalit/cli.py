@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from metalit.callbacks import (
     ScoreTable,
     StopOnSignal,
 )
-from metalit.callbacks.signals import ignore_signals, requeue
+from metalit.callbacks.signals import ignore_signals, leave_signals, requeue
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -205,7 +206,7 @@ class MetalitCLI(LightningCLI):
         kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
@@ -294,14 +295,19 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             MetalitCLI(args)
+        except InputError:
+            raise
         except MisconfigurationException as error:
             raise InputError(str(error)) from error
         except ValueError as error:
             if "val_check_interval" not in str(error):
                 raise
             raise InputError(f"trainer.val_check_interval: {error}") from error
+        finally:
+            leave_signals(handlers)
 
 
 def _class_names() -> set[str]:

@@ -6,10 +6,12 @@ import pty
 import sys
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from fits import last, scalars, trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from matplotlib.image import imread
 
@@ -109,10 +111,26 @@ class TestCheckpoints:
         with pytest.raises(Cut):
             saver.save_checkpoint({"step": 2}, path)
         monkeypatch.undo()
+        assert list(path.parent.iterdir()) == [path]
         assert torch.load(path, weights_only=True) == {"step": 1}
         saver.save_checkpoint({"step": 3}, path)
         assert torch.load(path, weights_only=True) == {"step": 3}
         assert list(path.parent.iterdir()) == [path]
+
+    def test_what_is_no_local_file_is_saved_as_lightning_does(self):
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, "memory://runs/last.ckpt")
+        with fsspec.open("memory://runs/last.ckpt") as file:
+            assert torch.load(file, weights_only=True) == {"step": 1}
+
+    def test_a_users_own_way_to_save_is_kept(self, tmp_path):
+        class Own(TorchCheckpointIO):
+            pass
+
+        own = Own()
+        module, data = small()
+        run = trainer(tmp_path, 1, plugins=[own])
+        run.fit(module, data)
+        assert run.strategy.checkpoint_io is own
 
     def test_checkpoints_are_saved_beside_the_one_that_they_replace(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TMPDIR", str(tmp_path / "no such folder"))

@@ -70,6 +70,19 @@ def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_as_training_ends_is_not_lightnings(tmp_path):
+    """Whose handler talks to the other ranks, which may be leaving."""
+    found, stop = [], StopOnSignal()
+
+    class Look(Callback):
+        def on_train_end(self, *_):
+            found.append(signal.getsignal(signal.SIGTERM).__self__)
+
+    fit(tmp_path, callbacks=[BestCheckpoint(), LastCheckpoint(), stop, Look(), SendIn(signal.SIGTERM, "on_train_end")])
+    assert found == [stop]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_sigusr1_is_heard_in_a_job_of_slurm_alone(tmp_path, monkeypatch):
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))

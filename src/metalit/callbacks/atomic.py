@@ -16,15 +16,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save; paths that are no local ones as Lightning does."""
-        if "://" in str(path):
+        """Save; where the path is no local one, as Lightning does."""
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         begun = path.with_name(f".{path.name}.part")
-        with begun.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        begun.replace(path)
+        try:
+            with begun.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            begun.replace(path)
+        finally:
+            begun.unlink(missing_ok=True)

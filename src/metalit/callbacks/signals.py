@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,7 +45,8 @@ class StopOnSignal(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
-        self._received, self._before, self._stops, self._requeues = set(), {}, False, False
+        self._received, self._stops, self._requeues = set(), False, False
+        self._before = {number: signal.getsignal(number) for number in _requeueing()}
         # not yet SIGTERM: nothing is trained that would have to be saved
         self._listen(trainer, *_requeueing())
 
@@ -69,30 +71,19 @@ class StopOnSignal(Callback):
             saver = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
             raise StoppedError(trainer.global_step, Path(saver.best_model_path), self._requeues)
 
-    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
-        """Leave SIGTERM to Lightning again, which then leaves it to whom it was left before."""
-        self._leave(signal.SIGTERM)
-
     def teardown(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
-        """Leave the others to whom they were left before."""
-        self._leave(*self._before)
+        """Leave SLURM's signal to whom it was left before, as Lightning has done with SIGTERM."""
+        leave_signals(self._before)
+        self._before = {}
 
     def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
         """Let a signal end the process at once: Lightning's handler would wait for ranks that may be gone."""
         ends = signal.SIG_IGN if isinstance(exception, StoppedError) else signal.SIG_DFL
-        for number in self._before:
-            signal.signal(number, ends)
-
-    def _leave(self, *numbers: int) -> None:
-        for number in set(numbers) & self._before.keys():
-            signal.signal(number, self._before.pop(number))
+        leave_signals(dict.fromkeys((signal.SIGTERM, *self._before), ends))
 
     def _listen(self, trainer: Trainer, *numbers: int) -> None:
-        # only a main thread may, as in a notebook it may not be
-        if threading.current_thread() is threading.main_thread() and not trainer.fast_dev_run:
-            for number in numbers:
-                before = signal.signal(number, self._note)
-                self._before.setdefault(number, before)
+        if not trainer.fast_dev_run:
+            leave_signals(dict.fromkeys(numbers, self._note))
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)
@@ -102,11 +93,16 @@ def _requeueing() -> list[int]:
     return [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
 
 
+def leave_signals(handlers: Mapping[int, Any]) -> None:
+    """Leave signals to handlers, in the main thread, which alone may; in a notebook it may be another that trains."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def ignore_signals() -> None:
     """From now on: one that comes late, to this rank or in haste, must not keep the job from being requeued."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, *_requeueing()):
-            signal.signal(number, signal.SIG_IGN)
+    leave_signals(dict.fromkeys((signal.SIGTERM, *_requeueing()), signal.SIG_IGN))
 
 
 def requeue() -> str | None:
