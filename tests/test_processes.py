@@ -139,7 +139,7 @@ def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
         "--config=configs/trainer/gpus.yaml",
         "--config=configs/trainer/cpu.yaml",
         "--trainer.devices=2",
-        "--trainer.strategy.timeout=0:00:10",
+        "--trainer.strategy.timeout=0:00:30",
         "--trainer.strategy.process_group_backend=gloo",
     )
     process = start(tmp_path, *ddp, "--trainer.max_steps=1000000")
@@ -152,7 +152,7 @@ def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
     finally:
         os.kill(other, signal.SIGKILL)
     assert status != 0, output
-    assert 5 < time.monotonic() - begun < 60
+    assert 20 < time.monotonic() - begun < 120
 
 
 def test_two_nodes_of_torchrun_are_one_process(tmp_path):
