@@ -45,7 +45,7 @@ class SupervisedLearner(OuterLearner):
         seed: the seed of noise and dropout.
         rows_per_chunk: how many rows at most are evaluated at once on each rank, to save memory; all if not given. The
             gradient is that of the whole batch all the same; only BatchNorm sees chunks, as it sees each rank's rows
-            alone, and dropout from inputs whose first dimension is not that of the rows.
+            alone, and dropout from inputs whose first dimension is not that of the rows, and in MultiheadAttention.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
