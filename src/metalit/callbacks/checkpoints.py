@@ -87,7 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
         Before a validation it waits: what a resumed run goes on from must know the outcome.
         """
         if any(pl_module.agreement.granted(wish) for wish in ("save", "stop")):
-            # as Lightning decides it: by epochs, steps, shares, the clock, and whether there is anything to validate
+            # as Lightning decides it: by epochs, steps, shares, and whether there is anything to validate
             fit = trainer.fit_loop
             if not fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
                 self._save_now(trainer)

@@ -74,8 +74,8 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        begin = ("rows", lambda known: self._restore(known["buffers"]))
-        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, *begin)
+        own = {"what": "rows", "again": lambda known: self._restore(known["buffers"] or {})}
+        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, **own)
         if not self.outer()["network"]:
             raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
         # not the default, which leaves NaN out of the mean
@@ -135,9 +135,9 @@ class SupervisedLearner(OuterLearner):
         known = {"weights": weights, "key": key, "scale": self.scale, "buffers": buffers}
         return self._estimates(known, given, None).packed
 
-    def _restore(self, buffers: dict[str, Tensor] | None) -> None:
+    def _restore(self, buffers: dict[str, Tensor]) -> None:
         """Bring the buffers back that an evaluation has changed which begins anew."""
-        for name, kept in (buffers or {}).items():
+        for name, kept in buffers.items():
             if not torch.equal(buffer := self.network.get_buffer(name), kept):
                 buffer.copy_(kept)
 
