@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
-from metalit.data import Curves, Scaling
-from metalit.problem import Points
+from metalit.data import Curves, Scaling, Sine
+from metalit.problem import Points, Task
 from metalit.problems import FewShot
 
 SPLITS = ("train", "val", "test")
@@ -397,6 +398,44 @@ def test_the_degree_of_the_global_fit_is_chosen_on_the_validation_tasks(tmp_path
     """They fall where the training tasks rise, so that a constant is nearer: the training mean, 0 when normalised."""
     _, found = predicted(lines_but_in_validation(tmp_path, lambda x: 10 - x), 3)
     assert_close(found[GLOBAL], torch.zeros_like(found[GLOBAL]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("arms", [(0.5,), (2.0, 7.0), (1.0, 4.0, 9.0)])
+def test_the_global_fit_is_that_of_least_squares_where_a_column_has_few_values(tmp_path, arms):
+    """Powers of an input with k values have rank k: what they fit is unique, though their coefficients are not."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"t{task}", x, arms[row % len(arms)], np.sin(2 * x) + 0.1 * rng.normal())
+        for task in range(12)
+        for row, x in enumerate(rng.uniform(-2, 2, size=7))
+    ]
+    curves = curves_of(tmp_path, rows, x=("x", "arm"))
+    held = curves.splits["train"]
+    x, y = held.x.flatten(0, 1), held.y.flatten(0, 1)
+    for degree in range(6):
+        powers = np.concatenate([np.ones((len(x), 1)), *(x.numpy() ** power for power in range(1, degree + 1))], 1)
+        expected = torch.tensor(powers @ np.linalg.lstsq(powers, y.numpy(), rcond=None)[0])
+        for _ in range(20):
+            (torch.rand(9) * 1e6, torch.randint(0, 100, (13,)))  # what memory held before is no part of it
+            found = curves._global_fit(Task(Points(x, y), Points(x, y), torch.tensor(0)), degree)
+            assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_baselines_are_found_in_double_precision_on_the_cpu_and_come_back():
+    curves = Curves(str(GAPMINDER), "country", ["year"], ["lifeExp"])
+    tasks = sampled(curves, "test", 5, 3, None)
+    half = tree_map(lambda leaf: leaf.half() if leaf is not None and leaf.is_floating_point() else leaf, tasks)
+    for name, found in curves.baselines(half).items():
+        assert_close(found, curves.baselines(tasks)[name], rtol=0, atol=0.01)
+
+
+def test_held_out_tasks_have_names_and_drawn_ones_have_none(tmp_path):
+    curves = plain_curves(tmp_path, tasks=20)
+    for split in ("val", "test"):
+        drawn = sampled(curves, split, 9, 2, None)
+        assert [curves.name(split, index) for index in range(9)] == [owner(x) for x, _ in in_file(curves, drawn)]
+    assert curves.name("train", 0) is None
+    assert Sine().name("test", 0) is None
 
 
 @pytest.mark.parametrize(("shots", "queries"), [(1, None), (3, 4), (5, None), (11, None)])

@@ -59,6 +59,10 @@ class TaskDistribution(ABC):
         """The number of different tasks in a split, or None where they never end."""
         return None
 
+    def name(self, split: Split, index: int) -> str | None:
+        """How the user calls the task with this global index, or None where it has no name."""
+        return None
+
     def scaling(self) -> Scaling:
         """How the user's units were normalised."""
         columns = self.columns

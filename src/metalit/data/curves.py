@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.scaling import Scaling
@@ -94,6 +95,11 @@ class Curves(TaskDistribution):
         """Training tasks never end, as they are drawn; the others are as many as were held out."""
         return None if split == "train" else len(self.splits[split].names)
 
+    def name(self, split: Split, index: int) -> str | None:
+        """The text of its cells in the column ``task``; training tasks are drawn, and have a name in no turn."""
+        names = self.splits[split].names
+        return None if split == "train" else names[index % len(names)]
+
     @cached_property
     def _raw(self) -> dict[Split, _Curves]:
         frame = read_table(self.file, "data.tasks.file", self.task)
@@ -154,12 +160,17 @@ class Curves(TaskDistribution):
         return Task(Points(x[:, :shots], y[:, :shots]), query, fold(key, 2))
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
-        """A polynomial through all training rows, and one through each task's support; degrees chosen on val."""
-        shots = tasks.support.x.shape[1]
+        """A polynomial through all training rows, and one through each task's support; degrees chosen on val.
+
+        Where several polynomials fit equally well, it is the one with the smallest coefficients.
+        """
+        shots, device = tasks.support.x.shape[1], tasks.query.x.device
+        tasks = tree_map(_on_cpu, tasks)
         val = self._choice_tasks(shots)
 
         def best(fit: _Fit) -> Tensor:
-            return fit(tasks, min(_DEGREES, key=lambda degree: _error(fit(val, degree), val.query)))
+            chosen = min(_DEGREES, key=lambda degree: _error(fit(val, degree), val.query))
+            return fit(tasks, chosen).to(device)
 
         return {
             "one polynomial for all tasks": best(self._global_fit),
@@ -174,15 +185,22 @@ class Curves(TaskDistribution):
     def _global_fit(self, tasks: Task, degree: int) -> Tensor:
         curves = self.splits["train"]
         real = _real_rows(curves)
-        solution = torch.linalg.lstsq(_powers(curves.x[real], degree), curves.y[real]).solution
-        return _powers(tasks.query.x, degree) @ solution
+        return _powers(tasks.query.x, degree) @ _least_squares(_powers(curves.x[real], degree), curves.y[real])
+
+
+def _on_cpu(leaf: Tensor | None) -> Tensor | None:
+    """In ``float64``: the solver is a CPU's, and no half precision is enough for it."""
+    return leaf if leaf is None else leaf.to("cpu", torch.float64 if leaf.is_floating_point() else None)
 
 
 def _support_fit(tasks: Task, degree: int) -> Tensor:
-    # gelsd: the smallest solution where the support set is smaller than the polynomial
-    features = _powers(tasks.support.x, degree)
-    solution = torch.linalg.lstsq(features, tasks.support.y, driver="gelsd").solution
-    return _powers(tasks.query.x, degree) @ solution
+    return _powers(tasks.query.x, degree) @ _least_squares(_powers(tasks.support.x, degree), tasks.support.y)
+
+
+def _least_squares(features: Tensor, y: Tensor) -> Tensor:
+    """The smallest of the solutions, if there are several: a dose of three values has no fourth power of its own."""
+    # by singular values: the default driver reads uninitialised memory, and is wrong, where the rank is not full
+    return torch.linalg.lstsq(features, y, driver="gelsd").solution
 
 
 def _powers(x: Tensor, degree: int) -> Tensor:
