@@ -1,7 +1,7 @@
 """What every learner shares: an outer variable that gradients are written to in one place, stepped, watched, logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -21,6 +21,7 @@ from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
 from metalit.modules.finite import FiniteWatch, stopped
 from metalit.modules.gradients import Gradients
+from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
 from metalit.modules.optimizers import changes, check_takes_single_steps, groups, made, settings
@@ -78,6 +79,7 @@ class OuterLearner(LightningModule, ABC):
         self._finite = FiniteWatch(torch.device("cpu"))
         self._gradients = Gradients(self.outer)
         self._loss_scale = LossScale()
+        self._handed_back = HandedBack()
         self._known_step = 0
         self._step_is_heard = True
 
@@ -246,6 +248,25 @@ class OuterLearner(LightningModule, ABC):
                 logger.log_hyperparams(dict(logger.hparams), values, step=self.outer_step)
             else:
                 logger.log_metrics(values, step=self.outer_step)
+
+    def log_evaluated(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
+        """Log what an evaluation found: for callbacks, for the progress bar and for who called the Trainer.
+
+        Args:
+            metrics: means over the ranks, by name; the loggers get theirs by :meth:`write_scalars`.
+            shown: the names of those that the progress bar shows.
+        """
+        for name, value in metrics.items():
+            self.log(name, value, logger=False, prog_bar=name in shown, sync_dist=True, batch_size=1)
+        self._handed_back.keep(self.trainer, metrics)
+
+    def on_validation_end(self) -> None:
+        """Hand the metrics back to who called ``trainer.validate``."""
+        self._handed_back.give()
+
+    def on_test_end(self) -> None:
+        """Hand the metrics back to who called ``trainer.test``."""
+        self._handed_back.give()
 
     def cast(self, tree: Any) -> Any:
         """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""

@@ -188,8 +188,7 @@ class BilevelLearner(TwoLevelLearner):
         """Log the scores."""
         self.scores = means(items_of_ranks(self.trainer, self._collected))
         values = {f"val/{name}": value for name, value in self.scores[LEARNED].items()}
-        for name, value in values.items():
-            self.log(name, value, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
+        self.log_evaluated(values, shown=["val/loss"])
         if not self.trainer.sanity_checking:
             self.write_scalars(values, in_hparams=True)
             self.step_plateau(values)
@@ -198,7 +197,7 @@ class BilevelLearner(TwoLevelLearner):
         """Log the scores."""
         self.scores = means(items_of_ranks(self.trainer, self._collected))
         values = {f"test/{name}": value for name, value in self.scores[LEARNED].items()}
-        self.log_dict(values, logger=False, sync_dist=True, batch_size=1)
+        self.log_evaluated(values)
         self.write_scalars(values)
 
     def judge(self, tasks: Any, split: Split, baselines: bool) -> list[Scores]:

@@ -135,8 +135,7 @@ class MetaLearner(TwoLevelLearner):
         intervals = self._collect()
         means = {"val/loss": intervals[self.hypergradient.steps].mean}
         means |= {f"val/loss_step_{k}": interval.mean for k, interval in enumerate(intervals)}
-        for name, mean in means.items():
-            self.log(name, mean, logger=False, prog_bar=name == "val/loss", sync_dist=True, batch_size=1)
+        self.log_evaluated(means, shown=["val/loss"])
         if not self.trainer.sanity_checking:
             self.write_scalars(means, in_hparams=True)
             self.step_plateau(means)
@@ -147,7 +146,7 @@ class MetaLearner(TwoLevelLearner):
         for k, interval in enumerate(self._collect()):
             scalars[f"test/loss_step_{k}"] = interval.mean
             scalars[f"test/loss_step_{k}_ci95"] = interval.half_width
-        self.log_dict(scalars, logger=False, sync_dist=True, batch_size=1)
+        self.log_evaluated(scalars)
         self.write_scalars(scalars)
 
     def predict_step(self, task: UserTask, batch_idx: int) -> tuple[str, Tensor, Tensor]:

@@ -212,8 +212,7 @@ class SupervisedLearner(OuterLearner):
     def on_validation_epoch_end(self) -> None:
         """Log the scores."""
         values = {f"val/{name}": value for name, value in self._scored().items()}
-        for name, value in values.items():
-            self.log(name, value, logger=False, prog_bar=True, sync_dist=True, batch_size=1)
+        self.log_evaluated(values, shown=list(values))
         if not self.trainer.sanity_checking:
             self.write_scalars(values, in_hparams=True)
             self.step_plateau(values)
@@ -221,7 +220,7 @@ class SupervisedLearner(OuterLearner):
     def on_test_epoch_end(self) -> None:
         """Log the scores."""
         values = {f"test/{name}": value for name, value in self._scored().items()}
-        self.log_dict(values, logger=False, sync_dist=True, batch_size=1)
+        self.log_evaluated(values)
         self.write_scalars(values)
 
     def _collect(self, batch: Batch) -> None:
