@@ -1,3 +1,4 @@
+import warnings
 from contextlib import nullcontext
 from itertools import product
 
@@ -8,11 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from metalit.adapt import adapt, outer_variable
+from metalit.autodiff import call
 from metalit.errors import InputError
 from metalit.hypergradients import Direct, FirstOrder, Implicit, JTg, Truncated, Unrolled
 from metalit.hypergradients.paths import paths
 from metalit.inner import SGD, MetaSGD, Newton
-from metalit.problem import Problem
+from metalit.problem import Points, Problem, Task
+from metalit.problems import FewShot
 from metalit.tree import flatten, leaves
 
 ENTERS = {
@@ -240,3 +243,88 @@ def test_nothing_is_told_where_every_outer_parameter_moves(recwarn):
     check(Unrolled(2), Mixed(draw(3)), SGD(0.1), TASK)
     check(Truncated(2, 1), Mixed(draw(3)), SGD(0.1), TASK)
     assert not recwarn
+
+
+class Gated(Bowl):
+    """A bowl with a gate, a layer before its points, and a way to reach them past the argument ``outer``."""
+
+    def __init__(self, theta, reach):
+        super().__init__(theta)
+        self.gate = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.reach = reach
+
+    def init(self, outer, task):
+        return {"theta": outer["theta"] + self.reach(self, "init", outer)}
+
+    def inner_loss(self, inner, outer, task, step):
+        return (
+            super().inner_loss(inner, outer, task, step)
+            + self.reach(self, f"inner {step}", outer) * inner["theta"].square().sum()
+        )
+
+    def outer_loss(self, inner, outer, task):
+        return super().outer_loss(inner, outer, task) * (1 + outer["gate"].exp()) + self.reach(self, "outer", outer)
+
+
+@pytest.mark.parametrize("place", ["init", "inner 0", "inner 1", "outer"])
+@pytest.mark.parametrize("estimator", [Unrolled(2), Implicit(2)], ids=lambda estimator: type(estimator).__name__)
+def test_an_outer_parameter_that_is_reached_past_the_argument_is_named(estimator, place):
+    kept = []  # not registered: what it holds is reached all the same
+
+    def reach(self, now, outer):
+        return self.layer(outer["theta"]).square().sum() + kept[0].gate if now == place else 0.0
+
+    problem = Gated(draw(3), reach)
+    kept.append(problem)
+    with pytest.raises(InputError) as raised:
+        check(estimator, problem, SGD(0.1), TASK)
+    assert str(raised.value) == (
+        "Gated: its init or losses reach the outer parameter(s) gate, layer.bias, layer.weight by another way than the "
+        "argument `outer`, so these would never learn; use the values in `outer`, such as outer['gate']; for a "
+        "network, metalit.autodiff.call(network, parameters, x) takes them by the network's own names; for a "
+        "constant, use .detach() or requires_grad_(False)"
+    )
+
+
+def test_outer_parameters_may_be_unused_frozen_detached_or_called_with_the_argument():
+    def reach(self, now, outer):
+        layer = {name.removeprefix("layer."): value for name, value in outer.items() if name.startswith("layer.")}
+        return call(self.layer, layer, outer["theta"]).square().sum() + self.gate.detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(Unrolled(2), Gated(draw(3), reach), SGD(0.1), TASK)
+        frozen = Gated(draw(3), lambda self, now, outer: self.layer(outer["theta"]).sum())
+        frozen.layer.requires_grad_(False)
+        check(Unrolled(2), frozen, SGD(0.1), TASK)
+
+
+def test_a_loss_that_holds_the_network_itself_is_refused():
+    network = nn.Linear(2, 1, dtype=torch.float64)
+
+    class Decayed(nn.Module):
+        def forward(self, prediction, target):
+            return (prediction - target).square().mean(1) + network.weight.square().sum()
+
+    points = Points(draw(5, 2), draw(5, 1))
+    with pytest.raises(
+        InputError, match=r"^FewShot: its init or losses reach the outer parameter\(s\) weight by anoth"
+    ):
+        check(Unrolled(1), FewShot(network, Decayed()), SGD(0.1), Task(points, points, torch.tensor(0)))
+
+
+def test_parameters_in_a_plain_list_are_told_of():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(2, 3, dtype=torch.float64), nn.Tanh()]
+            self.out = nn.Linear(3, 1, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.out(self.layers[1](self.layers[0](x)))
+
+    points = Points(draw(5, 2), draw(5, 1))
+    with pytest.warns(UserWarning, match=r"^FewShot: its init or losses use 2 parameter\(s\) that are not registered"):
+        check(Unrolled(1), FewShot(Listed()), SGD(0.1), Task(points, points, torch.tensor(0)))

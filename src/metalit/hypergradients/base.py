@@ -55,10 +55,11 @@ class Hypergradient(ABC):
         """Try the problem on one task, before anything is trained.
 
         Raises:
-            InputError: a loss that is no scalar, or that the outer variable does not reach; a problem or an inner
-                optimiser for which this estimator is not valid.
+            InputError: a loss that is no scalar, or that the outer variable does not reach; an outer parameter that is
+                reached by another way than the argument; a problem or an inner optimiser for which this estimator is
+                not valid.
         """
-        check_paths(type(self), problem, optimizer, outer, task, start)
+        check_paths(type(self), problem, optimizer, outer, task, start, self.steps)
 
     def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Say what the means of ``metrics`` over tasks tell against the estimate: by kind, each with the way out."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from metalit.adapt import Outer
@@ -21,12 +21,14 @@ Path = Literal["init", "inner_loss", "outer_loss", "inner optimiser"]
 ALL: frozenset[Path] = frozenset(get_args(Path))
 
 
-def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None) -> dict[Path, set[str]]:
+def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, steps: int = 1) -> dict[Path, set[str]]:
     """Find, by autograd on one task, which outer parameters enter where; ``init`` counts unless ``start`` is given.
+
+    The inner loss is that of the first and of the last of ``steps`` inner steps.
 
     Raises:
         InputError: a loss that is no scalar, an inner variable that is no tree; an inner loss that does not depend on
-            the inner variable.
+            the inner variable; an outer parameter that is reached through the problem itself.
     """
     with torch.enable_grad():
         own = _free(outer["problem"])
@@ -37,19 +39,22 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None) 
                 "dictionary of tensors"
             )
         inner = _free(initial)
-        inner_loss, outer_loss = None, problem.outer_loss(inner, own, task)
+        inner_losses, outer_loss = [], problem.outer_loss(inner, own, task)
         check_scalar("outer_loss", problem, outer_loss)
         if tree_leaves(inner):
-            inner_loss = problem.inner_loss(inner, own, task, 0)
-            check_scalar("inner_loss", problem, inner_loss)
-            if not _reaches(inner, [inner_loss]):
+            inner_losses = [problem.inner_loss(inner, own, task, step) for step in sorted({0, max(0, steps - 1)})]
+            for inner_loss in inner_losses:
+                check_scalar("inner_loss", problem, inner_loss)
+            if not _reaches(inner, inner_losses):
                 raise InputError(
                     f"{type(problem).__name__}.inner_loss does not depend on the inner variable, so no inner step "
                     "changes it; compute it from its argument `inner`"
                 )
+        initial_values = [value for _, value in leaves(initial)] if start is None else []
+        _check_bypass(problem, [*initial_values, *inner_losses, outer_loss])
         found: dict[Path, set[str]] = {
-            "init": _reaches(own, [value for _, value in leaves(initial)] if start is None else []),
-            "inner_loss": _reaches(own, [] if inner_loss is None else [inner_loss]),
+            "init": _reaches(own, initial_values),
+            "inner_loss": _reaches(own, inner_losses),
             "outer_loss": _reaches(own, [outer_loss]),
             "inner optimiser": set(outer["optimizer"]),
         }
@@ -63,13 +68,14 @@ def check_paths(
     outer: Outer,
     task: Any,
     start: Tree | None = None,
+    steps: int = 1,
 ) -> None:
     """Raise an :class:`InputError` where ``kind`` is no estimator for this problem with this inner optimiser.
 
     Warns of single outer parameters to which it carries no derivative.
     """
     name, estimator = type(problem).__name__, kind.__name__
-    entries = paths(problem, outer, task, start)
+    entries = paths(problem, outer, task, start, steps)
     found = entries.keys()
     own = found - {"inner optimiser"}
     if not own and (outer["problem"] or not found):
@@ -103,6 +109,27 @@ def check_paths(
         )
 
 
+def _check_bypass(problem: Problem, values: Iterable[Tensor]) -> None:
+    """Raise an :class:`InputError` where the values depend on the problem's own parameters, not on given ones."""
+    bypassed = sorted(_reaches(problem.outer(), values))
+    if bypassed:
+        raise InputError(
+            f"{type(problem).__name__}: its init or losses reach the outer parameter(s) {', '.join(bypassed)} by "
+            "another way than the argument `outer`, so these would never learn; use the values in `outer`, such as "
+            f"outer[{bypassed[0]!r}]; for a network, metalit.autodiff.call(network, parameters, x) takes them by the "
+            "network's own names; for a constant, use .detach() or requires_grad_(False)"
+        )
+    known = {id(parameter) for parameter in problem.parameters()}
+    lost = [leaf for leaf in _parameters_below(values) if id(leaf) not in known]
+    if lost:
+        warnings.warn(
+            f"{type(problem).__name__}: its init or losses use {len(lost)} parameter(s) that are not registered with "
+            f"it, the first of shape {list(lost[0].shape)}, which will not move; keep layers in nn.ModuleList or "
+            "nn.ModuleDict, not in a plain list or dictionary",
+            stacklevel=2,
+        )
+
+
 def check_scalar(method: str, problem: Problem, value: Any) -> None:
     """Raise an :class:`InputError` unless a loss is a scalar."""
     name = f"{type(problem).__name__}.{method}"
@@ -124,6 +151,21 @@ def _reaches(tree: Tree, values: Iterable[Tensor]) -> set[str]:
     ones = [torch.ones_like(value) for value in targets]
     slopes = torch.autograd.grad(targets, list(sources.values()), ones, retain_graph=True, allow_unused=True)
     return {name for name, slope in zip(sources, slopes, strict=True) if slope is not None}
+
+
+def _parameters_below(values: Iterable[Tensor]) -> list[nn.Parameter]:
+    """All parameters that the values depend on."""
+    waiting, seen, found = [value.grad_fn for value in values if value.grad_fn is not None], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            found.append(leaf)
+        waiting += [below for below, _ in node.next_functions if below is not None]
+    return found
 
 
 def _words(chosen: Iterable[Path]) -> str:
