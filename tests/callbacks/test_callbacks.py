@@ -195,7 +195,9 @@ class TestFigures:
         x, y = lines["truth"].get_data()
         assert (np.diff(x) >= 0).all()
         task = data.pictured("val", 3)
-        np.testing.assert_allclose(np.sort(y), np.sort(task.query.y[0, :, 0].numpy()))
+        # the support points lie on the truth
+        points = torch.cat([task.support.y[0, :, 0], task.query.y[0, :, 0]])
+        np.testing.assert_allclose(np.sort(y), np.sort(points.numpy()))
         np.testing.assert_allclose(lines["support"].get_ydata(), task.support.y[0, :, 0].numpy())
         assert not np.allclose(lines["before adapting"].get_ydata(), lines["5 steps"].get_ydata())
 
@@ -203,7 +205,9 @@ class TestFigures:
         points = Points(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), torch.tensor([[True, True, False, False]]))
         task = Task(Points(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)), points, torch.zeros(1, dtype=torch.long))
         figure = draw_fits(self.learner(), task, Sine(), (0,))
-        assert len(figure.axes[0].lines[0].get_xdata()) == 2
+        lines = {line.get_label(): line for line in figure.axes[0].lines}
+        assert len(lines["before adapting"].get_xdata()) == 2
+        assert len(lines["truth"].get_xdata()) == 2 + 2
 
     def test_noisy_points_are_not_joined_to_a_curve(self):
         data = TaskDataModule(Sine(noise=0.5), *[Episodes(4, 5, 10)] * 3)

@@ -2,24 +2,35 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from metalit.callbacks.drawing import Sketching, literal, panels, pixels
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
 from metalit.modules.meta import MetaLearner
-from metalit.problem import Task
+from metalit.problem import Points, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST = 20  # pictures of a run: each takes about a third of a second
+# apart in colour, also for the colour-blind (Okabe and Ito), in brightness and in dashes
+_STYLES = (
+    {"color": "#e69f00", "linestyle": "-."},
+    {"color": "#009e73", "linestyle": "--"},
+    {"color": "#0072b2", "linestyle": "-"},
+    {"color": "#cc79a7", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+    {"color": "#56b4e9", "linestyle": (0, (8, 2))},
+)
+_BEFORE = {"color": "0.25", "linestyle": ":"}
+_MARKS = ".x+1*v"  # where there are no lines
 
 
 class FitFigures(Callback):
@@ -39,6 +50,7 @@ class FitFigures(Callback):
         self.tasks = tasks
         self.steps = steps
         self._next_step = 0
+        self._sketching = Sketching("pictures of the fits")
 
     def on_validation_end(self, trainer: Trainer, learner: MetaLearner) -> None:
         """Draw validation tasks, at most ``_MOST`` times in a run."""
@@ -57,85 +69,122 @@ class FitFigures(Callback):
         few_shot = isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)
         if not (self.tasks and trainer.is_global_zero and logger and few_shot):
             return
-        from matplotlib.image import imsave
+        with self._sketching():
+            count = min(self.tasks, data.tasks.count(split) or self.tasks)
+            names = [data.tasks.name(split, index) for index in range(count)]
+            figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
+            if figure is None:
+                return
+            from matplotlib.image import imsave
 
-        picture = _rendered(draw_fits(learner, data.pictured(split, self.tasks), data.tasks, self.steps))
-        folder = Path(logger.log_dir) / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
-        imsave(folder / f"{split}.png", picture)
-        logger.experiment.add_image(f"fits/{split}", picture, learner.outer_step, dataformats="HWC")
-
-
-def _rendered(figure: "Figure") -> np.ndarray:
-    """Its pixels, once for both: what takes the time of a picture is to arrange and to render it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.set_dpi(110)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+            picture = pixels(figure)
+            folder = Path(logger.log_dir) / "figures"
+            folder.mkdir(parents=True, exist_ok=True)
+            imsave(folder / f"{split}.png", picture)
+            logger.experiment.add_image(f"fits/{split}", picture, learner.outer_step, dataformats="HWC")
 
 
-def draw_fits(learner: MetaLearner, tasks: Task, source: TaskDistribution, steps: Sequence[int]) -> "Figure":
+class _Fits(NamedTuple):
+    """What is known of one task, in the user's units; y has one column, the first output."""
+
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+    predicted: dict[int, Tensor]  # by inner steps, at the inputs of the query
+
+
+def draw_fits(
+    learner: MetaLearner,
+    tasks: Task,
+    source: TaskDistribution,
+    steps: Sequence[int],
+    names: Sequence[str | None] = (),
+) -> "Figure | None":
     """Draw the fits to a batch of tasks, one panel for each, in the user's units.
 
     With one input column, y is drawn over x; with several, the predicted y over the true one. Of several outputs, the
-    first is drawn.
+    first is drawn. The limits hold the truth and the fit before adapting; later fits may leave them.
 
     Args:
         learner: what is drawn.
         tasks: a batch of tasks.
         source: where they come from; it names the columns.
         steps: after how many inner steps the fits are drawn.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+        names: of the tasks, as titles.
 
+    Returns:
+        The figure; None for tasks without a curve: classes, and inputs that are no columns, such as images.
+    """
+    if not (tasks.query.y.is_floating_point() and tasks.query.x.dim() == tasks.query.y.dim() == 3):
+        return None
     steps = [step for step in steps if step <= learner.eval_steps]
     predictions = learner.query_predictions(tasks)[:, steps].double().cpu()
-    scaling, columns = learner.scaling, source.columns
-    count = len(tasks.support.x)
-    figure = Figure(figsize=(3.6 * count, 3.6), layout="constrained")
-    colours = colormaps["viridis"](np.linspace(0.85, 0.1, len(steps)))
-    for index, axes in enumerate(np.atleast_1d(figure.subplots(1, count))):
-        real = slice(None) if tasks.query.mask is None else tasks.query.mask[index]
-        support_x, support_y = scaling.restore_x(tasks.support.x[index]), scaling.restore_y(tasks.support.y[index])
-        x, y = scaling.restore_x(tasks.query.x[index][real]), scaling.restore_y(tasks.query.y[index][real])
-        fits = scaling.restore_y(predictions[index][:, real])
+    columns = source.columns
+    x, y = literal(columns.x[0]), literal(columns.y[0])
+    figure, places = panels(len(tasks.support.x))
+    for index, axes in enumerate(places):
+        fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)))
+        axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24))
         if len(columns.x) == 1:
-            _draw_curves(axes, (support_x, support_y), (x, y), fits, steps, colours, "." if source.noisy else "-")
-            axes.set_xlabel(columns.x[0])
-            axes.set_ylabel(columns.y[0])
+            _draw_curves(axes, fits, "." if source.noisy else "-")
+            axes.set(xlabel=x, ylabel=y)
         else:
-            axes.axline((float(y[0, 0]), float(y[0, 0])), slope=1, color="0.7")
-            for step, fit, colour in zip(steps, fits, colours, strict=True):
-                axes.plot(y[:, 0], fit[:, 0], ".", color=colour, label=_label(step))
-            axes.set_xlabel(f"true {columns.y[0]}")
-            axes.set_ylabel(f"predicted {columns.y[0]}")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * count), frameon=False)
+            _draw_predicted(axes, fits)
+            axes.set(xlabel=f"true {y}", ylabel=f"predicted {y}")
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3 if len(places) > 1 else 2))
     return figure
 
 
-def _draw_curves(
-    axes: "Axes",
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
-    fits: Tensor,
-    steps: Sequence[int],
-    colours: np.ndarray,
-    truth: str,
-) -> None:
-    order = query[0][:, 0].argsort()
-    x = query[0][order, 0]
-    axes.plot(x, query[1][order, 0], truth, color="0.6", linewidth=3, label="truth")
-    for step, fit, colour in zip(steps, fits, colours, strict=True):
-        axes.plot(x, fit[order, 0], color=colour, linewidth=1.5, label=_label(step))
-    axes.plot(support[0][:, 0], support[1][:, 0], "^", color="crimson", markersize=8, label="support", zorder=3)
-    # a fit that diverges must not squeeze the others into a line
-    low, high = float(query[1][:, 0].min()), float(query[1][:, 0].max())
-    margin = 0.6 * max(high - low, 1e-6)
-    axes.set_ylim(low - margin, high + margin)
+def _fits(learner: MetaLearner, tasks: Task, index: int, predictions: dict[int, Tensor]) -> _Fits:
+    scaling = learner.scaling
+
+    def restored(points: Points) -> tuple[Tensor, Tensor]:
+        real = slice(None) if points.mask is None else points.mask[index]
+        return scaling.restore_x(points.x[index][real]), scaling.restore_y(points.y[index][real])[:, 0]
+
+    real = slice(None) if tasks.query.mask is None else tasks.query.mask[index]
+    predicted = {step: scaling.restore_y(values[real])[:, 0] for step, values in predictions.items()}
+    return _Fits(restored(tasks.support), restored(tasks.query), predicted)
+
+
+def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
+    # the support points are points of the truth too
+    x, y = (torch.cat(parts) for parts in zip(fits.support, fits.query, strict=True))
+    order = x[:, 0].argsort()
+    axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=4, label="truth")
+    order = fits.query[0][:, 0].argsort()
+    for (step, fit), style in zip(fits.predicted.items(), _styles(fits), strict=True):
+        axes.plot(fits.query[0][order, 0], fit[order], linewidth=1.6, label=_label(step), **style)
+    axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=8, label="support", zorder=3)
+    axes.set_ylim(_limits(y, fits.predicted))
+
+
+def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
+    truth = fits.query[1]
+    for number, ((step, fit), style) in enumerate(zip(fits.predicted.items(), _styles(fits), strict=True)):
+        mark = _MARKS[number % len(_MARKS)]
+        axes.plot(truth, fit, mark, color=style["color"], markersize=5, label=_label(step))
+    axes.set_xlim(_limits(truth, {}))
+    axes.set_ylim(_limits(truth, fits.predicted))
+    middle = float(truth.mean())
+    axes.axline((middle, middle), slope=1, color="0.75", label="truth", zorder=0)
+
+
+def _styles(fits: _Fits) -> list[dict]:
+    later = (_STYLES[number % len(_STYLES)] for number in range(len(fits.predicted)))
+    return [_BEFORE if step == 0 else next(later) for step in fits.predicted]
+
+
+def _limits(truth: Tensor, predicted: dict[int, Tensor]) -> tuple[float, float]:
+    """Room for the truth and the fit before adapting; for later ones half as much again, lest a divergence squeeze."""
+    held = torch.cat([truth, predicted.get(0, truth[:0])])
+    held = held[held.isfinite()]
+    low, high = float(held.min()), float(held.max())
+    room = 0.5 * max(high - low, 1e-6 * max(abs(low), abs(high), 1.0))
+    later = torch.cat([truth, *predicted.values()]).nan_to_num(low, high, low).clamp(low - room, high + room)
+    low, high = min(low, float(later.min())), max(high, float(later.max()))
+    margin = 0.05 * (high - low) or room
+    return low - margin, high + margin
 
 
 def _label(step: int) -> str:

@@ -8,8 +8,10 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from metalit.callbacks.drawing import Sketching, literal, panels, pixels
 from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
+from metalit.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,11 +24,15 @@ class PredictionWriter(Callback):
     """Writes ``NAME_predicted.csv`` and ``NAME_predicted.png`` beside the user's ``NAME.csv``.
 
     The CSV is the user's table with a column ``<output>_predicted`` for each output: the adapted network's answer in
-    every row, asked or given.
+    every row, asked or given. The picture shows the first ``_PANELS`` tasks.
+
+    Raises:
+        InputError: a prediction that is not finite; nothing is written then.
     """
 
     def __init__(self) -> None:
         self._answers: list[_Answer] = []
+        self._sketching = Sketching("the picture of the predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
@@ -42,6 +48,7 @@ class PredictionWriter(Callback):
         data = trainer.datamodule
         if not (trainer.is_global_zero and isinstance(data, TaskDataModule)):
             return
+        self._check_finite()
         source = Path(str(data.predict_file))
         target = source.with_name(f"{source.stem}_predicted.csv")
         asked, columns = data.asked, data.tasks.columns
@@ -52,30 +59,43 @@ class PredictionWriter(Callback):
         for output, values in zip(columns.y, answers.T, strict=True):
             frame[f"{output}_predicted"] = values
         frame.to_csv(target, index=False)
-        draw_predictions(asked, columns, self._answers).savefig(target.with_suffix(".png"), dpi=110)
-        print(f"predictions: {target}\npicture:     {target.with_suffix('.png')}")
+        print(f"predictions: {target}")
+        with self._sketching():
+            from matplotlib.image import imsave
+
+            imsave(target.with_suffix(".png"), pixels(draw_predictions(asked, columns, self._answers)))
+            print(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
+
+    def _check_finite(self) -> None:
+        diverged = [name for name, values, _ in self._answers if not bool(values.isfinite().all())]
+        if diverged:
+            raise InputError(
+                f"predict: the predictions for {len(diverged)} of {len(self._answers)} task(s), first {diverged[0]!r}, "
+                "are not finite: adapting diverges, and nothing is written. Take fewer inner steps (model.eval_steps), "
+                "and see that x and y are in the units of the training data"
+            )
+
+
+def _part(answers: Sequence[_Answer]) -> str:
+    return f" (the first {_PANELS} of {len(answers)} tasks)" if len(answers) > _PANELS else ""
 
 
 def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer]) -> "Figure":
     """Draw the fits, one panel for each task: over the input if there is one, else over the line of the file."""
-    from matplotlib.figure import Figure
-
-    shown = answers[:_PANELS]
-    across = min(4, len(shown))
-    down = -(-len(shown) // across)
-    figure = Figure(figsize=(4.2 * across, 3.6 * down), layout="constrained")
-    for panel, (name, values, curve) in enumerate(shown):
-        axes = figure.add_subplot(down, across, panel + 1)
+    figure, places = panels(min(len(answers), _PANELS))
+    for axes, (name, values, curve) in zip(places, answers, strict=False):
         rows, shots = asked.rows[name], asked.shots[name]
         single = len(columns.x) == 1
         place = asked.x[rows, 0] if single else np.array(rows) + 2
         if single:
             span = np.linspace(place.min(), place.max(), len(curve))
             axes.plot(span, curve[:, 0], color="tab:blue", linewidth=1.5, label="adapted")
-        axes.plot(place[shots:], values[shots:, 0], "o", color="tab:blue", label="predicted")
+        axes.plot(place[shots:], values[shots:, 0], "o", color="tab:blue", markersize=5, label="predicted")
         axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=8, label="support")
-        axes.set_title(name)
-        axes.set_xlabel(columns.x[0] if single else "line of the file")
-        axes.set_ylabel(columns.y[0])
-    figure.axes[0].legend(fontsize="small")
+        axes.set_title(literal(name))
+        axes.set(xlabel=literal(columns.x[0]) if single else "line of the file", ylabel=literal(columns.y[0]))
+    if part := _part(answers).strip(" ()"):
+        figure.supxlabel(part)
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure

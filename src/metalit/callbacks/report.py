@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.aggregation import CatMetric
 
+from metalit.callbacks.screen import show, table
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.modules.interval import Interval, mean_with_interval
@@ -102,14 +102,11 @@ class Report(Callback):
             return
         data = trainer.datamodule
         outputs = data.tasks.columns.y if errors else []
-        console = Console()
-        console.print(_protocol(data, learner, split), soft_wrap=True)
-        console.print(_table(judged, outputs))
-        for baseline in judged[1:]:
-            console.print(_comparison(judged[0], baseline, outputs), soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write(Path(logger.log_dir) / f"{split}.csv", judged, outputs)
+        comparisons = [_comparison(judged[0], baseline, outputs) for baseline in judged[1:]]
+        show([_protocol(data, learner, split), _table(judged, outputs), *comparisons])
 
 
 def _collect(metrics: dict[str, CatMetric], name: str, values: Tensor) -> None:
@@ -140,17 +137,12 @@ def _protocol(data: Any, learner: MetaLearner, split: Split) -> str:
 
 
 def _table(judged: list[_Judged], outputs: Sequence[str]) -> Table:
-    table = Table()
-    table.add_column("inner steps")
-    table.add_column("loss", justify="right")
-    for output in outputs:
-        table.add_column(f"|error| in {output}", justify="right")
-    for predictor in judged:
-        for step, intervals in predictor.rows():
-            table.add_row(str(step) if predictor.name == _LEARNER else predictor.name, *map(str, intervals))
-        if predictor.name == _LEARNER:
-            table.add_section()
-    return table
+    learner, *baselines = judged
+    return table(
+        ["inner steps", "loss", *(f"|error| in {output}" for output in outputs)],
+        [[str(step), *map(str, intervals)] for step, intervals in learner.rows()],
+        [[baseline.name, *map(str, intervals)] for baseline in baselines for _, intervals in baseline.rows()],
+    )
 
 
 def _comparison(learner: _Judged, baseline: _Judged, outputs: Sequence[str]) -> str:

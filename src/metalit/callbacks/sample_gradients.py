@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchmetrics.functional.classification import binary_auroc
 
+from metalit.callbacks.drawing import Sketching
 from metalit.errors import InputError
 
 
@@ -18,6 +19,9 @@ class SampleGradientNorms(Callback):
     Raises:
         InputError: the learner has no rows.
     """
+
+    def __init__(self) -> None:
+        self._sketching = Sketching("histograms of per-sample gradients")
 
     def on_fit_start(self, trainer: Trainer, learner: LightningModule) -> None:
         """Refuse other learners."""
@@ -37,7 +41,8 @@ class SampleGradientNorms(Callback):
             # to at most 1: torchmetrics would squash larger ones by a sigmoid, to 1 and to ties
             shares = norms / norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
             learner.write_scalars({"sample_gradients/auroc": binary_auroc(shares, corrupted.long())})
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for name, values in groups.items():
-                    logger.experiment.add_histogram(f"sample_gradients/{name}", values, learner.outer_step)
+        with self._sketching():
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    for name, values in groups.items():
+                        logger.experiment.add_histogram(f"sample_gradients/{name}", values, learner.outer_step)

@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from metalit.callbacks.drawing import Sketching
+from metalit.callbacks.screen import show, table
 from metalit.data.base import Split
 from metalit.modules.bilevel import BilevelLearner
 from metalit.modules.ranks import items_of_ranks
@@ -30,15 +31,17 @@ class ScoreTable(Callback):
 
     def __init__(self) -> None:
         self._told: list[str | Table] = []
+        self._sketching = Sketching("histograms of the outer variable")
 
     def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
         """Keep what ``validate`` found; draw the outer variable in the validations of a fit."""
         if trainer.state.fn == "validate":
             self._told = _report(trainer, learner, "val")
         elif isinstance(learner, BilevelLearner) and not trainer.sanity_checking:
-            for logger in _tensorboards(trainer):
-                for name, value in leaves(learner.constants()):
-                    logger.experiment.add_histogram(f"outer/{name}", value, learner.outer_step)
+            with self._sketching():
+                for logger in _tensorboards(trainer):
+                    for name, value in leaves(learner.constants()):
+                        logger.experiment.add_histogram(f"outer/{name}", value, learner.outer_step)
 
     def on_test_end(self, trainer: Trainer, learner: LightningModule) -> None:
         """Keep what ``test`` found."""
@@ -63,9 +66,7 @@ class ScoreTable(Callback):
 
     def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
         """Print all that, below the progress bar, which is drawn until now."""
-        console = Console()
-        for part in self._told:
-            console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+        show(self._told)
         self._told = []
 
 
@@ -81,13 +82,8 @@ def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str 
 
 def _table(scores: Scores) -> Table:
     columns = list(dict.fromkeys(name for row in scores.values() for name in row))
-    table = Table()
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row, values in scores.items():
-        table.add_row(row, *(f"{values[name]:.4g}" if name in values else "" for name in columns))
-    return table
+    shown = {row: [f"{found[name]:.4g}" if name in found else "" for name in columns] for row, found in scores.items()}
+    return table(["", *columns], [[row, *cells] for row, cells in shown.items()])
 
 
 def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: list[str] | None) -> list[str]:
