@@ -1,9 +1,8 @@
 """The table of errors, beside predictors that learned nothing from other tasks."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,39 +10,23 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.aggregation import CatMetric
 
+from metalit.callbacks.judged import LEARNER, Judged, Measure, draws_of, means_frame, tasks_frame
 from metalit.callbacks.screen import show, table
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
-from metalit.modules.interval import Interval, mean_with_interval
+from metalit.modules.interval import mean_with_interval
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
-
-_LEARNER = "learner"
-
-
-class _Judged(NamedTuple):
-    """What one predictor did on every test task."""
-
-    name: str
-    losses: Tensor  # [tasks, steps]; a baseline has one step
-    errors: Tensor | None  # [tasks, steps, outputs], absolute, in the user's units, where there are units
-
-    def rows(self) -> list[tuple[int, list[Interval]]]:
-        """By inner step: the loss, then the error of each output, over tasks."""
-        found = []
-        for step, losses in enumerate(self.losses.unbind(1)):
-            errors = () if self.errors is None else self.errors[:, step].unbind(1)
-            found.append((step, [mean_with_interval(values) for values in (losses, *errors)]))
-        return found
 
 
 class Report(Callback):
     """Prints the errors after each number of inner steps with 95 % intervals, and writes ``test.csv`` (``val.csv``).
 
-    It does so after ``test`` and ``validate`` of a meta-learner, not for the validations of a fit.
+    It does so after ``test`` and ``validate`` of a meta-learner, not for the validations of a fit. ``test_tasks.csv``
+    (``val_tasks.csv``) has the errors task by task.
 
-    Where the data has units, each output's mean absolute error in them stands beside the loss. The distribution's
-    baselines are judged on the same query points.
+    Where the data has units, each output's mean absolute error in them stands beside the loss, for classes the
+    accuracy. The distribution's baselines are judged on the same query points.
     """
 
     def __init__(self) -> None:
@@ -85,28 +68,41 @@ class Report(Callback):
         baselines = data.tasks.baselines(tasks)
         for name, prediction in baselines.items():
             _collect(self._losses, name, learner.judge(prediction, tasks).unsqueeze(1))
-        if data.tasks.scaling().changes:
-            _collect(self._errors, _LEARNER, _absolute_errors(learner, learner.query_predictions(tasks), tasks.query))
+        if data.tasks.scaling().changes and tasks.query.y.is_floating_point():
+            _collect(self._errors, LEARNER, _absolute_errors(learner, learner.query_predictions(tasks), tasks.query))
             for name, prediction in baselines.items():
                 _collect(self._errors, name, _absolute_errors(learner, prediction.unsqueeze(1), tasks.query))
 
     def _report(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
         if not isinstance(learner, MetaLearner):
             return
+        data, found = trainer.datamodule, learner.evaluation
+        outputs = data.tasks.columns.y if self._errors else []
+        measures = {LEARNER: {_MEASURES[name]: values for name, values in found.measures().items()}}
         # reshaped, because torchmetrics squeezes a single value
-        losses = {name: metric.compute().reshape(-1, 1) for name, metric in self._losses.items()}
-        losses = {_LEARNER: learner.task_losses, **losses}
-        errors = {name: metric.compute().reshape(*losses[name].shape, -1) for name, metric in self._errors.items()}
-        judged = [_Judged(name, values, errors.get(name)) for name, values in losses.items()]
+        measures |= {name: {_LOSS: metric.compute().reshape(-1, 1)} for name, metric in self._losses.items()}
+        for name, metric in self._errors.items():
+            errors = metric.compute().reshape(*measures[name][_LOSS].shape, -1)
+            measures[name] |= {_absolute(output): errors[..., place] for place, output in enumerate(outputs)}
+        judged = [Judged(name, values, found.tasks) for name, values in measures.items()]
         if not trainer.is_global_zero:
             return
-        data = trainer.datamodule
-        outputs = data.tasks.columns.y if errors else []
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _write(Path(logger.log_dir) / f"{split}.csv", judged, outputs)
-        comparisons = [_comparison(judged[0], baseline, outputs) for baseline in judged[1:]]
-        show([_protocol(data, learner, split), _table(judged, outputs), *comparisons])
+                folder = Path(logger.log_dir)
+                means_frame(judged).to_csv(folder / f"{split}.csv", index=False)
+                source = data.tasks if isinstance(data, TaskDataModule) else None
+                tasks_frame(judged, source, split).to_csv(folder / f"{split}_tasks.csv", index=False)
+        comparisons = [_comparison(judged[0], baseline) for baseline in judged[1:]]
+        show([_protocol(data, found.tasks, split), _table(judged), *comparisons])
+
+
+_LOSS = Measure("loss", "loss")
+_MEASURES = {"loss": _LOSS, "accuracy": Measure("accuracy", "accuracy")}
+
+
+def _absolute(output: str) -> Measure:
+    return Measure(f"{output}_absolute_error", f"|error| in {output}")
 
 
 def _collect(metrics: dict[str, CatMetric], name: str, values: Tensor) -> None:
@@ -124,46 +120,30 @@ def _absolute_errors(learner: MetaLearner, predictions: Tensor, query: Points) -
     return (errors * weights).sum(2) / weights.sum(2)
 
 
-def _protocol(data: Any, learner: MetaLearner, split: Split) -> str:
-    count = len(learner.task_losses)
-    if not isinstance(data, TaskDataModule):
-        return f"{count} {split} tasks; mean ± 95 % interval over tasks"
-    episodes = data.episodes[split]
-    queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
-    return (
-        f"{count} {split} tasks, adapted to {episodes.shots} points each and judged on {queries}; "
-        "mean ± 95 % interval over tasks"
+def _protocol(data: Any, tasks: Tensor, split: Split) -> str:
+    count, draws = draws_of(tasks)
+    over = "over tasks, of which each counts once" if draws else "over tasks"
+    sizes = ""
+    if isinstance(data, TaskDataModule):
+        episodes = data.episodes[split]
+        queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
+        sizes = f", adapted to {episodes.shots} points each and judged on {queries}"
+    return f"{count} {split} tasks{draws}{sizes}; mean ± 95 % interval {over}"
+
+
+def _table(judged: Sequence[Judged]) -> Table:
+    learner, *baselines = (
+        [[predictor.label(step), *map(str, intervals)] for step, intervals in enumerate(predictor.means())]
+        for predictor in judged
     )
+    headings = [measure.heading for measure in judged[0].values]
+    return table(["inner steps", *headings], learner, [row for rows in baselines for row in rows])
 
 
-def _table(judged: list[_Judged], outputs: Sequence[str]) -> Table:
-    learner, *baselines = judged
-    return table(
-        ["inner steps", "loss", *(f"|error| in {output}" for output in outputs)],
-        [[str(step), *map(str, intervals)] for step, intervals in learner.rows()],
-        [[baseline.name, *map(str, intervals)] for baseline in baselines for _, intervals in baseline.rows()],
-    )
-
-
-def _comparison(learner: _Judged, baseline: _Judged, outputs: Sequence[str]) -> str:
+def _comparison(learner: Judged, baseline: Judged) -> str:
     """Both saw the same tasks: task by task, their difference is far surer than the two means are."""
-    if baseline.errors is None:
-        measure, difference = "loss", baseline.losses[:, -1] - learner.losses[:, -1]
-    else:
-        measure, difference = f"|error| in {outputs[0]}", (baseline.errors - learner.errors[:, -1:])[:, 0, 0]
-    steps = learner.losses.shape[1] - 1
-    interval = mean_with_interval(difference)
-    return f"{baseline.name}: {measure} less the learner's after {steps} inner steps, task by task: {interval}"
-
-
-def _write(file: Path, judged: list[_Judged], outputs: Sequence[str]) -> None:
-    names = ["loss", *(f"{output}_absolute_error" for output in outputs)]
-    values = [f"{name}{end}" for name in names for end in ("", "_ci95")]
-    with file.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["predictor", "inner_steps", *values, "tasks", "diverged"])
-        for predictor in judged:
-            for step, intervals in predictor.rows():
-                cells = [value for interval in intervals for value in (interval.mean, interval.half_width)]
-                shown = step if predictor.name == _LEARNER else ""
-                writer.writerow([predictor.name, shown, *cells, intervals[0].count, intervals[0].diverged])
+    measure = next((measure for measure in baseline.values if measure != _LOSS), _LOSS)
+    difference = baseline.values[measure][:, -1] - learner.values[measure][:, -1]
+    steps = learner.values[_LOSS].shape[1] - 1
+    interval = mean_with_interval(difference, learner.tasks)
+    return f"{baseline.name}: {measure.heading} less the learner's after {steps} inner steps, task by task: {interval}"

@@ -59,6 +59,11 @@ class TaskDistribution(ABC):
         """The number of different tasks in a split, or None where they never end."""
         return None
 
+    def which(self, split: Split, index: Tensor) -> Tensor:
+        """The number of the task that each of ``[n]`` global indices draws: they come in turn, where they end."""
+        count = self.count(split)
+        return index if count is None else index % count
+
     def name(self, split: Split, index: int) -> str | None:
         """How the user calls the task with this global index, or None where it has no name."""
         return None

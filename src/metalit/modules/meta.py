@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torchmetrics.aggregation import CatMetric
 
 from metalit.adapt import Outer, adapt, iterates
 from metalit.data.module import TaskDataModule, UserTask
@@ -14,8 +13,8 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.adapted import Adapted, check_points
+from metalit.modules.evaluation import Evaluation, accuracies, indices
 from metalit.modules.hyperparameters import save_given
-from metalit.modules.interval import Interval, mean_with_interval
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import FewShotProblem, Points, Task
 
@@ -26,10 +25,11 @@ class MetaLearner(TwoLevelLearner):
     φ ← outer optimiser(φ, 1/T Σ_tasks d outer_loss(θ_k(φ)) / dφ)
 
     Validation and test adapt to every task and log ``loss_step_k``, the mean query loss after k inner steps, for every
-    k from 0 (before adaptation) to ``eval_steps``; ``val/loss`` is that after as many steps as are trained.
+    k from 0 (before adaptation) to ``eval_steps``, for classes ``accuracy_step_k`` too; ``val/loss`` is the loss after
+    as many steps as are trained. Where a task is drawn several times, its mean over the draws counts once.
 
     Attributes:
-        task_losses: the query losses of all tasks of the last evaluation, ``[tasks, eval_steps + 1]``.
+        evaluation: what the last evaluation found (:class:`~metalit.modules.evaluation.Evaluation`).
 
     Args:
         problem: what is learned: a few-shot problem, that adapts to a :class:`~metalit.problem.Task`.
@@ -77,8 +77,7 @@ class MetaLearner(TwoLevelLearner):
         save_given(self)
         self.eval_steps = eval_steps
         self.scaling: Scaling | None = None
-        self.losses = CatMetric(nan_strategy="disable")
-        self.task_losses = torch.empty(0, eval_steps + 1)
+        self.evaluation = Evaluation(eval_steps)
 
     # ---- training
 
@@ -115,26 +114,27 @@ class MetaLearner(TwoLevelLearner):
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Collect losses in double precision, which torchmetrics forgets whenever a module moves."""
-        self.losses.set_dtype(torch.float64)
+        """Collect anew."""
+        self.evaluation.start()
 
     def on_test_epoch_start(self) -> None:
-        """Collect losses in double precision."""
-        self.losses.set_dtype(torch.float64)
+        """Collect anew."""
+        self.evaluation.start()
 
     def validation_step(self, tasks: Task, batch_idx: int) -> None:
         """Adapt, and collect the query losses."""
-        self.losses.update(self.query_losses(tasks))
+        self._evaluate(tasks, indices(self.trainer.val_dataloaders, batch_idx))
 
     def test_step(self, tasks: Task, batch_idx: int) -> None:
         """Adapt, and collect the query losses."""
-        self.losses.update(self.query_losses(tasks))
+        self._evaluate(tasks, indices(self.trainer.test_dataloaders, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss after every inner step."""
-        intervals = self._collect()
-        means = {"val/loss": intervals[self.hypergradient.steps].mean}
-        means |= {f"val/loss_step_{k}": interval.mean for k, interval in enumerate(intervals)}
+        found = self.evaluation.finish(self.trainer.datamodule, "val")
+        means = {"val/loss": found["loss"][self.hypergradient.steps].mean}
+        for name, intervals in found.items():
+            means |= {f"val/{name}_step_{k}": interval.mean for k, interval in enumerate(intervals)}
         self.log_evaluated(means, shown=["val/loss"])
         if not self.trainer.sanity_checking:
             self.write_scalars(means, in_hparams=True)
@@ -143,9 +143,10 @@ class MetaLearner(TwoLevelLearner):
     def on_test_epoch_end(self) -> None:
         """Log the mean loss after every inner step, with its interval."""
         scalars = {}
-        for k, interval in enumerate(self._collect()):
-            scalars[f"test/loss_step_{k}"] = interval.mean
-            scalars[f"test/loss_step_{k}_ci95"] = interval.half_width
+        for name, intervals in self.evaluation.finish(self.trainer.datamodule, "test").items():
+            for k, interval in enumerate(intervals):
+                scalars[f"test/{name}_step_{k}"] = interval.mean
+                scalars[f"test/{name}_step_{k}_ci95"] = interval.half_width
         self.log_evaluated(scalars)
         self.write_scalars(scalars)
 
@@ -238,10 +239,15 @@ class MetaLearner(TwoLevelLearner):
 
     # ---- helpers
 
-    def _collect(self) -> list[Interval]:
-        self.task_losses = self.losses.compute()
-        self.losses.reset()
-        return [mean_with_interval(column) for column in self.task_losses.unbind(1)]
+    @property
+    def task_losses(self) -> Tensor:
+        """The query losses of all draws of the last evaluation, ``[draws, eval_steps + 1]``."""
+        return self.evaluation.losses
+
+    def _evaluate(self, tasks: Task, index: Tensor | None) -> None:
+        classes = not tasks.query.y.is_floating_point()
+        right = accuracies(self.query_predictions(tasks), tasks.query) if classes else None
+        self.evaluation.add(index, self.query_losses(tasks), right)
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
         return for_each_task(one, self.constants(), self.cast(tasks))
