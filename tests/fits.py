@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -115,3 +116,25 @@ def blobs(rows=120, inputs=4, classes=3, spread=0.7, seed=0):
     x = centres[y] + spread * torch.randn(rows, inputs, generator=generator)
     names = [f"x{column}" for column in range(inputs)]
     return Given(Rows(x.double(), y, names, "kind", [str(number) for number in range(classes)]))
+
+
+def given_checkpoint(root):
+    """Checkpoints that the command line has saved after two steps of a config, by its name, each trained once."""
+    from conftest import TINY_BY_CLASS
+
+    from metalit.__main__ import main
+
+    found = {}
+
+    def checkpoint(name):
+        if name not in found:
+            config = Path(__file__).parent.parent / f"configs/{name}.yaml"
+            text = config.read_text()
+            sizes = [size for kind, sizes in TINY_BY_CLASS.items() if kind in text for size in sizes]
+            steps = ("--trainer.max_steps=2", "--trainer.val_check_interval=1.0")
+            assert main(["fit", "--config", str(config), f"--trainer.default_root_dir={root}", *sizes, *steps]) == 0
+            path = root / f"lightning_logs/{name}/version_0/checkpoints/last.ckpt"
+            found[name] = torch.load(path, weights_only=True)
+        return found[name]
+
+    return checkpoint

@@ -10,7 +10,7 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors"), 0),
-    **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve"), 1),
+    **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve", "checkpoints"), 1),
     **dict.fromkeys(("problem", "inner"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(("cli", "messages", "__main__"), 6),
 }
 SAME_FLOOR = {("modules", "callbacks"), ("callbacks", "modules"), ("cli", "messages"), ("__main__", "cli")}
-TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data"}
+TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints"}
 
 
 def imported_modules(file: str, source: str) -> Iterator[str]:

@@ -32,6 +32,7 @@ from metalit.callbacks import (
     StopOnSignal,
 )
 from metalit.callbacks.signals import ignore_signals, leave_signals, requeue
+from metalit.checkpoints import read_checkpoint
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -49,7 +50,7 @@ from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
-from metalit.runs import check_checkpoint, find_checkpoint, has_checkpoint, version_folder
+from metalit.runs import find_checkpoint, has_checkpoint, version_folder
 
 # importing them is what lets configs name them by their short names
 SHORT_NAMES = (
@@ -160,7 +161,8 @@ class MetalitCLI(LightningCLI):
         if asked is None and self.subcommand != "fit":
             asked = "best"
         self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
-        self.checkpoint_step = check_checkpoint(self.checkpoint) if self.checkpoint else 0
+        kept = read_checkpoint(self.checkpoint) if self.checkpoint else {"global_step": 0}
+        self.checkpoint_step = kept["global_step"]
         config.ckpt_path = None if asked is None else str(self.checkpoint)
         self.version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):

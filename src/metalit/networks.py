@@ -28,6 +28,8 @@ class MLP(nn.Sequential):
             raise InputError(f"MLP: sizes={list(sizes)} must hold at least an input and an output width, all positive")
         make_activation = getattr(nn, activation, None)
         try:
+            if not (isinstance(make_activation, type) and issubclass(make_activation, nn.Module)):
+                raise TypeError(activation)
             make_activation()
         except TypeError:
             raise InputError(f"MLP: activation={activation!r} is no activation of torch.nn; try 'ReLU'") from None

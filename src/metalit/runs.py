@@ -1,15 +1,8 @@
 """Where runs lie on disk, ``<root>/<experiment>/version_N/``, and the checkpoints in them."""
 
-import pickle
-import re
 from pathlib import Path
 
-import torch
-
 from metalit.errors import InputError
-
-_NEEDED = {"state_dict", "global_step", "loops", "pytorch-lightning_version"}
-_CODE = re.compile(r"(?:GLOBAL|Unsupported class) (?P<name>[\w.]+)")
 
 
 def version_folder(checkpoint: Path, experiment: Path) -> str | None:
@@ -53,27 +46,3 @@ def _versions(name: str, experiment: Path) -> dict[int, Path]:
         for folder in experiment.glob("version_*")
         if folder.name.removeprefix("version_").isdigit() and (folder / "checkpoints" / f"{name}.ckpt").is_file()
     }
-
-
-def check_checkpoint(path: Path) -> int:
-    """Try to load a checkpoint, tensors and plain values only; returns the outer step that it is of.
-
-    Raises:
-        InputError: it is damaged or no checkpoint, or it holds anything else than plain values.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as cause:
-        code = _CODE.search(str(cause))
-        if code:
-            raise InputError(
-                f"ckpt_path={str(path)!r} holds more than tensors and plain values ({code['name']}), and is not "
-                "loaded: a pickle can run any code"
-            ) from None
-        raise InputError(
-            f"ckpt_path={str(path)!r} is damaged, or no checkpoint at all; use another one of {str(path.parent)!r}"
-        ) from None
-    missing = _NEEDED - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
-    if missing:
-        raise InputError(f"ckpt_path={str(path)!r} is no checkpoint of a learner: it lacks {sorted(missing)}")
-    return int(checkpoint["global_step"])

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from metalit.checkpoints import CheckedCheckpointIO
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(CheckedCheckpointIO):
     """Writes beside the file that is to be replaced, and renames.
 
     Lightning's own goes by way of the folder for temporary files, which is often on another disk than the runs: what it

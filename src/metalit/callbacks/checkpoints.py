@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.callbacks.atomic import AtomicCheckpointIO
+from metalit.checkpoints import CheckedCheckpointIO
 from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
 
@@ -70,7 +71,7 @@ class LastCheckpoint(ModelCheckpoint):
                     "callbacks: LastCheckpoint keeps the score of BestCheckpoint, and so must come after it: "
                     "[BestCheckpoint(), LastCheckpoint()]"
                 )
-            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, CheckedCheckpointIO):
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         super().setup(trainer, pl_module, stage)
 

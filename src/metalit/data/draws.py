@@ -10,6 +10,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split
 from metalit.data.stream import Draw, EvalStream, TrainStream, fused_steps
 from metalit.errors import InputError
@@ -18,7 +19,7 @@ from metalit.problem import Matrix, Splits
 Posed = TypeVar("Posed", Splits, Matrix)
 
 
-class DrawsDataModule(LightningDataModule, ABC):
+class DrawsDataModule(LoadedSafely, LightningDataModule, ABC):
     """Draws for training, validation and test, a pure function of (seed, split, index).
 
     Training takes the indices of :class:`~metalit.data.stream.TrainStream`, shared by the ranks; validation and test

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
+from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.stream import EvalStream, TrainStream, fused_steps
 from metalit.data.table import Asked, read_asked
@@ -36,7 +37,7 @@ class Episodes:
     queries: Count = "all"
 
 
-class TaskDataModule(LightningDataModule):
+class TaskDataModule(LoadedSafely, LightningDataModule):
     """Tasks for training, validation and test, a pure function of (seed, split, index).
 
     Args:

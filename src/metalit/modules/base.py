@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
+from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
 from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
 from metalit.modules.finite import FiniteWatch, stopped
@@ -24,10 +26,12 @@ from metalit.modules.gradients import Gradients
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
-from metalit.modules.optimizers import changes, check_takes_single_steps, groups, made, settings
+from metalit.modules.optimizers import check_takes_single_steps, groups, made, settings
 from metalit.modules.ranks import check_ranks, mean_of_ranks
+from metalit.modules.resuming import OuterSettings, check_state
 from metalit.tree import leaves
 
+_SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau)
 Packed = TypeVar("Packed", bound="HasPacked")
 
 
@@ -49,7 +53,7 @@ def _nothing() -> None:
     """The closure that Lightning gives to optimisers too."""
 
 
-class OuterLearner(LightningModule, ABC):
+class OuterLearner(LoadedSafely, LightningModule, ABC):
     """A LightningModule with manual optimisation whose ``training_step`` ends in :meth:`step_outer`.
 
     Args:
@@ -80,6 +84,7 @@ class OuterLearner(LightningModule, ABC):
         self._gradients = Gradients(self.outer)
         self._loss_scale = LossScale()
         self._handed_back = HandedBack()
+        self._settings = OuterSettings()
         self._known_step = 0
         self._step_is_heard = True
 
@@ -94,6 +99,9 @@ class OuterLearner(LightningModule, ABC):
             InputError: they cannot; a fit in 16-true precision, or with validations by the clock.
         """
         check_ranks(self.trainer)
+        self._settings.kept = None
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO()
         if stage == "fit" and self.trainer.precision == "16-true":
             raise InputError(
                 "trainer.precision='16-true' keeps weights and optimiser in half precision, where small steps and "
@@ -112,18 +120,20 @@ class OuterLearner(LightningModule, ABC):
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
         # a fused Adam would unscale by itself, after clipping
         default = partial(torch.optim.Adam, fused=self._scaler is None)
-        optimizer = made("model.optimizer", self.make_optimizer or default, parameters)
+        make = default if self.make_optimizer is None else self.make_optimizer
+        optimizer = made("model.optimizer", make, parameters, (torch.optim.Optimizer,))
         check_takes_single_steps(optimizer)
+        rates = settings(optimizer, None)  # before a scheduler changes them
         configured: dict[str, Any] = {"optimizer": optimizer}
         if self.make_scheduler is not None:
-            scheduler = made("model.scheduler", self.make_scheduler, optimizer)
+            scheduler = made("model.scheduler", self.make_scheduler, optimizer, _SCHEDULERS)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
                 raise InputError(
                     "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
                 )
             configured["lr_scheduler"] = scheduler
-        self._configured = settings(optimizer, configured.get("lr_scheduler"))
+        self._settings.configured = settings(optimizer, configured.get("lr_scheduler")) | rates
         return configured
 
     def step_outer(
@@ -315,6 +325,7 @@ class OuterLearner(LightningModule, ABC):
                 f"unscales gradients by itself, after model.clip_norm={self.clip_norm} has clipped them; set fused: "
                 "false"
             )
+        self._settings.check(optimizer, self.lr_schedulers())
         self.agreement = Agreement()
         self._finite = FiniteWatch(self.device)
         log_given(self)
@@ -322,11 +333,9 @@ class OuterLearner(LightningModule, ABC):
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings."""
         self._step_is_heard = self._hears_steps()
-        for name, (asked, present) in changes(self._configured, self._present_settings()).items():
-            rank_zero_warn(
-                f"the checkpoint keeps {name}={present} from the run that it continues; {asked}, as now configured, is "
-                "not used. To train on with new settings, load the weights into a new run"
-            )
+        present = settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())
+        for line in self._settings.taken_over(present, self.clip_norm):
+            rank_zero_warn(line)
 
     def on_validation_start(self) -> None:
         """Judge only what is finite."""
@@ -352,8 +361,11 @@ class OuterLearner(LightningModule, ABC):
         self._loss_scale.keep(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save what is not finite."""
+        """Refuse to save what is not finite, and keep what the optimiser was made with."""
         self.check_finite()
+        if self.trainer.state.fn == "fit":
+            used = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+            checkpoint["outer_settings"] = self._settings.state(*used, self.clip_norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this network.
@@ -376,6 +388,8 @@ class OuterLearner(LightningModule, ABC):
         self._known_step = int(checkpoint["global_step"])
         self._loss_scale.load(checkpoint)
         if self._trainer is not None:
+            check_state(self.trainer, checkpoint)
+            self._settings.load(checkpoint)
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)
 
@@ -389,6 +403,3 @@ class OuterLearner(LightningModule, ABC):
         finally:
             for module, training in modes:
                 module.training = training
-
-    def _present_settings(self) -> dict[str, Any]:
-        return settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())

@@ -17,12 +17,24 @@ _MOVES_BY_ITSELF = {
 }
 
 
-def made(owner: str, make: Callable[[Any], Any], argument: Any) -> Any:
-    """Build an optimiser or a scheduler; what torch finds wrong is an input error of its owner's."""
+def made(owner: str, make: Callable[[Any], Any], argument: Any, kinds: tuple[type, ...]) -> Any:
+    """Build an optimiser or a scheduler; what torch finds wrong is an input error of its owner's.
+
+    Raises:
+        InputError: also where what is built is none of ``kinds``.
+    """
+    if not callable(make):
+        raise InputError(f"{owner}={make!r} must be a function that makes it, such as functools.partial(Adam, lr=0.1)")
     try:
-        return make(argument)
+        found = make(argument)
     except (TypeError, ValueError) as error:
         raise InputError(f"{owner}: {error}") from error
+    if not isinstance(found, kinds):
+        told = " or ".join(
+            dict.fromkeys(f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}" for kind in kinds)
+        )
+        raise InputError(f"{owner}: what it makes is a {type(found).__name__}, {found!r:.80}, and must be a {told}")
+    return found
 
 
 def check_takes_single_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -75,6 +87,17 @@ def settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]
             if name not in _MOVES_BY_ITSELF and isinstance(value, int | float | str | list | tuple):
                 settings[f"scheduler.{name}"] = value
     return settings
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that a checkpoint may hold."""
+    kinds = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, kinds)
+        or (isinstance(value, list | tuple) and all(isinstance(part, kinds) for part in value))
+    }
 
 
 def changes(asked: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,0 +1,169 @@
+"""What a run that is continued takes from its checkpoint, compared with what is configured now."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from metalit.errors import InputError
+from metalit.modules.optimizers import changes, plain
+
+_NEW_RUN = "go on as the run began, or load the weights into a new run (load_from_checkpoint)"
+
+
+def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint holds the progress of loops and checkpoints that Lightning will look for.
+
+    Raises:
+        InputError: something is missing, or of another kind.
+    """
+    stage = trainer.state.fn.value
+    loop = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}[stage]
+    broken = _differs(checkpoint["loops"], {loop: getattr(trainer, loop).state_dict()})
+    if broken is not None:
+        raise _broken(f"loops{broken}")
+    for saver in trainer.checkpoint_callbacks if stage == "fit" else []:
+        kept = (checkpoint.get("callbacks") or {}).get(saver.state_key)
+        if isinstance(saver, ModelCheckpoint) and kept and _differs(kept, saver.state_dict()) is not None:
+            raise _broken(f"callbacks of {type(saver).__name__}")
+
+
+def _broken(part: str) -> InputError:
+    return InputError(f"ckpt_path: the checkpoint's {part} is not what training saves; use another checkpoint")
+
+
+def _differs(found: Any, own: Any) -> str | None:
+    """Where ``found`` lacks what ``own`` has, or holds another kind of thing."""
+    if isinstance(own, dict):
+        if not isinstance(found, dict):
+            return ""
+        for name, value in own.items():
+            inside = _differs(found[name], value) if name in found else ""
+            if inside is not None:
+                return f".{name}{inside}"
+    return "" if isinstance(own, int) and not isinstance(found, int) else None
+
+
+def class_name(thing: Any) -> str | None:
+    """The full name of the class of an optimiser or a scheduler."""
+    return None if thing is None else f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+class OuterSettings:
+    """What the outer optimiser and its scheduler were made with, here and in the run that is continued.
+
+    Attributes:
+        configured: by name, what is configured now; set before the Trainer begins.
+        kept: what the checkpoint holds, until training starts; of a run that starts anew, nothing.
+    """
+
+    def __init__(self) -> None:
+        self.configured: dict[str, Any] = {}
+        self.kept: dict[str, Any] | None = None
+        self._in_effect: dict[str, Any] = {}
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take what a checkpoint holds; what Lightning restores of it comes later."""
+        parts = ("optimizer_states", "lr_schedulers", "outer_settings")
+        self.kept = {name: checkpoint[name] for name in parts if name in checkpoint}
+        own = self.kept.get("outer_settings", {"classes": {}, "values": {}, "clip_norm": None})
+        if _differs(own, {"classes": {}, "values": {}}) is not None or "clip_norm" not in own:
+            raise _broken("outer_settings")
+
+    def state(self, optimizer: torch.optim.Optimizer, scheduler: Any, clip_norm: float | None) -> dict[str, Any]:
+        """For a checkpoint, what is in effect."""
+        classes = {"optimizer": class_name(optimizer), "scheduler": class_name(scheduler)}
+        return {"classes": classes, "values": plain(self._in_effect), "clip_norm": clip_norm}
+
+    def check(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Check that the checkpoint's states are those of this optimiser and this scheduler, as they begin.
+
+        Raises:
+            InputError: they are of another class, of other groups of parameters, of a scheduler more or less.
+        """
+        if self.kept is None:
+            return
+        states, schedules = self.kept.get("optimizer_states"), self.kept.get("lr_schedulers")
+        if not states or schedules is None:
+            raise InputError(
+                f"ckpt_path: the checkpoint holds no optimizer_states, as it was saved with weights alone; {_NEW_RUN}"
+            )
+        names = self.kept.get("outer_settings", {}).get("classes", {})
+        for what, present in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if what in names and names[what] != class_name(present):
+                had, has = (str(name).rsplit(".", 1)[-1] for name in (names[what], class_name(present)))
+                raise InputError(
+                    f"model.{what}: it is {has} now, and {had} in the run that the checkpoint continues; {_NEW_RUN}"
+                )
+        _check_groups(optimizer, states[0])
+        if len(schedules) != (scheduler is not None):
+            raise InputError(
+                f"model.scheduler: there is {'one' if scheduler else 'none'} now, and "
+                f"{'one' if schedules else 'none'} in the run that the checkpoint continues; {_NEW_RUN}"
+            )
+        if scheduler is not None and scheduler.state_dict().keys() != schedules[0].keys():
+            raise InputError(
+                f"model.scheduler: the checkpoint's lr_schedulers hold no state of a {type(scheduler).__name__}; "
+                f"{_NEW_RUN}"
+            )
+
+    def taken_over(self, present: dict[str, Any], clip_norm: float | None) -> list[str]:
+        """What a checkpoint has changed of the settings, a line each.
+
+        Args:
+            present: the settings of optimiser and scheduler as they are restored.
+            clip_norm: which is not restored.
+        """
+        kept = (self.kept or {}).get("outer_settings", {})
+        self.kept = None
+        self._in_effect = self.configured | present | kept.get("values", {})
+        lines = [
+            f"the checkpoint keeps {name}={now} from the run that it continues; {asked}, as now configured, is not "
+            "used. To train on with new settings, load the weights into a new run"
+            for name, (asked, now) in changes(self.configured, self._in_effect).items()
+            if not (kept and name == "scheduler.base_lrs")  # the optimiser's rates, which are told
+        ]
+        if kept and kept["clip_norm"] != clip_norm:
+            lines.append(
+                f"model.clip_norm was {kept['clip_norm']} in the run that is continued, and is {clip_norm} now"
+            )
+        return lines
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    kept = state.get("param_groups")
+    parts = isinstance(kept, list) and all(isinstance(group, dict) and _is_list(group.get("params")) for group in kept)
+    if not (
+        parts
+        and isinstance(state.get("state"), dict)
+        and all(isinstance(each, dict) for each in state["state"].values())
+    ):
+        raise _broken("optimizer_states")
+    had, has = (
+        [(group.get("name", "the rest"), len(group["params"])) for group in groups]
+        for groups in (kept, optimizer.param_groups)
+    )
+    if had != has:
+        told = ["; ".join(f"{count} of {name}" for name, count in groups) for groups in (had, has)]
+        raise InputError(
+            f"model.lr_by_name: the run that the checkpoint continues had parameters in groups {told[0]}, now they are "
+            f"{told[1]}; {_NEW_RUN}"
+        )
+    settings = {"params", "name", "initial_lr", *_scheduled(kept[0])}
+    differ = sorted((kept[0].keys() ^ optimizer.param_groups[0].keys()) - settings)
+    if differ:
+        raise InputError(
+            f"model.optimizer: the checkpoint's optimizer_states are of another one than {type(optimizer).__name__}: "
+            f"{differ[0]} is of one of them alone; {_NEW_RUN}"
+        )
+
+
+def _scheduled(group: dict[str, Any]) -> Sequence[str]:
+    """What schedulers write into a group beside the rate."""
+    return [name for name in group if name in ("swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
