@@ -161,6 +161,29 @@ def test_scaling_centres_scales_and_comes_back(seed, inputs, outputs, spread, of
     assert scaling.changes
 
 
+def test_scaling_keeps_the_range_of_the_training_rows(tmp_path):
+    curves = curves_of(tmp_path, ragged_rows())
+    x, y = np.array([row[1:] for row in ragged_rows() if row[0] in set(names_of(curves)["train"])], dtype=float).T
+    found = curves.scaling()
+    assert [*found.x_min, *found.x_max, *found.y_min, *found.y_max] == [x.min(), x.max(), y.min(), y.max()]
+    assert Scaling(**found.state()) == found
+    assert Scaling(**found.state()).x_max == found.x_max
+
+
+def test_scalings_agree_but_for_rounding_errors():
+    scaling = Scaling([0.0, 1e6], [1.0, 1e-3], [5.0], [2.0])
+    assert scaling.agrees(scaling.state())
+    assert scaling.agrees({name: list(getattr(scaling, name)) for name in ("x_mean", "x_std", "y_mean", "y_std")})
+    assert scaling.agrees(Scaling([1e-12, 1e6], [1.0 + 1e-12, 1e-3], [5.0], [2.0]).state())
+    for other in (
+        Scaling([0.0, 1e6], [1.0, 1.001e-3], [5.0], [2.0]),
+        Scaling([1e-6, 1e6], [1.0, 1e-3], [5.0], [2.0]),
+        Scaling([0.0], [1.0], [5.0], [2.0]),
+        Scaling([0.0, 1e6], [1.0, 1e-3], [5.0, 5.0], [2.0, 2.0]),
+    ):
+        assert not scaling.agrees(other.state())
+
+
 def test_scaling_goes_to_float64_before_it_rounds():
     years = torch.tensor([[2007.0], [1952.0]])
     scaling = Scaling([1952.123456789], [17.3], [0.0], [1.0])

@@ -295,7 +295,7 @@ def test_arrays_of_other_types_are_told(tmp_path, dtype):
         ("a,b\n\n1,2\nx,4\n", 4, "x"),
         ("name,1,2\nr,3,4\n", 1, "name"),
         (",a,b\n0,1,2\n", 1, "a"),
-        ("1;2\n3;4\n3;4\n", 2, "3;4"),
+        ("1:2\n3:4\n3:4\n", 2, "3:4"),
         ("a,b\nc,d\n", 2, "c"),
     ],
 )
@@ -307,8 +307,15 @@ def test_rows_of_unequal_length_are_told(tmp_path):
     told(lambda: module_of(csv_file(tmp_path, "1,2\n3,4\n5\n")), "line 3 has 1 cell(s) and the first row 2", "commas")
 
 
-def test_another_encoding_is_told(tmp_path):
-    told(lambda: module_of(csv_file(tmp_path, b"\xe9,b\n1,2\n")), "data.file=", "is no CSV table")
+def test_another_encoding_and_other_signs_are_read(tmp_path):
+    with pytest.warns(match="is no UTF-8"):
+        matrix = matrix_of(csv_file(tmp_path, b"\xe9;b\n1,5;2\n3;NA\n"), missing=True)
+    assert matrix.values.tolist() == [[1.5, 2], [3, 0]]
+    assert matrix.observed.tolist() == [[True, True], [True, False]]
+
+
+def test_entries_beyond_single_precision_are_told(tmp_path):
+    told(lambda: module_of(csv_file(tmp_path, "1,2\n3,-1e39\n")), "row 2, column 2", "single precision", "units")
 
 
 @pytest.mark.parametrize(("values", "name"), [([[1, 2], [np.nan] * 2], "row"), ([[1, np.nan], [3, np.nan]], "column")])

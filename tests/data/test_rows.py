@@ -161,3 +161,13 @@ def test_inputs_that_are_no_list_are_told(x):
 
 def test_a_table_of_the_target_alone_is_told(tmp_path):
     told(lambda: read(tmp_path, "y\n1\n2\n"), "no column but the target 'y'", "add a column")
+
+
+def test_columns_without_a_name_are_no_inputs(tmp_path):
+    assert read(tmp_path, "x,y,,\n1,2,,\n3,4,,\n").columns == ["x"]
+    told(lambda: read(tmp_path, ",x,y\n1,5,2\n2,6,4\n"), "column 1 has no name", "data.rows.x")
+    assert read(tmp_path, ",x,y\n1,5,2\n2,6,4\n", x=["x"]).x.tolist() == [[5], [6]]
+
+
+def test_inputs_that_stand_twice_are_told(tmp_path):
+    told(lambda: read(tmp_path, "x,x,y\n1,5,2\n"), "2 columns 'x'", "rename")

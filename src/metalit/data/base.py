@@ -1,11 +1,13 @@
 """The protocol of a task distribution: tasks are a pure function of (seed, split, index)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from metalit.data.cells import Categories
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
@@ -28,6 +30,11 @@ class TaskDistribution(ABC):
     def columns(self) -> Columns:
         """How the user names the task, the inputs and the outputs, in files and in pictures."""
 
+    @property
+    def levels(self) -> Categories:
+        """The levels of those columns of x that hold texts: each becomes as many inputs of 0 or 1."""
+        return {}
+
     @abstractmethod
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Return tasks, normalised, in ``float64``.
@@ -47,6 +54,9 @@ class TaskDistribution(ABC):
         """Whether y scatters about its curve, so that pictures show it as dots."""
         return False
 
+    def needs(self, rows: Mapping[Split, int]) -> None:  # noqa: B027  (most tasks have as many rows as are asked for)
+        """Hear, before :meth:`prepare`, how many rows a task of each split must have."""
+
     def prepare(self) -> None:  # noqa: B027  (most distributions are made from nothing)
         """Read and check what the tasks are made from; called once, before anything is drawn."""
 
@@ -56,7 +66,7 @@ class TaskDistribution(ABC):
             raise InputError(f"data.{split}.queries='all': {type(self).__name__} has no last row, so give a number")
 
     def count(self, split: Split) -> int | None:
-        """The number of different tasks in a split, or None where they never end."""
+        """The number of different tasks in a split, 0 where it has none, or None where they never end."""
         return None
 
     def which(self, split: Split, index: Tensor) -> Tensor:

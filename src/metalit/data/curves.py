@@ -1,9 +1,9 @@
 """Tasks from the user's own table of curves."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.cells import Categories, inputs, numbers
+from metalit.data.files import tell
+from metalit.data.held_out import HeldOut, Partition
 from metalit.data.scaling import Scaling
-from metalit.data.table import Columns, check_columns, check_named, numbers, read_table
+from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
 from metalit.problem import Points, Task
@@ -37,28 +40,36 @@ class Curves(TaskDistribution):
 
     Tasks are split into train, val and test by task, never by row; means and standard deviations of the columns come
     from the training tasks alone. A training task is drawn with replacement; validation and test tasks come in turn.
-    The rows of the support set are drawn anew for every index.
+    The rows of the support set are drawn anew for every index. Rows without y are left out.
 
     Args:
-        file: a CSV file with a header.
+        file: a file of cells with a header, as :func:`~metalit.data.files.read_records` reads it.
         task: the column that tells the curves apart.
         x: the columns of the inputs.
         y: the columns of the outputs.
-        val, test: the fractions of tasks held out for validation and test.
+        val, test: what is held out for validation and test: a fraction of the tasks (0 for none), a list of their
+            names, or a text file of names, one a line.
         split_seed: the seed of the split.
+        folds, fold: test on part number ``fold`` (from 0) of ``folds`` equal parts of the tasks, in place of ``test``.
+        categories: the levels of each column of x that holds texts: each level becomes an input of 0 or 1.
+        skip_short: leave out tasks with fewer rows than ``shots`` and one to be judged on.
 
     Raises:
         InputError: from :meth:`prepare` and :meth:`check`, with the way out: no such file or column, an empty table,
-            a cell that is no number, fractions that leave a split without a task, a task with too few rows.
+            a cell that is no number or no level, a split without a task, a task with too few rows.
     """
 
     file: str
     task: str
     x: Sequence[str]
     y: Sequence[str]
-    val: float = 0.2
-    test: float = 0.2
+    val: HeldOut = 0.2
+    test: HeldOut = 0.2
     split_seed: int = 0
+    folds: int | None = None
+    fold: int = 0
+    categories: dict[str, list[str]] = field(default_factory=dict)
+    skip_short: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.x, str) or isinstance(self.y, str) or not self.x or not self.y:
@@ -67,14 +78,32 @@ class Curves(TaskDistribution):
         twice = sorted({name for name in named if named.count(name) > 1})
         if twice:
             raise InputError(f"data.tasks: {twice} stand twice among task, x and y; each column has one role")
-        for name in ("val", "test"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"data.tasks.{name}={getattr(self, name)} must be a fraction between 0 and 1")
+        for name, levels in self.categories.items():
+            if name not in self.x or isinstance(levels, str) or len({*map(str, levels)}) < max(2, len(levels)):
+                raise InputError(
+                    f"data.tasks.categories={{{name!r}: {levels!r}}} must be a column of x={list(self.x)} and a list "
+                    "of its different levels, two at least"
+                )
+        if not {*self.x} - {*self.categories}:
+            raise InputError(f"data.tasks.categories: x={list(self.x)} needs a column of numbers beside categories")
+        self._partition.check()
 
     @property
     def columns(self) -> Columns:
         """The user's own."""
         return Columns(self.task, list(self.x), list(self.y))
+
+    @property
+    def levels(self) -> Categories:
+        """Those of ``categories``, as texts."""
+        return {name: [str(level) for level in levels] for name, levels in self.categories.items()}
+
+    def needs(self, rows: Mapping[Split, int]) -> None:
+        """Leave out shorter tasks, if told so by ``skip_short``."""
+        if self.skip_short and self.__dict__.get("_least") != rows:
+            self.__dict__.update(_least=dict(rows))
+            for found in ("_raw", "_scaling", "splits"):
+                self.__dict__.pop(found, None)
 
     def prepare(self) -> None:
         """Read the table."""
@@ -83,12 +112,15 @@ class Curves(TaskDistribution):
     def check(self, split: Split, shots: int, queries: int | None) -> None:
         """Every curve needs ``shots`` rows and one to be judged on."""
         curves = self.splits[split]
+        if not curves.names:
+            return
         shortest = int(curves.length.argmin())
-        rows = int(curves.length[shortest])
-        if rows < shots + 1:
+        rows, short = int(curves.length[shortest]), int((curves.length < shots + 1).sum())
+        if short:
             raise InputError(
                 f"data.{split}.shots={shots}: the task {curves.names[shortest]!r} of {self.file!r} has only {rows} "
-                f"row(s), and {shots + 1} are needed: lower the shots or leave that task out"
+                f"row(s), and {shots + 1} are needed ({short} such task(s) of {len(curves.names)}): lower the shots, "
+                "or leave short tasks out with data.tasks.skip_short=true"
             )
 
     def count(self, split: Split) -> int | None:
@@ -102,32 +134,52 @@ class Curves(TaskDistribution):
 
     @cached_property
     def _raw(self) -> dict[Split, _Curves]:
-        frame = read_table(self.file, "data.tasks.file", self.task)
         owner = f"data.tasks.file={self.file!r}"
+        frame = read_table(self.file, "data.tasks.file")
         check_columns(frame, [self.task, *self.x, *self.y], owner)
+        y = numbers(frame, self.y, owner, missing=True)
+        known = ~np.isnan(y).any(1)
+        if not known.all():
+            left_out = f"{(~known).sum()} of {len(known)} rows"
+            if not known.any():
+                raise InputError(f"{owner}: no row has a number in each of {list(self.y)}; name other columns as y")
+            tell(f"{owner}: {left_out} hold no number in each of {list(self.y)}, and are left out")
+        frame, y = frame[known], y[known]
         check_named(frame, self.task, owner)
-        x, y = numbers(frame, self.x, owner), numbers(frame, self.y, owner)
+        x = inputs(frame, self.x, self.levels, owner)
         rows = frame.groupby(self.task).indices
-        names = sorted(rows)
-        held = {split: round(len(names) * getattr(self, split)) for split in ("val", "test")}
-        if min(held.values()) < 1 or sum(held.values()) >= len(names):
-            raise InputError(
-                f"{owner}: {len(names)} task(s) cannot be split into train, val and test with val={self.val} and "
-                f"test={self.test}: each split needs one at least; change the fractions or add tasks"
-            )
-        order = permutation(fold(torch.tensor(self.split_seed), len(get_args(Split))), len(names)).tolist()
-        cuts = {
-            "test": order[: held["test"]],
-            "val": order[held["test"] : sum(held.values())],
-            "train": order[sum(held.values()) :],
+        chosen = self._partition.of(sorted(rows), owner)
+        if self.skip_short:
+            chosen = self._long_enough(chosen, rows)
+        return {split: _gather(names, rows, x, y) for split, names in chosen.items()}
+
+    @property
+    def _partition(self) -> Partition:
+        return Partition(self.val, self.test, self.split_seed, self.folds, self.fold)
+
+    def _long_enough(self, chosen: dict[Split, list[str]], rows: dict[str, np.ndarray]) -> dict[Split, list[str]]:
+        least = self.__dict__.get("_least", {})
+        long = {
+            split: [name for name in names if len(rows[name]) >= least.get(split, 0)] for split, names in chosen.items()
         }
-        return {split: _gather([names[i] for i in sorted(chosen)], rows, x, y) for split, chosen in cuts.items()}
+        for split, names in chosen.items():
+            if names and not long[split]:
+                raise InputError(
+                    f"data.tasks.skip_short=true leaves no task for {split}: none of {len(names)} has {least[split]} "
+                    f"rows; lower data.{split}.shots"
+                )
+        short = [name for split, names in chosen.items() for name in names if name not in set(long[split])]
+        if short:
+            some = ", ".join(map(repr, short[:5])) + (", …" if len(short) > 5 else "")
+            tell(f"data.tasks.skip_short=true: {len(short)} of {len(rows)} tasks have too few rows: {some}")
+        return long
 
     @cached_property
     def _scaling(self) -> Scaling:
         curves = self._raw["train"]
         real = _real_rows(curves)
-        return Scaling.of(curves.x[real], curves.y[real])
+        hot = [name in self.levels for name in self.x for _ in self.levels.get(name, (None,))]
+        return Scaling.of(curves.x[real], curves.y[real], torch.tensor(hot))
 
     @cached_property
     def splits(self) -> dict[Split, _Curves]:
@@ -162,7 +214,8 @@ class Curves(TaskDistribution):
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """A polynomial through all training rows, and one through each task's support; degrees chosen on val.
 
-        Where several polynomials fit equally well, it is the one with the smallest coefficients.
+        Without validation tasks, the degrees are chosen on the training tasks. Where several polynomials fit equally
+        well, it is the one with the smallest coefficients.
         """
         shots, device = tasks.support.x.shape[1], tasks.query.x.device
         tasks = tree_map(_on_cpu, tasks)
@@ -179,8 +232,9 @@ class Curves(TaskDistribution):
 
     def _choice_tasks(self, shots: int) -> Task:
         index = torch.arange(_CHOICE_TASKS)
-        shots = min(shots, int(self.splits["val"].length.min()) - 1)
-        return self.sample("val", index, task_keys(self.split_seed, "val", index), shots, None)
+        split: Split = "val" if self.splits["val"].names else "train"
+        shots = min(shots, int(self.splits[split].length.min()) - 1)
+        return self.sample(split, index, task_keys(self.split_seed, split, index), shots, None)
 
     def _global_fit(self, tasks: Task, degree: int) -> Tensor:
         curves = self.splits["train"]
@@ -217,8 +271,9 @@ def _real_rows(curves: _Curves) -> Tensor:
 
 
 def _gather(names: list[str], rows: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> _Curves:
-    length = torch.tensor([len(rows[name]) for name in names])
-    padded = [torch.zeros(len(names), int(length.max()), values.shape[1], dtype=torch.float64) for values in (x, y)]
+    length = torch.tensor([len(rows[name]) for name in names], dtype=torch.int64)
+    longest = int(length.max()) if names else 0
+    padded = [torch.zeros(len(names), longest, values.shape[1], dtype=torch.float64) for values in (x, y)]
     for task, name in enumerate(names):
         for target, values in zip(padded, (x, y), strict=True):
             target[task, : length[task]] = torch.from_numpy(values[rows[name]])

@@ -1,6 +1,5 @@
 """A matrix, generated or the user's own, posed in each outer step."""
 
-import csv
 import math
 from pathlib import Path
 from typing import get_args
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from metalit.data.base import Split, task_keys
+from metalit.data.cells import LARGEST, MISSING, decimal_comma, value_of
 from metalit.data.draws import DrawsDataModule, expanded
+from metalit.data.files import check_file, read_records, shown
 from metalit.errors import InputError
 from metalit.keys import fold, normal, permutation
 from metalit.problem import Matrix
-
-_MISSING = ("", "na")  # beside "NaN", which is a number to Python
 
 
 class MatrixDataModule(DrawsDataModule):
@@ -129,13 +128,13 @@ def read_matrix(file: str, missing: bool) -> Tensor:
     reader = {".npy": _read_npy, ".csv": _read_csv}.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{owner}: the suffix {path.suffix!r} is neither '.npy' nor '.csv'; save it as one of those")
-    if not path.is_file():
-        raise InputError(f"{owner}: there is no such file (looked in {Path.cwd()})")
+    check_file(file, "data.file")
     values = reader(path, owner)
     if values.ndim != 2 or not values.size:
         raise InputError(f"{owner} has shape {list(values.shape)}; give a matrix [rows, columns] of one entry at least")
     for what, bad, way_out in (
         ("infinite", np.isinf(values), "mend it"),
+        (f"beyond ±{LARGEST:.2g}, the largest of single precision", np.abs(values) > LARGEST, "change the units"),
         ("missing (NaN)", np.isnan(values) & (not missing), "mend it, or set data.missing=true to leave it unobserved"),
     ):
         if bad.any():
@@ -160,35 +159,26 @@ def _read_npy(path: Path, owner: str) -> np.ndarray:
 
 
 def _read_csv(path: Path, owner: str) -> np.ndarray:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.reader(handle)
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except (csv.Error, UnicodeDecodeError) as cause:
-        raise InputError(f"{owner} is no CSV table: {cause}") from None
-    rows = []
-    for position, (line, cells) in enumerate(lines):
-        numbers = [_number(cell) for cell in cells]
-        if position == 0 and set(numbers) == {None}:
+    cells, lines, separator = read_records(path, "data.file")
+    comma = decimal_comma([cell.strip() for record in cells for cell in record], separator, owner)
+    rows: list[list[float]] = []
+    for position, (line, record) in enumerate(zip(lines, cells, strict=True)):
+        values = [value_of(cell.strip(), comma) for cell in record]
+        texts = [
+            cell
+            for cell, value in zip(record, values, strict=True)
+            if np.isnan(value) and cell.strip().lower() not in MISSING
+        ]
+        if position == 0 and len(texts) == len(record):
             continue  # a header
-        if None in numbers:
+        if texts:
             raise InputError(
-                f"{owner}: line {line} holds {cells[numbers.index(None)]!r}; every cell must be a number, so remove "
-                "names of rows and mend the others"
+                f"{owner}: line {line} holds {shown(texts[0], 40)}; every cell must be a number, so remove names of "
+                "rows and mend the others"
             )
-        if rows and len(numbers) != len(rows[0]):
+        if rows and len(values) != len(rows[0]):
             raise InputError(
-                f"{owner}: line {line} has {len(numbers)} cell(s) and the first row {len(rows[0])}; mend the commas"
+                f"{owner}: line {line} has {len(values)} cell(s) and the first row {len(rows[0])}; mend the commas"
             )
-        rows.append(numbers)
+        rows.append(values)
     return np.array(rows, dtype=np.float64)
-
-
-def _number(cell: str) -> float | None:
-    """The number in a cell, NaN if it is missing, nothing if it is another text."""
-    if cell.strip().lower() in _MISSING:
-        return math.nan
-    try:
-        return float(cell)
-    except ValueError:
-        return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.files import tell
 from metalit.data.stream import EvalStream, TrainStream, fused_steps
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
@@ -46,10 +47,11 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         seed: the seed of every draw; independent of ``seed_everything``, which seeds the network's initial weights.
         predict_file: for prediction: a CSV file of new tasks with the columns of the distribution; rows with y are
             support, rows without are asked.
+        predict_one_task: whether that file has no column of tasks, because all its rows are of one.
 
     Raises:
         InputError: a number that is not positive or that the tasks cannot give; ``train.tasks`` that the ranks do not
-            divide; no ``max_steps``; no ``predict_file`` in prediction.
+            divide; no ``max_steps``; no ``predict_file`` in prediction; a split without a task where it is needed.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         test: Episodes = Episodes(tasks=600),
         seed: int = 0,
         predict_file: str | None = None,
+        predict_one_task: bool = False,
     ) -> None:
         super().__init__()
         if _given_hyperparameters.get() is not None:
@@ -69,6 +72,7 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
         self.seed = seed
         self.predict_file = predict_file
+        self.predict_one_task = predict_one_task
         for split, episodes in self.episodes.items():
             for name in ("tasks", "shots", "queries"):
                 value = getattr(episodes, name)
@@ -82,9 +86,13 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         if stage == "predict":
             if self.predict_file is None:
                 raise InputError("data.predict_file: predict needs a CSV file of points; add --data.predict_file FILE")
-            self.asked: Asked = read_asked(self.predict_file, self.tasks.columns)
+            self.asked: Asked = read_asked(
+                self.predict_file, self.tasks.columns, self.tasks.levels, self.predict_one_task
+            )
             return
+        self.tasks.needs({split: episodes.shots + 1 for split, episodes in self.episodes.items()})
         self.tasks.prepare()
+        self._check_wanted(stage)
         for split, episodes in self.episodes.items():
             self.tasks.check(split, episodes.shots, _rows(episodes))
             if episodes.tasks == "all" and self.tasks.count(split) is None:
@@ -93,7 +101,7 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
                 )
         ranks, train = self._ranks[1], self.episodes["train"]
         for split in ("val", "test"):
-            if self._count(split) < ranks:
+            if 0 < self._count(split) < ranks:
                 raise InputError(
                     f"data.{split}.tasks={self._count(split)} leaves some of {ranks} processes without a task; "
                     f"give {ranks} at least"
@@ -102,6 +110,17 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
             raise InputError(
                 f"data.train.tasks={train.tasks} tasks in each outer step cannot be shared by {ranks} processes; "
                 f"choose a multiple of {ranks}"
+            )
+
+    def _check_wanted(self, stage: str) -> None:
+        """A split may have no task where none is asked for; training without validation goes by its last step."""
+        needed = {"validate": "val", "test": "test"}.get(stage)
+        if needed and self.tasks.count(needed) == 0:
+            raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {stage}")
+        if stage == "fit" and self.tasks.count("val") == 0:
+            tell(
+                "data.tasks.val: no task is held out for validation, so there is no best checkpoint: the last one is "
+                "what is learned (--ckpt_path last)"
             )
 
     def draw(self, split: Split, index: Tensor) -> Task:
@@ -126,9 +145,9 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
             fused_steps(self.trainer),
         )
 
-    def val_dataloader(self) -> EvalStream:
+    def val_dataloader(self) -> EvalStream | list[Task]:
         """The validation tasks: the same ones every time."""
-        return self._eval_stream("val")
+        return self._eval_stream("val") if self._count("val") else []
 
     def test_dataloader(self) -> EvalStream:
         """The test tasks: the same ones every time."""
@@ -149,7 +168,8 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
 
     def _count(self, split: Split) -> int:
         tasks = self.episodes[split].tasks
-        return self.tasks.count(split) if tasks == "all" else tasks
+        there_are = self.tasks.count(split)
+        return there_are if tasks == "all" or there_are == 0 else tasks
 
     @property
     def _ranks(self) -> tuple[int, int]:

@@ -10,10 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metalit.data.table import check_columns, line_of, numbers, read_table
+from metalit.data.cells import MISSING, line_of, numbers
+from metalit.data.table import check_columns, read_table
 from metalit.errors import InputError
-
-_MISSING = ("na", "nan", "n/a", "null", "?")  # what tools write for a number that is missing
 
 
 class Rows(NamedTuple):
@@ -114,9 +113,9 @@ class CsvRows(RowSource):
         if twice:
             raise InputError(f"data.rows: {twice} stand twice among x and y; each column has one role")
         owner = f"data.rows.file={self.file!r}"
-        frame = read_table(self.file, "data.rows.file", self.y if self.classes else None)
+        frame = read_table(self.file, "data.rows.file")
         check_columns(frame, named, owner)
-        columns = list(self.x) if self.x else [str(name) for name in frame.columns if name != self.y]
+        columns = list(self.x) if self.x else _all_inputs(frame, self.y, owner)
         if not columns:
             raise InputError(f"{owner}: there is no column but the target {self.y!r}; add a column of inputs")
         hint = "" if self.x else ", or name the columns of inputs in data.rows.x"
@@ -135,13 +134,26 @@ def _numbers(frame: pd.DataFrame, names: Sequence[str], owner: str, hint: str) -
         raise InputError(f"{error}{hint}") from None
 
 
+def _all_inputs(frame: pd.DataFrame, target: str, owner: str) -> list[str]:
+    """All columns but the target; those without a name and without a cell, as trailing commas make them, are none."""
+    columns = [name for position, name in enumerate(frame.columns) if name or (frame.iloc[:, position] != "").any()]
+    if "" in columns:
+        raise InputError(
+            f"{owner}: column {columns.index('') + 1} has no name, as numbers of rows have none; name it if it is an "
+            "input, or name the columns of inputs in data.rows.x"
+        )
+    columns = [name for name in columns if name != target]
+    check_columns(frame, columns, owner)
+    return columns
+
+
 def _classes(frame: pd.DataFrame, column: str, owner: str) -> tuple[Tensor, list[str]]:
     """The number of each row's class, ``[rows]``, and the names of the classes."""
-    texts = frame[column].str.strip()
-    parsed = pd.to_numeric(texts, errors="coerce").to_numpy()
+    texts = frame[column]
+    parsed = pd.to_numeric(texts, errors="coerce").to_numpy()  # whole numbers keep all their digits
     real = np.isfinite(parsed)
-    empty = texts.isna().to_numpy()
-    odd = empty | texts.str.lower().isin(_MISSING).to_numpy() | np.isinf(parsed)
+    empty = (texts == "").to_numpy()
+    odd = texts.str.lower().isin(MISSING).to_numpy() | np.isinf(parsed)
     # among numbers, a "NaN" is a missing label and no class of its own
     absent = odd if real.any() and (real | odd).all() else empty
     if absent.any():

@@ -1,7 +1,7 @@
 """Normalisation of inputs and outputs, and the way back to the user's units."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Scaling:
     """Each column's mean and standard deviation: ``normalised = (value − mean) / std``, in ``float64``.
+
+    ``x_min`` … ``y_max`` are the range of the training data, where it is known; they scale nothing.
 
     >>> scaling = Scaling(x_mean=[10.0], x_std=[2.0], y_mean=[0.0], y_std=[1.0])
     >>> scaling.normalise_x(torch.tensor([[14.0]]))
@@ -20,6 +22,10 @@ class Scaling:
     x_std: Sequence[float]
     y_mean: Sequence[float]
     y_std: Sequence[float]
+    x_min: Sequence[float] = field(default=(), compare=False)
+    x_max: Sequence[float] = field(default=(), compare=False)
+    y_min: Sequence[float] = field(default=(), compare=False)
+    y_max: Sequence[float] = field(default=(), compare=False)
 
     @classmethod
     def identity(cls, inputs: int, outputs: int) -> "Scaling":
@@ -32,16 +38,37 @@ class Scaling:
         return self != Scaling.identity(len(self.x_mean), len(self.y_mean))
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> "Scaling":
-        """The scaling of ``[rows, columns]`` values; a constant column is only centred."""
+    def of(cls, x: Tensor, y: Tensor, plain: Tensor | None = None) -> "Scaling":
+        """The scaling of ``[rows, columns]`` values; a constant column is only centred.
 
-        def spread(values: Tensor) -> list[float]:
+        Args:
+            x, y: the values.
+            plain: ``[inputs]``, whether a column of x stays as it is, as those of 0 and 1 do.
+        """
+
+        def spread(values: Tensor) -> Tensor:
             std = values.std(0, correction=0)
             # a constant column has a deviation of rounding errors
             constant = values.amax(0) == values.amin(0)
-            return torch.where(constant, torch.ones_like(std), std).tolist()
+            return torch.where(constant, torch.ones_like(std), std)
 
-        return cls(x.mean(0).tolist(), spread(x), y.mean(0).tolist(), spread(y))
+        plain = torch.zeros(x.shape[1], dtype=torch.bool) if plain is None else plain
+        x_mean, x_std = torch.where(plain, 0.0, x.mean(0)), torch.where(plain, 1.0, spread(x))
+        ranges = (values.tolist() for side in (x, y) for values in (side.amin(0), side.amax(0)))
+        return cls(x_mean.tolist(), x_std.tolist(), y.mean(0).tolist(), spread(y).tolist(), *ranges)
+
+    def agrees(self, state: dict[str, list[float]]) -> bool:
+        """Whether another scaling's :meth:`state` is this one, but for the rounding errors of other machines."""
+
+        kept = Scaling(**state)
+
+        def near(own: Sequence[float], other: Sequence[float], units: Sequence[float]) -> bool:
+            pairs = zip(own, other, units, strict=False)
+            return len(own) == len(other) and all(abs(a - b) <= 1e-9 * (abs(a) + unit) for a, b, unit in pairs)
+
+        sides = ((self.x_mean, kept.x_mean, self.x_std), (self.y_mean, kept.y_mean, self.y_std))
+        stds = ((self.x_std, kept.x_std, self.x_std), (self.y_std, kept.y_std, self.y_std))
+        return all(near(*side) for side in (*sides, *stds))
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``."""

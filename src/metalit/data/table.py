@@ -1,15 +1,16 @@
 """The user's tables: reading, checking and grouping by task."""
 
-import csv
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from metalit.data.cells import Categories, inputs, line_of, missing_cells, numbers, value_of
+from metalit.data.files import read_records, shown, tell
 from metalit.errors import InputError
 
 
@@ -25,7 +26,8 @@ class Asked(NamedTuple):
     """A table of new tasks: rows with y are support, rows without are asked.
 
     ``frame`` is the user's table; ``rows`` holds, by task, the positions of its rows, support before asked, and
-    ``shots`` the number of support rows; ``x`` and ``y`` are its numbers, ``[rows, columns]``, y NaN where asked.
+    ``shots`` the number of support rows; ``x`` and ``y`` are its numbers, ``[rows, inputs]`` and ``[rows, outputs]``,
+    y NaN where asked.
     """
 
     frame: pd.DataFrame
@@ -35,96 +37,102 @@ class Asked(NamedTuple):
     y: np.ndarray
 
 
-def read_table(file: str | Path, owner: str, task: str | None) -> pd.DataFrame:
-    """Read a CSV file; the names in the column ``task``, if there is one, stay as they are written.
+def read_table(file: str | Path, owner: str) -> pd.DataFrame:
+    """Read a file of cells with a header; all cells stay texts, without the spaces around them.
+
+    The index holds the line of the file that each row ends in; ``attrs`` the ``separator``, and the ``decimal`` sign
+    once :func:`numbers` has found it.
 
     Raises:
-        InputError: no such file, no table in it, no row, or rows of more cells than the header.
+        InputError: what :func:`~metalit.data.files.read_records` raises; no row, or rows of more cells than the header.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"{owner}={str(file)!r}: there is no such file (looked in {Path.cwd()})")
-    try:
-        # na_values: an empty cell is missing; a text such as "NA" may be the name of a task
-        frame = pd.read_csv(
-            path, keep_default_na=False, na_values=[""], skipinitialspace=True, dtype={task: str} if task else None
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as cause:
-        raise InputError(f"{owner}={str(file)!r} is no CSV table: {str(cause).strip()}") from None
-    if frame.empty:
-        raise InputError(f"{owner}={str(file)!r} has no row below its header")
-    if not isinstance(frame.index, pd.RangeIndex):
-        # pandas takes the first column for names of rows then, and shifts all others
-        raise InputError(f"{owner}={str(file)!r}: its rows have more cells than its header; mend the commas")
-    frame.attrs["file"] = str(path)
+    cells, lines, separator = read_records(file, owner)
+    owner = f"{owner}={shown(str(file))}"
+    if not cells:
+        raise InputError(f"{owner} is no CSV table: it is empty")
+    header, *rows = [[cell.strip() for cell in record] for record in cells]
+    if not rows:
+        raise InputError(f"{owner} has no row below its header")
+    width = len(header)
+    for line, row in zip(lines[1:], rows, strict=True):
+        if len(row) > width:
+            raise InputError(
+                f"{owner} is no CSV table: expected {width} cells in line {line}, saw {len(row)}: more cells than its "
+                "header; mend the commas"
+            )
+        row.extend([""] * (width - len(row)))
+    frame = pd.DataFrame(rows, index=pd.Index(lines[1:], name="line"), columns=header, dtype=object)
+    frame.attrs.update(separator=separator, decimal=".")
     return frame
 
 
-def line_of(frame: pd.DataFrame, row: int) -> int:
-    """The line of the file that a row of its table ends in: blank lines and line breaks in quotes count."""
-    with open(frame.attrs["file"], newline="") as handle:
-        reader = csv.reader(handle)
-        lines = (reader.line_num for record in reader if record)
-        return next(islice(lines, row + 1, None))
-
-
 def check_columns(frame: pd.DataFrame, names: Sequence[str], owner: str) -> None:
-    """Raise an :class:`InputError` for a column that the table lacks, naming the nearest one."""
+    """Raise an :class:`InputError` for a column that the table lacks, naming the nearest one, or has twice."""
+    present = list(frame.columns)
     for name in names:
-        if name not in frame.columns:
-            near = get_close_matches(name, map(str, frame.columns), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "name one of those"
-            raise InputError(f"{owner}: there is no column {name!r}, only {list(frame.columns)}; {hint}")
+        if name not in present:
+            near = nearest(name, present)
+            hint = f"did you mean {near!r}?" if near else "name one of those"
+            raise InputError(f"{owner}: there is no column {name!r}, only {_some(present, 40)}; {hint}")
+        if present.count(name) > 1:
+            raise InputError(f"{owner}: its header has {present.count(name)} columns {name!r}; rename all but one")
+
+
+def nearest(name: str, present: Sequence[str]) -> str | None:
+    """The name that was meant: the same but for case and spaces, or a similar one."""
+    plain = {re.sub(r"[\W_]+", "", other).casefold(): other for other in present if other}
+    found = get_close_matches(re.sub(r"[\W_]+", "", name).casefold(), list(plain), n=1)
+    return plain[found[0]] if found else None
 
 
 def check_named(frame: pd.DataFrame, task: str, owner: str) -> None:
-    """Raise an :class:`InputError` for a row that does not say which task it belongs to."""
-    unnamed = np.flatnonzero(frame[task].isna())
+    """Check that each row says which task it belongs to; tell of names that may be one.
+
+    Raises:
+        InputError: a row does not.
+    """
+    unnamed = np.flatnonzero(frame[task] == "")
     if len(unnamed):
         line = line_of(frame, unnamed[0])
         raise InputError(f"{owner}: column {task!r} holds an empty cell in line {line}; name the task")
+    spelt: dict[str, list[str]] = {}
+    for name in frame[task].unique():
+        spelt.setdefault(_spoken(name), []).append(name)
+    alike = [names for names in spelt.values() if len(names) > 1]
+    if alike:
+        more = f", and {len(alike) - 1} more such" if len(alike) > 1 else ""
+        tell(f"{owner}: {alike[0]} in column {task!r} are {len(alike[0])} tasks{more}; mend the names if they are one")
 
 
-def numbers(frame: pd.DataFrame, names: Sequence[str], owner: str, missing: bool = False) -> np.ndarray:
-    """Return columns as ``[rows, columns]`` in ``float64``.
+def _spoken(name: str) -> str:
+    """A name as one would read it out: "P 1" and "p1", "01" and "1.0" are one."""
+    value = value_of(name)
+    return re.sub(r"\s+", "", name).casefold() if np.isnan(value) else f"{value:.15g}"
+
+
+def read_asked(
+    file: str | Path, columns: Columns, categories: Categories | None = None, one_task: bool = False
+) -> Asked:
+    """Read the points of new tasks.
 
     Args:
-        missing: whether cells may be empty; they become NaN.
+        file: a file as those of :func:`~metalit.data.table.read_table`.
+        columns: what its columns are called.
+        categories: the levels of those inputs that are texts.
+        one_task: there is no column of tasks, and all rows are of one.
 
     Raises:
-        InputError: a text, an infinite value, or (unless ``missing``) an empty cell, with its line in the file.
+        InputError: what :func:`~metalit.data.table.read_table`, ``check_columns`` and ``numbers`` raise; no column of
+            tasks, unless ``one_task``; a row without its task or with only some of its outputs; a task without any row
+            that has y; no row that asks.
     """
-    values = frame[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
-    empty = frame[list(names)].isna().to_numpy()
-    bad = ~np.isfinite(values) & ~(empty if missing else np.zeros_like(empty))
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        value = frame[names[column]].iloc[row]
-        cell = "an empty cell" if empty[row, column] else repr(value if isinstance(value, str) else float(value))
-        more = f" ({bad.sum()} such cells in all)" if bad.sum() > 1 else ""
-        raise InputError(
-            f"{owner}: column {names[column]!r} holds {cell} in line {line_of(frame, row)}{more}; "
-            "every cell must be a finite number, so mend or remove the row"
-        )
-    return values
-
-
-def read_asked(file: str | Path, columns: Columns) -> Asked:
-    """Read the points of new tasks; without a task column, all rows belong to one task.
-
-    Raises:
-        InputError: what :func:`read_table`, :func:`check_columns` and :func:`numbers` raise; a row without its task or
-            with only some of its outputs; a task without any row that has y; no row that asks.
-    """
-    frame = read_table(file, "data.predict_file", columns.task)
+    frame = read_table(file, "data.predict_file")
     owner = f"data.predict_file={str(file)!r}"
-    has_tasks = columns.task in frame.columns
-    others = [str(name) for name in frame.columns if name not in (*columns.x, *columns.y)]
-    if not has_tasks and get_close_matches(columns.task.lower(), [name.lower() for name in others], n=1):
-        check_columns(frame, [columns.task], owner)
+    _check_task(frame, columns, one_task, owner)
     check_columns(frame, [*columns.x, *columns.y], owner)
-    x, y = numbers(frame, columns.x, owner), numbers(frame, columns.y, owner, missing=True)
-    if has_tasks:
+    x = inputs(frame, columns.x, categories or {}, owner)
+    y = numbers(frame, columns.y, owner, missing=True)
+    if not one_task:
         check_named(frame, columns.task, owner)
     given = ~np.isnan(y)
     partial = np.flatnonzero(given.any(1) & ~given.all(1))
@@ -135,10 +143,11 @@ def read_asked(file: str | Path, columns: Columns) -> Asked:
     support = given.all(1)
     if support.all():
         raise InputError(f"{owner}: no row asks for a prediction; leave {columns.y[0]!r} empty in the rows to predict")
-    names = frame[columns.task] if has_tasks else pd.Series("task", index=frame.index)
+    _tell_of_words(frame, columns, owner)
+    names = pd.Series("task", index=frame.index) if one_task else frame[columns.task]
     rows, shots = {}, {}
-    for name, group in names.groupby(names, sort=False):
-        positions = group.index.to_numpy()
+    for name in names.unique():
+        positions = np.flatnonzero(names == name)
         rows[name] = [*positions[support[positions]].tolist(), *positions[~support[positions]].tolist()]
         shots[name] = int(support[positions].sum())
         if not shots[name]:
@@ -146,3 +155,32 @@ def read_asked(file: str | Path, columns: Columns) -> Asked:
                 f"{owner}: task {name!r} has no row with {list(columns.y)}, so there is nothing to adapt to; add one"
             )
     return Asked(frame, rows, shots, x, y)
+
+
+def _check_task(frame: pd.DataFrame, columns: Columns, one_task: bool, owner: str) -> None:
+    present = list(frame.columns)
+    if one_task and columns.task in present:
+        raise InputError(f"data.predict_one_task=true: {owner} has the column {columns.task!r} of tasks; leave one out")
+    if not one_task and columns.task not in present:
+        others = [name for name in present if name not in (*columns.x, *columns.y)]
+        near = nearest(columns.task, others)
+        hint = f"did you mean {near!r}? R" if near else "r"
+        raise InputError(
+            f"{owner}: there is no column {columns.task!r}, which tells the tasks apart, only {present}; {hint}ename "
+            "that column, or, if all rows are of one task, set data.predict_one_task=true"
+        )
+    check_columns(frame, [] if one_task else [columns.task], owner)
+
+
+def _tell_of_words(frame: pd.DataFrame, columns: Columns, owner: str) -> None:
+    """Say which words, beside empty cells, were taken for questions."""
+    cells = frame[list(columns.y)].to_numpy()[missing_cells(frame, columns.y)]
+    words = cells[cells != ""]
+    if len(words):
+        found = sorted(set(words))
+        tell(f"{owner}: {len(words)} cell(s) of {list(columns.y)} hold {found}, and are asked like empty ones")
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    """A list of names, cut where it is long."""
+    return str(list(names)) if len(names) <= most else f"{str(list(names[:most]))[:-1]}, … {len(names)} in all]"

@@ -230,7 +230,7 @@ class MetaLearner(TwoLevelLearner):
         if "scaling" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no scaling of its data")
         kept = checkpoint["scaling"]
-        if self.scaling is not None and kept != self.scaling.state():
+        if self.scaling is not None and not (kept and self.scaling.agrees(kept)):
             raise InputError(
                 f"ckpt_path: the checkpoint was trained on data with the scaling {kept}, and the present data has "
                 f"{self.scaling.state()}; give the table and the split that it was trained on"

@@ -1,0 +1,108 @@
+"""Which tasks of a table are for training, validation and test."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+
+from metalit.data.base import Split
+from metalit.data.files import check_file, read_text
+from metalit.data.table import nearest
+from metalit.errors import InputError
+from metalit.keys import fold as folded
+from metalit.keys import permutation
+
+HeldOut = float | str | Sequence[str]
+
+
+class Partition(NamedTuple):
+    """Tasks are split by name, whole.
+
+    ``val`` and ``test`` are a fraction of all tasks, a list of names, or a text file of names, one a line. With
+    ``folds``, test is number ``fold`` of so many parts of equal size instead, and every task is in one of them.
+    """
+
+    val: HeldOut
+    test: HeldOut
+    split_seed: int
+    folds: int | None
+    fold: int
+
+    def check(self) -> None:
+        """Check what can be checked without the table.
+
+        Raises:
+            InputError: a fraction beyond its range, no such file, a fold that is none.
+        """
+        for split in ("val", "test"):
+            held = getattr(self, split)
+            if isinstance(held, int | float) and not 0 <= held < 1:
+                raise InputError(
+                    f"data.tasks.{split}={held} must be a fraction between 0 and 1 of the tasks (0 for none), a list "
+                    "of their names, or a file of names"
+                )
+        folds = self.folds
+        if folds is not None and not (folds >= 2 and 0 <= self.fold < folds):
+            raise InputError(
+                f"data.tasks.folds={folds} must be at least 2, and data.tasks.fold={self.fold} from 0 to "
+                f"{max(folds - 1, 1)}"
+            )
+
+    def of(self, names: Sequence[str], owner: str) -> dict[Split, list[str]]:
+        """Split tasks.
+
+        Raises:
+            InputError: names of no task, or in two splits; a split that is wanted and has no task.
+        """
+        shuffled = permutation(folded(torch.tensor(self.split_seed), len(get_args(Split))), len(names)).tolist()
+        order = [names[position] for position in shuffled]
+        named = {split: self._named(split, names) for split in ("val", "test")}
+        if self.folds is not None:
+            named["test"] = order[self.fold :: self.folds]
+        twice = sorted({*(named["val"] or ())} & {*(named["test"] or ())})
+        if twice:
+            raise InputError(f"data.tasks: {twice[:5]} would be in val and in test; each task is in one split")
+        rest = [name for name in order if name not in {*(named["val"] or ()), *(named["test"] or ())}]
+        chosen: dict[Split, list[str]] = {}
+        for split in ("test", "val"):
+            count = round(len(names) * getattr(self, split)) if named[split] is None else 0
+            chosen[split] = rest[:count] if named[split] is None else named[split]
+            rest = rest[count:]
+        chosen["train"] = rest
+        wanted = [split for split in ("val", "test") if getattr(self, split) or (self.folds and split == "test")]
+        if not all(chosen[split] for split in ("train", *wanted)):
+            raise InputError(
+                f"{owner}: {len(names)} task(s) cannot be split into train, val and test with {self._said()}: each "
+                "split needs one at least; change the fractions or add tasks"
+            )
+        return {split: sorted(chosen[split]) for split in get_args(Split)}
+
+    def _said(self) -> str:
+        if self.folds is not None:
+            return f"val={self.val} and folds={self.folds}"
+        return f"val={self.val} and test={self.test}"
+
+    def _named(self, split: Split, names: Sequence[str]) -> list[str] | None:
+        """The tasks that the user names for a split, or None if it is a fraction."""
+        held = getattr(self, split)
+        if isinstance(held, int | float):
+            return None
+        owner, given = f"data.tasks.{split}", held
+        if isinstance(held, str):
+            if held in names and not Path(held).exists():
+                raise InputError(f"{owner}={held!r} is no file of names; for a single task, give a list: [{held}]")
+            check_file(held, owner)
+            given = [line.strip() for line in read_text(held, owner).splitlines() if line.strip()]
+            owner = f"{owner}={held!r}"
+        given = [str(name).strip() for name in given]
+        unknown = [name for name in given if name not in set(names)]
+        if unknown:
+            near = nearest(unknown[0], names)
+            hint = f"did you mean {near!r}?" if near else "each must be the text of a cell in the column of tasks"
+            raise InputError(f"{owner}: there is no task {unknown[0]!r} ({len(unknown)} such name(s)); {hint}")
+        twice = [name for name, count in Counter(given).items() if count > 1]
+        if twice:
+            raise InputError(f"{owner}: {twice[:5]} stand twice; name each task once")
+        return given
