@@ -23,9 +23,10 @@ class AtomicCheckpointIO(CheckedCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        begun = path.with_name(f".{path.name}.part")
+        # no other process has this name, nor has one on another machine
+        begun = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
         try:
-            with begun.open("wb") as file:
+            with begun.open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
