@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.data.base import task_keys
 from metalit.hypergradients import Unrolled
-from metalit.hypergradients.base import for_each_task
+from metalit.hypergradients.tasks import for_each_task
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
 from metalit.modules.interval import mean_with_interval

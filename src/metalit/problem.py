@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import grad
 
+from metalit.autodiff.attention import plain_attention
 from metalit.tree import Tree
 
 
@@ -64,7 +65,12 @@ class Problem(nn.Module, ABC):
 
     A problem is a module, so that its frozen parameters, buffers and data follow it to a device and into checkpoints;
     its methods are pure functions all the same: every variable is an argument, nothing is changed in place.
+
+    Attributes:
+        vectorised: whether many tasks are evaluated at once; found out on the first ones, unless it is set.
     """
+
+    vectorised: bool | None = None
 
     def outer(self) -> dict[str, Tensor]:
         """The outer parameters that the problem brings, with their present values: its trainable parameters."""
@@ -87,7 +93,8 @@ class Problem(nn.Module, ABC):
     def inner_grad(self, inner: Tree, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
         """Return ∇θ inner_loss, which inner optimisers descend."""
         # by position: a problem may name its arguments as it likes, such as theta and phi
-        return grad(lambda inner: self.inner_loss(inner, outer, task, step))(inner)
+        with plain_attention():
+            return grad(lambda inner: self.inner_loss(inner, outer, task, step))(inner)
 
     def scaled(self, value: Tensor) -> Tensor:
         """Return what is differentiated to get the outer gradient in place of ``value``."""

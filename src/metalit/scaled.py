@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from metalit.autodiff.attention import plain_attention
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
 
@@ -69,7 +70,8 @@ class Scaled(Problem):
             factor = torch.minimum(factor, 16 * self.scale)
             return factor * loss, factor
 
-        slope, factor = grad(enlarged, has_aux=True)(inner)
+        with plain_attention():
+            slope, factor = grad(enlarged, has_aux=True)(inner)
         return tree_map(lambda value: value / factor, slope)
 
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:

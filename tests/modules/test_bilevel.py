@@ -559,9 +559,14 @@ class Listing(Renamed):
         return {"loss": self.outer_loss(theta, phi, draw), "each": theta}
 
 
-def test_a_loss_that_decides_by_a_value_is_told(tmp_path):
-    with pytest.raises(InputError, match=r"decides by the value of a tensor.*torch.where"):
-        bare(tmp_path).fit(BilevelLearner(Deciding(), SGD(0.1), Unrolled(1)))
+def test_a_loss_that_decides_by_a_value_is_evaluated_draw_by_draw(tmp_path):
+    module = BilevelLearner(Deciding(), SGD(0.1), Unrolled(1), draws=3)
+    with pytest.warns(UserWarning, match=r"^tasks are evaluated one after the other.*data-dependent control flow"):
+        bare(tmp_path).fit(module)
+    draws = module.train_dataloader().draw(torch.arange(3))
+    tasks, outer = draws, {level: dict(tree) for level, tree in module.constants().items()}
+    each = [Unrolled(1)(module.problem, SGD(0.1), outer, key).loss for key in tasks]
+    torch.testing.assert_close(over_tasks(Unrolled(1), module.problem, SGD(0.1), outer, tasks).loss, sum(each) / 3)
 
 
 def test_a_score_that_is_no_scalar_is_told(tmp_path):

@@ -1,16 +1,15 @@
 """The protocol of a hypergradient, and its average over a batch of tasks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
-from torch.func import vmap
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.errors import InputError
 from metalit.hypergradients.paths import Path, check_paths
+from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
@@ -74,7 +73,7 @@ def over_tasks(
     tasks: Any,
     start: Tree | None = None,
 ) -> Estimate:
-    """Average the loss, the gradient and the metrics over a batch of tasks, vectorised by ``torch.func.vmap``.
+    """Average the loss, the gradient and the metrics over a batch of tasks, as of :func:`for_each_task`.
 
     Args:
         tasks: a task whose tensors have a leading task dimension.
@@ -87,32 +86,9 @@ def over_tasks(
     def one(outer: Outer, pair: tuple[Any, Tree | None]) -> tuple[Any, ...]:
         return tuple(hypergradient(problem, optimizer, outer, *pair))
 
-    loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start))
+    loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
     return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics)
-
-
-def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any) -> Any:
-    """Evaluate ``fn(outer, task)`` for every task of a batch at once; results get a leading task dimension.
-
-    Raises:
-        InputError: the network draws random numbers that do not follow the task's key.
-    """
-    dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
-    try:
-        return vmap(fn, in_dims=(None, dims))(outer, tasks)
-    except RuntimeError as error:
-        if "data-dependent control flow" in str(error):
-            raise InputError(
-                "problem: a loss decides by the value of a tensor (if, while, .item()), which cannot be vectorised "
-                "over tasks; use torch.where"
-            ) from error
-        if "randomness error mode" not in str(error):
-            raise
-        raise InputError(
-            "problem: it, or its network, draws random numbers that would not follow the task; use metalit.keys with "
-            "the task's key, and in a network the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d"
-        ) from error
 
 
 def check_steps(owner: str, steps: int) -> None:

@@ -1,5 +1,6 @@
 """The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -7,10 +8,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from metalit.adapt import Outer, adapt, iterates
+from metalit.autodiff.blame import told
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
-from metalit.hypergradients.base import Hypergradient, for_each_task
+from metalit.hypergradients.base import Hypergradient
+from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.evaluation import Evaluation, accuracies, indices
@@ -101,15 +104,15 @@ class MetaLearner(TwoLevelLearner):
         super().on_fit_start()
         data = self.trainer.datamodule
         if isinstance(data, TaskDataModule):
-            task = data.draw("train", torch.arange(1))
-            try:
-                self.query_losses(task)
-            except RuntimeError as error:
-                raise InputError(
-                    f"model.problem.network cannot take inputs of shape {tuple(task.support.x.shape[1:])}, "
-                    f"{task.support.x.shape[-1]} column(s) of x: {str(error).splitlines()[0]}"
-                ) from error
-            self.try_out(self.cast(task))
+            tasks = self.cast(data.draw("train", torch.arange(2)))
+            with self.told(tasks):
+                self.query_losses(tasks)
+            self.try_out(tasks)
+
+    def told(self, tasks: Task) -> AbstractContextManager[None]:
+        """Tell in one line what is wrong with the user's network, which is tried on tasks."""
+        network = getattr(self.problem, "network", None)
+        return super().told(tasks) if network is None else told("model.problem.network", network, tasks.support.x[0])
 
     # ---- evaluation
 
@@ -180,7 +183,7 @@ class MetaLearner(TwoLevelLearner):
     def judge(self, predictions: Tensor, tasks: Task) -> Tensor:
         """The mean query loss of anybody's ``[tasks, queries, outputs]`` predictions, ``[tasks]``."""
         pairs = (self.cast(predictions), self.cast(tasks.query))
-        return for_each_task(lambda _, pair: self.problem.judge(*pair), self.constants(), pairs)
+        return for_each_task(lambda _, pair: self.problem.judge(*pair), self.constants(), pairs, self.problem)
 
     # ---- use
 
@@ -253,7 +256,7 @@ class MetaLearner(TwoLevelLearner):
         self.evaluation.add(index, self.query_losses(tasks), right)
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
-        return for_each_task(one, self.constants(), self.cast(tasks))
+        return for_each_task(one, self.constants(), self.cast(tasks), self.problem)
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``; unchanged where the data had none."""

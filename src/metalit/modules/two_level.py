@@ -1,6 +1,7 @@
 """What the learners with an inner variable share: the outer variable of problem and inner optimiser, and its step."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, outer_variable
+from metalit.autodiff.blame import told
 from metalit.data.stream import Fused
 from metalit.errors import InputError
-from metalit.hypergradients.base import Hypergradient, for_each_task, over_tasks
+from metalit.hypergradients.base import Hypergradient, over_tasks
+from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
@@ -98,21 +101,38 @@ class TwoLevelLearner(OuterLearner):
         self._told = set()
 
     def try_out(self, tasks: Any, start: Tree | None = None) -> None:
-        """Check problem, inner optimiser and hypergradient on the first task that comes, before anything is trained.
+        """Check problem, inner optimiser and hypergradient on the first tasks that come, before anything is trained.
 
         Raises:
             InputError: what :meth:`~metalit.problem.Problem.check` and
-                :meth:`~metalit.hypergradients.base.Hypergradient.check` raise.
+                :meth:`~metalit.hypergradients.base.Hypergradient.check` raise; a loss or a network that fails.
         """
         if self._tried:
             return
         self._tried = True
-        task, first = (
-            pytree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, t) for t in (tasks, start)
+        few, begun = (
+            pytree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, t) for t in (tasks, start)
         )
-        self.problem.check(task)
-        if self.trainer.state.fn == "fit":
-            self.hypergradient.check(self.problem, self.inner_optimizer, self.constants(), task, first)
+        task, first = (pytree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, t) for t in (few, begun))
+        with self.told(tasks):
+            self.problem.check(task)
+            if self.trainer.state.fn == "fit":
+                self.hypergradient.check(self.problem, self.inner_optimizer, self.constants(), task, first)
+                self._try_a_step(few, begun)
+
+    def _try_a_step(self, tasks: Any, start: Tree | None) -> None:
+        """Find out what only a whole outer step shows: derivatives that are missing, tasks that go one by one alone."""
+        try:
+            over_tasks(self.hypergradient, self.problem, self.inner_optimizer, self.constants(), tasks, start)
+        except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
+            return
+        if self.problem.vectorised is False and self._estimates.compiled is not None:
+            self._estimates.compiled = None
+            say("the outer step is not compiled, since its tasks are evaluated one after the other")
+
+    def told(self, tasks: Any) -> AbstractContextManager[None]:
+        """Tell in one line what is wrong with the user's code, which is tried on tasks."""
+        return told("model.problem", self.problem)
 
     def start(self, tasks: Any) -> Tree | None:
         """Where the inner variables of an outer step start, with a leading dimension of tasks; None for ``init``."""
@@ -241,7 +261,7 @@ class TwoLevelLearner(OuterLearner):
             return values
 
         dtype = next(leaves(outer))[1].dtype
-        values = for_each_task(one, outer, (tasks, path))
+        values = for_each_task(one, outer, (tasks, path), self.problem)
         return Found(torch.empty(0), {}, {name: value.to(dtype).mean() for name, value in values.items()})
 
     # ---- several outer steps on one call of the Trainer
@@ -302,6 +322,10 @@ class TwoLevelLearner(OuterLearner):
                 f"model.fused_steps={self.fused_steps}: the checkpoint is of a run with {began}, and what the Trainer "
                 f"counts are such blocks; go on with model.fused_steps: {began}, or load the weights into a new run"
             )
+
+
+def _taken(tasks: Any, where: int | slice) -> Any:
+    return pytree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tasks)
 
 
 def _part(tasks: Any, steps: int, number: int) -> Any:

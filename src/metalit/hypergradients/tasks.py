@@ -1,0 +1,112 @@
+"""One function of many tasks: at once where torch can, one after the other where it cannot."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_map as pytree_map
+
+from metalit.adapt import Outer
+from metalit.autodiff.attention import plain_attention
+from metalit.autodiff.blame import culprit, first_line, without_second_derivative
+from metalit.errors import InputError
+from metalit.problem import Problem
+from metalit.scaled import Scaled
+
+_DRAWS = (
+    "problem: it, or its network, draws random numbers that would not follow the task; use metalit.keys with the "
+    "task's key, and in a network the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d"
+)
+
+
+def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None = None) -> Any:
+    """Evaluate ``fn(outer, task)`` for every task of a batch at once; results get a leading task dimension.
+
+    Where that cannot be, though each task alone can, they are evaluated one after the other: the numbers are the same,
+    and it is slower, which is told once. From then on that is how tasks of ``problem`` are evaluated.
+
+    Raises:
+        InputError: the network draws random numbers that do not follow the task's key, or holds an operation whose
+            second derivative is asked for and that has none.
+    """
+    if isinstance(problem, Scaled):
+        problem = problem.problem
+    with plain_attention():
+        if problem is not None and problem.vectorised is None:
+            problem.vectorised = True
+            if layer := _recurrent(problem):
+                _give_up(problem, f"{layer} has no rule for many at once")
+        if problem is not None and not problem.vectorised:
+            return _one_after_the_other(fn, outer, tasks, problem)
+        dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
+        try:
+            return vmap(fn, in_dims=(None, dims))(outer, tasks)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a network may do that a batched tensor cannot
+            _raise_if_clear(error)
+            if get_proxy_mode() is not None:  # it is traced, and may fail for that reason alone
+                raise
+            found = _one_after_the_other(fn, outer, tasks, problem)
+            place = culprit(error, problem) if problem is not None else ""
+            _give_up(problem, f"{place + ': ' if place else ''}{first_line(error).split('. ')[0]}")
+            return found
+
+
+def _give_up(problem: Problem | None, reason: str) -> None:
+    if problem is not None:
+        problem.vectorised = False
+    warnings.warn(
+        f"tasks are evaluated one after the other, which is exact and slower: {reason}",
+        stacklevel=3,
+    )
+
+
+def _one_after_the_other(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None) -> Any:
+    values, spec = tree_flatten(tasks)
+    count = len(next(value for value in values if isinstance(value, Tensor)))
+    each = [[value[number] if isinstance(value, Tensor) else value for value in values] for number in range(count)]
+    drawn = _generators()
+    # cuDNN's recurrent layers have no second derivative either
+    plain = torch.backends.cudnn.flags(enabled=False) if problem is not None and _recurrent(problem) else nullcontext()
+    try:
+        with plain:
+            found = [fn(outer, tree_unflatten(leaves, spec)) for leaves in each]
+    except Exception as error:
+        _raise_if_clear(error)
+        raise
+    if any(not torch.equal(now, before) for now, before in zip(_generators(), drawn, strict=True)):
+        raise InputError(_DRAWS)
+    form = tree_flatten(found[0])[1]
+    return tree_unflatten([torch.stack(parts) for parts in zip(*map(tree_leaves, found), strict=True)], form)
+
+
+def _generators() -> list[Tensor]:
+    """The states of the global generators, from which nothing may draw."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def _recurrent(problem: Problem) -> str:
+    """The first recurrent layer, for which torch has no batching rule; under ``vmap`` it may even be wrong."""
+    for name, layer in problem.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            return f"layer {name!r} ({type(layer).__name__})"
+    return ""
+
+
+def _raise_if_clear(error: Exception) -> None:
+    """Raise an :class:`InputError` if it is known what an error means."""
+    if "randomness error mode" in str(error):
+        raise InputError(_DRAWS) from error
+    operation = without_second_derivative(error)
+    if operation:
+        raise InputError(
+            f"problem: torch has no second derivative of {operation}, which it or its network uses; use hypergradient "
+            "FirstOrder with SGD inside, which needs none, or write it with operations that have one"
+        ) from error

@@ -1,0 +1,149 @@
+"""Networks and losses of the user's that fail, or cannot do all that is asked, are told of before training."""
+
+import warnings
+
+import pytest
+import torch
+from fits import parameters, trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from metalit.data import Episodes, Sine, TaskDataModule
+from metalit.errors import InputError
+from metalit.hypergradients import FirstOrder, Unrolled
+from metalit.inner import SGD
+from metalit.modules import BilevelLearner, MetaLearner
+from metalit.networks import MLP
+from metalit.problem import Points, Problem, Task
+from metalit.problems import FewShot
+
+
+def sine():
+    return TaskDataModule(Sine(), *[Episodes(4, 5, 5)] * 3)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.GRU(1, 3, batch_first=True)
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.out(self.deep(x.unsqueeze(1))[0][:, -1])
+
+
+def recurrent(**options):
+    torch.manual_seed(1)
+    return MetaLearner(FewShot(Recurrent()), SGD(0.1), Unrolled(2), eval_steps=2, **options)
+
+
+def test_a_recurrent_network_is_learned_and_told_of_once(tmp_path, capsys):
+    ends = []
+    for options in ({}, {"tasks_per_chunk": 1}, {"compile": True, "fused_steps": 2}):
+        module = recurrent(**options)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer(tmp_path, log_every_n_steps=2).fit(module, sine())
+        lines = [str(line.message) for line in told if "one after the other" in str(line.message)]
+        assert lines == [
+            "tasks are evaluated one after the other, which is exact and slower: layer 'network.deep' (GRU) has no "
+            "rule for many at once"
+        ]
+        assert ("is not compiled, since its tasks" in capsys.readouterr().out) == ("compile" in options)
+        ends.append(parameters(module))
+        assert module.adapt(torch.zeros(3, 1), torch.ones(3, 1))(torch.zeros(2, 1)).shape == (2, 1)
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ends[0]["problem.deep.weight_ih_l0"], parameters(recurrent())["problem.deep.weight_ih_l0"])
+
+
+class Bent(nn.Module):
+    """Two layers with a fault between them."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 4), nn.Linear(4, 1)
+        self.fault = fault
+
+    def forward(self, x):
+        return self.second(self.fault(self.first(x)))
+
+
+class Fault(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+FAULTS = {
+    "too wide": (
+        nn.Linear(2, 1),
+        r"network cannot take inputs of shape \(1,\), 1 column\(s\) of x: mat1 and",
+    ),
+    "deep inside": (
+        nn.Sequential(nn.Linear(1, 4), nn.Sequential(nn.Tanh(), nn.Linear(3, 1))),
+        r"network: layer '1\.1' \(Linear\) fails with RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+    ),
+    "an attribute": (Bent(Fault(lambda x: x.shap)), r"layer 'fault' \(Fault\) fails with AttributeError: .*'shap'"),
+    "numpy": (Bent(Fault(lambda x: x + x.numpy())), r"layer 'fault' \(Fault\) fails with RuntimeError: "),
+    "types": (
+        Bent(Fault(lambda x: x.double())),
+        r"layer 'second' \(Linear\) fails with RuntimeError: .*dtype.*; x is of torch.float32, the network's",
+    ),
+    "arguments": (Bent(nn.Bilinear(4, 4, 4)), r"network: layer 'fault'.*|fails with TypeError: .*missing 1 required"),
+    "no second derivative": (Bent(Fault(lambda x: torch.cdist(x, torch.eye(4)))), r"second derivative of cdist"),
+    "a class too many": (
+        nn.Sequential(Fault(torch.Tensor.long), nn.Embedding(2, 1), nn.Flatten()),
+        r"network: layer '1' \(Embedding\) fails with IndexError: index out of range",
+    ),
+    "one row": (
+        Bent(Fault(lambda x: nn.functional.batch_norm(x[:1], None, None, training=True).expand(5, 4))),
+        r"layer 'fault' \(Fault\) has no statistics of a single value: .*; give more rows, or use GroupNorm or LayerNo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_network_that_fails_is_told_with_its_layer_before_training(name, tmp_path):
+    network, told = FAULTS[name]
+    module = MetaLearner(FewShot(network), SGD(0.1), Unrolled(1))
+    with pytest.raises(InputError, match=told) as raised:
+        trainer(tmp_path).fit(module, sine())
+    assert "\n" not in str(raised.value)
+    assert ("cannot take inputs" in str(raised.value)) == (name == "too wide")
+
+
+def test_a_network_that_fails_on_a_loader_of_the_user_s_is_told_likewise(tmp_path):
+    points = Points(torch.zeros(8, 5, 3), torch.zeros(8, 5, 1))
+    tasks = DataLoader([0, 1], 1, collate_fn=lambda _: Task(points, points, torch.arange(8)))
+    module = MetaLearner(FewShot(MLP([2, 4, 1])), SGD(0.1), FirstOrder(1))
+    with pytest.raises(InputError, match=r"^model.problem.network cannot take inputs of shape \(3,\), 3 column\(s\)"):
+        trainer(tmp_path).fit(module, tasks)
+
+
+class Faulty(Problem):
+    def __init__(self, fault):
+        super().__init__()
+        self.log_weight = nn.Parameter(torch.zeros(()))
+        self.head = Fault(fault)
+
+    def init(self, outer, task):
+        return {"w": torch.ones(3)}
+
+    def inner_loss(self, inner, outer, task, step):
+        return self.head(inner["w"]).square().sum() * outer["log_weight"].exp()
+
+    def outer_loss(self, inner, outer, task):
+        return inner["w"].sum()
+
+
+def test_a_problem_that_fails_is_told_with_its_layer(tmp_path):
+    module = BilevelLearner(Faulty(lambda w: w @ torch.ones(2)), SGD(0.1), Unrolled(1))
+    with pytest.raises(InputError, match=r"^model.problem: layer 'head' \(Fault\) fails with RuntimeError: .*size"):
+        trainer(tmp_path).fit(module)
+    module = BilevelLearner(Faulty(lambda w: torch.cdist(w[None], 2 * w[None])), SGD(0.1), Unrolled(1))
+    with pytest.raises(InputError, match=r"^problem: torch has no second derivative of cdist"):
+        trainer(tmp_path).fit(module)
