@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("problem", "inner"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
-    **dict.fromkeys(("modules", "callbacks", "runs"), 5),
+    **dict.fromkeys(("modules", "callbacks", "runs", "factories"), 5),
     **dict.fromkeys(("cli", "messages", "__main__"), 6),
 }
 SAME_FLOOR = {("modules", "callbacks"), ("callbacks", "modules"), ("cli", "messages"), ("__main__", "cli")}

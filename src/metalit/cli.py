@@ -42,6 +42,7 @@ from metalit.data import (
     TaskDistribution,
 )
 from metalit.errors import InputError, StoppedError
+from metalit.factories import check_factories
 from metalit.hypergradients import Hypergradient
 from metalit.inner import InnerOptimizer
 from metalit.linsolve import LinearSolver
@@ -75,7 +76,8 @@ class MetalitCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self._args = args
         # with subcommands, ${…} must hold below the subcommand's own root
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        # and no value may name os, subprocess, pickle and the like: an empty list makes jsonargparse enforce its own
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=[])
         own = {"exit_on_error": False}
         super().__init__(
             model_class=OuterLearner,
@@ -139,6 +141,8 @@ class MetalitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, before anything is built."""
         config = self.config[self.subcommand]
+        for part in ("model", "data"):
+            check_factories(config.as_dict().get(part), part)
         if config.trainer.val_check_interval == 0:
             raise InputError("trainer.val_check_interval=0 must be a number of steps, or a share of trainer.max_steps")
         if config.trainer.accumulate_grad_batches != 1:

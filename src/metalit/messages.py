@@ -16,6 +16,7 @@ _UNKNOWN = re.compile(
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _KEY = re.compile(r"Parser key \"([^\"]+)\":?")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
+_DENIED = re.compile(r"Importing '(?P<name>[^']+)' is not allowed, denied by")
 _NOISE = re.compile(
     r"^(- )?(Does not validate against|Subtypes:|Errors|Expected a <class 'NoneType'>|Given value|Expected a path but)"
 )
@@ -40,6 +41,9 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> str:
         return f"{where}: {found}" if where else found
     lines = [_CLASS.sub("", _KEY.sub("", line)).strip(" :") for line in message.splitlines()]
     told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.match(line) and line.strip("- "))
+    denied = _DENIED.search(told)
+    if denied:
+        told = f"a config may not name {denied['name']!r}, which can run or change anything; name a class of your own"
     no_class = _NO_CLASS.search(told)
     if no_class:
         told = f"there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"

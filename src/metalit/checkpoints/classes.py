@@ -44,9 +44,7 @@ def arguments(cls: type, kept: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if not isinstance(kept, Mapping) or not all(isinstance(name, str) for name in kept):
         raise InputError(f"{where} is no table of arguments by name")
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):  # what a subclass hands on as **kwargs is annotated above it
-        hints |= _hints(base)
+    hints = hints_of(cls)
     return {name: _built(value, hints.get(name, Any), f"{where}.{name}") for name, value in kept.items()}
 
 
@@ -89,16 +87,19 @@ def _import(parts: list[str]) -> None:
             return
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    init = vars(cls).get("__init__")
-    try:
-        return get_type_hints(init) if init is not None else {}
-    except (NameError, TypeError, AttributeError):
-        return {}  # names that only a type checker knows
+def hints_of(cls: type) -> dict[str, Any]:
+    """What the arguments of a class are declared to be."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):  # what a subclass hands on as **kwargs is annotated above it
+        try:
+            hints |= get_type_hints(base.__init__) if "__init__" in vars(base) else {}
+        except (NameError, TypeError, AttributeError):
+            continue  # names that only a type checker knows
+    return hints
 
 
 def _built(value: Any, hint: Any, where: str) -> Any:
-    kinds = list(_members(hint))
+    kinds = list(members(hint))
     if isinstance(value, dict):
         if "class_path" in value:
             return _object(value, kinds, where)
@@ -122,7 +123,7 @@ def _named(value: str, kinds: list[Any], where: str) -> Any:
     for kind in kinds:
         if get_origin(kind) is type:
             found = find_class(value, where)
-            _check(found, [part for part in _members(get_args(kind)[0]) if isclass(part)] or [nn.Module], value, where)
+            _check(found, [part for part in members(get_args(kind)[0]) if isclass(part)] or [nn.Module], value, where)
             return found
         if isclass(kind) and issubclass(kind, Enum) and value in kind.__members__:
             return kind[value]
@@ -146,7 +147,7 @@ def _object(value: dict[str, Any], kinds: list[Any], where: str) -> Any:
     for part in ("init_args", "dict_kwargs"):
         given |= arguments(cls, value.get(part) or {}, where)
     factories = [kind for kind in kinds if _holds(kind, Callable)]
-    results = [result for kind in factories for result in _members(get_args(kind)[1]) if isclass(result)]
+    results = [result for kind in factories for result in members(get_args(kind)[1]) if isclass(result)]
     if results and issubclass(cls, tuple(results)):
         return partial(cls, **given)
     allowed = [kind for kind in kinds if isclass(kind) and kind is not object]
@@ -172,15 +173,16 @@ def _made(cls: type, given: dict[str, Any], where: str) -> Any:
         raise InputError(f"{where}: {cls.__name__} cannot be built from what the checkpoint keeps: {reason}") from cause
 
 
-def _members(hint: Any) -> Iterator[Any]:
+def members(hint: Any) -> Iterator[Any]:
+    """The types that a type is a union of."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         for part in get_args(hint):
-            yield from _members(part)
+            yield from members(part)
     elif origin is Annotated:
-        yield from _members(get_args(hint)[0])
+        yield from members(get_args(hint)[0])
     elif isinstance(hint, TypeVar):
-        yield from _members(hint.__bound__ or Any)
+        yield from members(hint.__bound__ or Any)
     else:
         yield hint
 
