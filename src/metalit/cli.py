@@ -143,18 +143,6 @@ class MetalitCLI(LightningCLI):
         config = self.config[self.subcommand]
         for part in ("model", "data"):
             check_factories(config.as_dict().get(part), part)
-        if config.trainer.val_check_interval == 0:
-            raise InputError("trainer.val_check_interval=0 must be a number of steps, or a share of trainer.max_steps")
-        if config.trainer.accumulate_grad_batches != 1:
-            raise InputError(
-                f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: gradients are accumulated "
-                "within an outer step; set model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk)"
-            )
-        if config.trainer.gradient_clip_val is not None:
-            raise InputError(
-                f"trainer.gradient_clip_val={config.trainer.gradient_clip_val}: outer gradients are clipped by "
-                "model.clip_norm"
-            )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         name = config.experiment or self._first_config_name()

@@ -21,6 +21,7 @@ from metalit.adapt import Outer
 from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
 from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
+from metalit.modules.epochs import check_epochs_of_loader
 from metalit.modules.finite import FiniteWatch, stopped
 from metalit.modules.gradients import Gradients
 from metalit.modules.handed_back import HandedBack
@@ -29,6 +30,7 @@ from metalit.modules.loss_scale import LossScale
 from metalit.modules.optimizers import check_takes_single_steps, groups, made, settings
 from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.modules.resuming import OuterSettings, check_state
+from metalit.modules.supported import check_trainer, overrides, warn_of_rare_calls
 from metalit.tree import leaves
 
 _SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau)
@@ -92,26 +94,26 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
     def outer(self) -> Outer:
         """The outer variable: a tree of this module's parameters."""
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring no callback; this is the first that the Trainer calls, before anything is written.
+
+        Raises:
+            InputError: what :func:`~metalit.modules.supported.check_trainer` raises.
+        """
+        check_trainer(self)
+        return []
+
     def setup(self, stage: str) -> None:
         """Check that all ranks can be one; see :func:`~metalit.modules.ranks.check_ranks`.
 
         Raises:
-            InputError: they cannot; a fit in 16-true precision, or with validations by the clock.
+            InputError: they cannot; what :meth:`configure_callbacks` raises.
         """
+        check_trainer(self)
         check_ranks(self.trainer)
         self._settings.kept = None
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckedCheckpointIO()
-        if stage == "fit" and self.trainer.precision == "16-true":
-            raise InputError(
-                "trainer.precision='16-true' keeps weights and optimiser in half precision, where small steps and "
-                "Adam's ε are 0; use 16-mixed, bf16-mixed or bf16-true"
-            )
-        if stage == "fit" and self.trainer._val_check_time_interval is not None:
-            raise InputError(
-                "trainer.val_check_interval: a validation by the clock comes at another step in every run, so give a "
-                "number of steps, or a share of trainer.max_steps"
-            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
@@ -125,6 +127,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         check_takes_single_steps(optimizer)
         rates = settings(optimizer, None)  # before a scheduler changes them
         configured: dict[str, Any] = {"optimizer": optimizer}
+        scheduler = None
         if self.make_scheduler is not None:
             scheduler = made("model.scheduler", self.make_scheduler, optimizer, _SCHEDULERS)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
@@ -132,8 +135,9 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
                     "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
                 )
-            configured["lr_scheduler"] = scheduler
-        self._settings.configured = settings(optimizer, configured.get("lr_scheduler")) | rates
+            # for LearningRateMonitor: it is stepped by hand
+            configured["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+        self._settings.configured = settings(optimizer, scheduler) | rates
         return configured
 
     def step_outer(
@@ -240,10 +244,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         hooked += [(self, OuterLearner, "on_before_optimizer_step"), (self, OuterLearner, "optimizer_step")]
         hooked += [(trainer.strategy, Strategy, "optimizer_step")]
         hooked += [(trainer.precision_plugin, Precision, "optimizer_step")]
-        # on the object: LambdaCallback keeps its functions there
-        found = ((getattr(hook, name), getattr(base, name)) for hook, base, name in hooked)
-        heard = (getattr(method, "__func__", method) is not plain for method, plain in found)
-        return self.clip_norm is not None or any(heard)
+        return self.clip_norm is not None or any(overrides(*hook) for hook in hooked)
 
     def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
         """Send scalars to the loggers, on the one x-axis of all: the outer step.
@@ -326,12 +327,18 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
                 "false"
             )
         self._settings.check(optimizer, self.lr_schedulers())
+        warn_of_rare_calls(self)
         self.agreement = Agreement()
         self._finite = FiniteWatch(self.device)
         log_given(self)
 
     def on_train_start(self) -> None:
-        """Say what a checkpoint has changed of the user's settings."""
+        """Say what a checkpoint has changed of the user's settings.
+
+        Raises:
+            InputError: what counts epochs, where the training data has no end.
+        """
+        check_epochs_of_loader(self.trainer)
         self._step_is_heard = self._hears_steps()
         present = settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())
         for line in self._settings.taken_over(present, self.clip_norm):

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -22,6 +22,7 @@ from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.fused import AdamSteps
+from metalit.modules.supported import check_counts
 from metalit.problem import Problem
 from metalit.scaled import Scaled
 from metalit.tree import Tree, leaves, norm, tree_map, unflatten
@@ -266,37 +267,22 @@ class TwoLevelLearner(OuterLearner):
 
     # ---- several outer steps on one call of the Trainer
 
-    def setup(self, stage: str) -> None:
-        """Let the Trainer, which counts its calls, validate after as many outer steps as it was told.
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the Trainer first of all.
 
         Raises:
             InputError: it was told a number of steps that is no multiple of ``fused_steps``, or to limit its calls.
         """
+        callbacks = super().configure_callbacks()
+        if self.trainer.state.fn == "fit" and self.fused_steps > 1:
+            check_counts(self.trainer, self.fused_steps)
+        return callbacks
+
+    def setup(self, stage: str) -> None:
+        """Let the Trainer, which counts its calls, validate after as many outer steps as it was told."""
         super().setup(stage)
         self._asked_interval = self.trainer.val_check_interval
-        if stage != "fit" or self.fused_steps == 1:
-            return
-        names = ("max_steps", "log_every_n_steps", "val_check_interval")
-        numbers = [(f"trainer.{name}", getattr(self.trainer, name)) for name in names]
-        numbers += [
-            (f"{type(saver).__name__}.every_n_train_steps", saver._every_n_train_steps)
-            for saver in self.trainer.checkpoint_callbacks
-            if isinstance(saver, ModelCheckpoint)
-        ]
-        for name, number in numbers:
-            if isinstance(number, int) and number > 0 and number % self.fused_steps:
-                raise InputError(
-                    f"{name}={number} must be a multiple of model.fused_steps={self.fused_steps}: what happens between "
-                    "outer steps happens after that many; model.fused_steps: 1 leaves it free"
-                )
-        limit = self.trainer.limit_train_batches
-        if limit > 0 and (isinstance(limit, int) or limit < 1):
-            raise InputError(
-                f"trainer.limit_train_batches={limit} (or overfit_batches) counts calls of model.fused_steps="
-                f"{self.fused_steps} outer steps each; give the number of outer steps as trainer.max_steps, or set "
-                "model.fused_steps to 1"
-            )
-        if isinstance(self._asked_interval, int):
+        if stage == "fit" and self.fused_steps > 1 and isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
 
     def on_train_start(self) -> None:
