@@ -9,7 +9,7 @@ import metalit
 
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("__init__", "tree", "keys", "errors"), 0),
+    **dict.fromkeys(("__init__", "tree", "keys", "errors", "cache"), 0),
     **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve", "checkpoints"), 1),
     **dict.fromkeys(("problem", "inner"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),

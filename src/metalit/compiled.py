@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from metalit.cache import keep_private
+
 Values = Sequence[Any]
 
 # a singular matrix gives what is not finite, which stops the run; the check that raises would order the program's calls
@@ -31,7 +33,7 @@ class Compiled:
     """``fn`` compiled for each form of its arguments: tree, shapes, types, devices, numbers that are no tensors.
 
     The first call of a form waits for the compiler, runs the program beside ``fn``, and keeps it only if both agree to
-    √ε; programs lie in torch's own cache on disk (``TORCHINDUCTOR_CACHE_DIR``), where the next process finds them.
+    √ε; programs lie in a cache on disk (:func:`~metalit.cache.keep_private`), where the next process finds them.
     Where there is no C++ compiler, ``fn`` cannot be traced, or the results differ, ``fn`` itself runs from then on.
 
     Args:
@@ -83,6 +85,7 @@ class Compiled:
         self.tell(f"compiling {self.name}; once done, the next start of this configuration finds it in the cache")
         begun = monotonic()
         try:
+            keep_private(self.tell)
             program = CompiledProgram(self.host, spec, values)
             apart = _apart(program(values), plain(values))
             if apart:
