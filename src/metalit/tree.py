@@ -61,11 +61,11 @@ def norm(tree: Tree) -> Tensor:
 
 
 def flatten(tree: Tree) -> Tensor:
-    """All entries as one vector, in the order of :func:`leaves`."""
+    """All entries as one vector, in the order of :func:`leaves` and of the widest type among them."""
     return torch.cat([leaf.reshape(-1) for _, leaf in leaves(tree)])
 
 
 def unflatten(vector: Tensor, like: Tree) -> Tree:
-    """The way back from :func:`flatten`: a tree shaped like ``like`` with the entries of ``vector``."""
+    """The way back from :func:`flatten`: a tree of the shapes and types of ``like`` with the entries of ``vector``."""
     pieces = iter(vector.split([leaf.numel() for _, leaf in leaves(like)]))
-    return tree_map(lambda leaf: next(pieces).view_as(leaf), like)
+    return tree_map(lambda leaf: next(pieces).view_as(leaf).to(leaf.dtype), like)

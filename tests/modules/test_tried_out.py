@@ -4,15 +4,15 @@ import warnings
 
 import pytest
 import torch
-from fits import parameters, trainer
+from fits import parameters, regression, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from metalit.data import Episodes, Sine, TaskDataModule
+from metalit.data import BatchDataModule, Episodes, Sine, TaskDataModule
 from metalit.errors import InputError
-from metalit.hypergradients import FirstOrder, Unrolled
-from metalit.inner import SGD
-from metalit.modules import BilevelLearner, MetaLearner
+from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
+from metalit.inner import SGD, Newton
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problem import Points, Problem, Task
 from metalit.problems import FewShot
@@ -147,3 +147,48 @@ def test_a_problem_that_fails_is_told_with_its_layer(tmp_path):
     module = BilevelLearner(Faulty(lambda w: torch.cdist(w[None], 2 * w[None])), SGD(0.1), Unrolled(1))
     with pytest.raises(InputError, match=r"^problem: torch has no second derivative of cdist"):
         trainer(tmp_path).fit(module)
+
+
+class Wide(nn.Module):
+    """Two layers of two types."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(1, 4), nn.Linear(4, 1).to(dtype)
+
+    def forward(self, x):
+        return self.wide(torch.tanh(self.narrow(x)).to(self.wide.weight.dtype)).float()
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1), Newton(1.0)], ids=["SGD", "Newton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_of_several_types_keep_theirs_and_get_the_gradients_of_a_plain_loop(dtype, optimizer, tmp_path):
+    torch.manual_seed(0)
+    module = MetaLearner(
+        FewShot(Wide(dtype)), optimizer, Unrolled(1), optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0)
+    )
+    before, data = parameters(module), sine()
+    own = {name.removeprefix("problem."): value for name, value in before.items()}
+    tasks = module.cast(data.draw("train", torch.arange(4)))
+    slopes = over_tasks(Unrolled(1), module.problem, optimizer, {"problem": own, "optimizer": {}}, tasks).gradient
+    trainer(tmp_path, steps=1, val_check_interval=1).fit(module, data)
+    assert {name: slope.dtype for name, slope in slopes["problem"].items()} == {n: v.dtype for n, v in own.items()}
+    for name, value in parameters(module).items():
+        assert torch.equal(value, before[name] - slopes["problem"][name.removeprefix("problem.")])
+    if dtype == torch.float64:  # not rounded on its way
+        assert not torch.equal(slopes["problem"]["wide.weight"], slopes["problem"]["wide.weight"].float().double())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.complex64, r"^model: its parameter problem\.wide\.weight is of torch\.complex64, and complex"),
+        (torch.half, r"^model: its parameter problem\.wide\.weight is of torch\.float16, where small"),
+    ],
+)
+def test_types_in_which_nothing_can_be_learned_are_refused(dtype, told, tmp_path):
+    with pytest.raises(InputError, match=told):
+        trainer(tmp_path).fit(MetaLearner(FewShot(Wide(dtype)), SGD(0.1), Unrolled(1)), sine())
+    tables = BatchDataModule(regression(inputs=1), batch_size=7)
+    with pytest.raises(InputError, match=told.replace("problem", "network")):
+        trainer(tmp_path).fit(SupervisedLearner(Wide(dtype)), tables)

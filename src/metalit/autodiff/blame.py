@@ -76,10 +76,14 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
             f"{owner}: {place or 'a layer'} has no statistics of a single value: {line}; give more rows, or use "
             "GroupNorm or LayerNorm"
         )
-    kinds = sorted({str(value.dtype) for value in module.parameters()})
-    types = f"; x is of {x.dtype}, the network's parameters of {', '.join(kinds)}" if x is not None else ""
-    told = types if "dtype" in line or "type" in line or "scalar" in line else ""
+    told = _of_types(module, x) if x is not None and ("type" in line or "scalar" in line) else ""
     return f"{owner}{': ' + place if place else ''} fails with {type(error).__name__}: {line}{told}"
+
+
+def _of_types(module: nn.Module, x: Tensor) -> str:
+    kinds = sorted({str(value.dtype) for value in module.parameters()})
+    way_out = " (trainer.precision=64-true makes all double, network.float() single)" if x.is_floating_point() else ""
+    return f"; x is of {x.dtype}, the network's parameters of {', '.join(kinds)}: convert one{way_out}"
 
 
 def _gets_through_a_layer(module: nn.Module, x: Tensor) -> bool:

@@ -38,6 +38,8 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, 
                 f"{type(problem).__name__}.init returned a {type(initial).__name__}; it must return a tensor or a "
                 "dictionary of tensors"
             )
+        check_real("its outer variable", outer["problem"])
+        check_real("its inner variable", initial)
         inner = _free(initial)
         inner_losses, outer_loss = [], problem.outer_loss(inner, own, task)
         check_scalar("outer_loss", problem, outer_loss)
@@ -128,6 +130,16 @@ def _check_bypass(problem: Problem, values: Iterable[Tensor]) -> None:
             "nn.ModuleDict, not in a plain list or dictionary",
             stacklevel=2,
         )
+
+
+def check_real(owner: str, tree: Tree) -> None:
+    """Raise an :class:`InputError` for complex numbers, whose products and norms nothing here is made for."""
+    for name, value in leaves(tree):
+        if value.is_complex():
+            raise InputError(
+                f"problem: {owner} holds complex numbers ({name or 'the tensor'} is of {value.dtype}), which cannot be "
+                "learned; keep real and imaginary parts as real parameters, and join them by torch.complex"
+            )
 
 
 def check_scalar(method: str, problem: Problem, value: Any) -> None:

@@ -23,7 +23,7 @@ from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
 from metalit.modules.epochs import check_epochs_of_loader
 from metalit.modules.finite import FiniteWatch, stopped
-from metalit.modules.gradients import Gradients
+from metalit.modules.gradients import Gradients, check_types
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
@@ -119,6 +119,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
         if next(leaves(self.outer()), None) is None:
             raise InputError("model: it has no trainable parameter to learn; give the problem an nn.Parameter")
+        check_types(self.outer())
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
         # a fused Adam would unscale by itself, after clipping
         default = partial(torch.optim.Adam, fused=self._scaler is None)

@@ -6,7 +6,23 @@ import torch
 from torch import Tensor
 
 from metalit.adapt import Outer
-from metalit.tree import leaves, unflatten
+from metalit.errors import InputError
+from metalit.tree import leaves
+
+
+def check_types(outer: Outer) -> None:
+    """Raise an :class:`InputError` for parameters of a type in which nothing can be learned."""
+    for name, parameter in leaves(outer):
+        if parameter.is_complex():
+            raise InputError(
+                f"model: its parameter {name} is of {parameter.dtype}, and complex numbers cannot be learned; keep "
+                "real and imaginary parts as real parameters, and join them by torch.complex in forward"
+            )
+        if parameter.dtype == torch.half:
+            raise InputError(
+                f"model: its parameter {name} is of {parameter.dtype}, where small steps and Adam's ε are 0; keep it "
+                "in single precision, and set trainer.precision to 16-mixed or bf16-mixed"
+            )
 
 
 class Gradients:
@@ -38,8 +54,10 @@ class Gradients:
                 grad.copy_(view)
 
     def _begin(self, gradient: Tensor) -> None:
-        outer, self._vector, self._slots = self.outer(), torch.empty_like(gradient), []
-        views = leaves(unflatten(self._vector, outer))
-        for (_, parameter), (_, view) in zip(leaves(outer), views, strict=True):
+        parameters = [parameter for _, parameter in leaves(self.outer())]
+        self._vector, self._slots = torch.empty_like(gradient), []
+        pieces = self._vector.split([parameter.numel() for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            view = piece.view_as(parameter)
             parameter.grad = view if view.dtype == parameter.dtype else torch.empty_like(parameter)
             self._slots.append((parameter, parameter.grad, view))
