@@ -10,8 +10,8 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "cache"), 0),
-    **dict.fromkeys(("autodiff", "compiled", "losses", "networks", "linsolve", "checkpoints"), 1),
-    **dict.fromkeys(("problem", "inner"), 2),
+    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "checkpoints"), 1),
+    **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("modules", "callbacks", "runs", "factories"), 5),

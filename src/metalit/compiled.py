@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from metalit.autodiff.untouched import untouched
 from metalit.cache import keep_private
 
 Values = Sequence[Any]
@@ -26,6 +27,9 @@ _UNCHECKED = {torch.ops.aten._linalg_check_errors.default: lambda *_, **__: None
 _OPTIONS = {
     # a program with a loop is kept in the cache as well: what it loops over is part of the graph, and so of its key
     "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__},
+    # a value that is used twice is written out twice, until it is of so many operations: a chain that doubles, as a
+    # hash does, would otherwise be written out a thousand times
+    "realize_cpu_opcount_threshold": 20,
 }
 
 
@@ -86,8 +90,9 @@ class Compiled:
         begun = monotonic()
         try:
             keep_private(self.tell)
-            program = CompiledProgram(self.host, spec, values)
-            apart = _apart(program(values), plain(values))
+            with untouched(self.host.held):
+                program = CompiledProgram(self.host, spec, values)
+                apart = _apart(program(values), plain(values))
             if apart:
                 raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
         except torch.OutOfMemoryError:
@@ -164,7 +169,8 @@ class CompiledProgram(Program):
             for place, tensor in zip(places, tensors[len(names) :], strict=True):
                 leaves[place] = tensor
             state = dict(zip(names, tensors, strict=False))
-            found, self.spec = tree_flatten(functional_call(host, state, (tree_unflatten(leaves, given),)))
+            with untouched(host):
+                found, self.spec = tree_flatten(functional_call(host, state, (tree_unflatten(leaves, given),)))
             self.constants = {place: value for place, value in enumerate(found) if not isinstance(value, Tensor)}
             # one form for what comes out, so that it may go in again
             return [value.contiguous() for value in found if isinstance(value, Tensor)]

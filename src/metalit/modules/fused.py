@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
+from metalit.autodiff.untouched import untouched
 from metalit.compiled import Compiled, repeated
 from metalit.modules.estimates import Found
 from metalit.tree import Tree, leaves, tree_map, unflatten
@@ -146,7 +147,8 @@ class AdamSteps:
             return _at(leaf.reshape(len(rows), -1, *leaf.shape[1:]), number) if isinstance(leaf, Tensor) else leaf
 
         given = unflatten(flat, self.outer), pytree_map(now, tasks), start
-        found = functional_call(self.estimate, held, given)
+        with untouched(self.estimate):
+            found = functional_call(self.estimate, held, given)
         if start is not None:  # in the order of its keys, as it goes in again
             found = found._replace(inner=tree_map(lambda _, value: value, start, found.inner))
         return pytree_map(Tensor.contiguous, found)
