@@ -39,15 +39,16 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny import DATA, LEARNERS
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
 from metalit.errors import InputError
-from metalit.hypergradients import Unrolled
+from metalit.hypergradients import JTg, Unrolled
 from metalit.inner import SGD
-from metalit.modules import MetaLearner
+from metalit.modules import BilevelLearner, MetaLearner
 from metalit.networks import MLP
-from metalit.problems import FewShot
+from metalit.problems import FewShot, ThetaPhi
 
 STEPS = 4
 SAME, WORKS = "same", "works"  # the same parameters as without the option; the same number of steps
@@ -278,6 +279,34 @@ def test_an_average_of_weights_is_of_every_step(tmp_path):
         expected = {name: 0.5 * value + 0.5 * now[name] for name, value in expected.items()}
     for name, value in parameters(module).items():
         torch.testing.assert_close(value, expected[name])
+
+
+def numbers(batch):
+    return [leaf.tolist() for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+
+MAKE = {kind: lambda kind=kind: (LEARNERS[kind](), DATA[kind]()) for kind in LEARNERS}
+MAKE["keys"] = lambda: (BilevelLearner(ThetaPhi([0.7], [0.5]), SGD(0.1), JTg(), draws=3), None)
+
+
+@pytest.mark.parametrize("asked", [2, 0.25])
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_same_batches_are_overfitted_again_and_again(kind, asked, tmp_path):
+    def batches(steps, **options):
+        seen = {"train": [], "val": []}
+        watch = LambdaCallback(
+            on_train_batch_start=lambda run, module, batch, _: seen["train"].append(numbers(batch)),
+            on_validation_batch_start=lambda run, module, batch, *_: seen["val"].append(numbers(batch)),
+        )
+        run = bare(tmp_path, steps, callbacks=[watch], val_check_interval=1.0, num_sanity_val_steps=0, **options)
+        run.limit_val_batches = 1
+        run.fit(*MAKE[kind]())
+        return seen
+
+    plain, found = batches(2), batches(8, overfit_batches=asked)
+    assert found["train"] == plain["train"] * 4
+    assert plain["train"][0] != plain["train"][1]
+    assert found["val"] == plain["val"] * 4
 
 
 # ---- with data that has an end

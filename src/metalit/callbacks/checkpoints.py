@@ -12,17 +12,29 @@ from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.checkpoints import CheckedCheckpointIO
 from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
+from metalit.modules.monitors import Mode, mode_of
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """``best.ckpt``: the learner with the lowest value of a validation metric.
+    """``best.ckpt``: the learner with the best value of a validation metric.
 
     Args:
         monitor: the metric.
+        mode: whether its lowest or its highest value is the best one; if not given, its name tells: the lowest loss or
+            error, the highest accuracy, R², F1 or AUROC.
+
+    Raises:
+        InputError: a metric whose name does not tell, without a ``mode``.
     """
 
-    def __init__(self, monitor: str = "val/loss") -> None:
-        super().__init__(filename="best", monitor=monitor, enable_version_counter=False, save_on_train_epoch_end=False)
+    def __init__(self, monitor: str = "val/loss", mode: Mode | None = None) -> None:
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode=mode_of(monitor, mode, "best_checkpoint"),
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Recall the best score, also where the folder of the run was moved in the meantime.

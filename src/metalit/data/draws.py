@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split
-from metalit.data.stream import Draw, EvalStream, TrainStream, fused_steps
+from metalit.data.stream import Draw, EvalStream, TrainStream, fused_steps, overfitted
 from metalit.errors import InputError
 from metalit.problem import Matrix, Splits
 
@@ -75,7 +75,7 @@ class DrawsDataModule(LoadedSafely, LightningDataModule, ABC):
             raise InputError(
                 f"trainer.max_steps={steps}: draws have no last one, so give the number of outer steps, such as 10000"
             )
-        here = fused_steps(self.trainer)
+        draw, here = overfitted(draw, self.number, self.trainer), fused_steps(self.trainer)
         return TrainStream(draw, self.number, steps, lambda: self.trainer.global_step, *self.ranks, here)
 
     def train_dataloader(self) -> Any:

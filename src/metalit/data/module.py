@@ -13,7 +13,7 @@ from torch import Tensor
 from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.files import tell
-from metalit.data.stream import EvalStream, TrainStream, fused_steps
+from metalit.data.stream import EvalStream, TrainStream, fused_steps, overfitted
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
 from metalit.problem import Task
@@ -136,9 +136,10 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
             raise InputError(
                 f"trainer.max_steps={steps}: tasks have no last one, so give the number of outer steps, such as 10000"
             )
+        tasks = self.episodes["train"].tasks
         return TrainStream(
-            partial(self.draw, "train"),
-            self.episodes["train"].tasks,
+            overfitted(partial(self.draw, "train"), tasks, self.trainer),
+            tasks,
             steps,
             lambda: self.trainer.global_step,
             *self._ranks,

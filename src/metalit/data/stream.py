@@ -27,6 +27,21 @@ def fused_steps(trainer: Trainer) -> int:
     return getattr(trainer.lightning_module, "fused_steps", 1)
 
 
+def overfitted(draw: Draw, tasks: int, trainer: Trainer) -> Draw:
+    """Let the tasks of the first steps come again and again, where the trainer is told so by ``overfit_batches``.
+
+    Args:
+        draw: maps ``[n]`` indices to n tasks.
+        tasks: those of one outer step, over all ranks.
+        trainer: which may overfit a number of steps, or a share of them.
+    """
+    steps = getattr(trainer, "overfit_batches", 0)
+    if not steps:
+        return draw
+    count = tasks * (steps if isinstance(steps, int) else max(1, int(steps * trainer.max_steps)))
+    return lambda index: draw(index % count)
+
+
 class TrainStream:
     """The tasks of every outer step: step s takes the indices s·T … (s+1)·T − 1, and each rank its share of them.
 

@@ -27,6 +27,7 @@ from metalit.modules.gradients import Gradients, check_types
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
+from metalit.modules.monitors import check_monitors
 from metalit.modules.optimizers import check_takes_single_steps, groups, made, settings
 from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.modules.resuming import OuterSettings, check_state
@@ -267,7 +268,11 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         Args:
             metrics: means over the ranks, by name; the loggers get theirs by :meth:`write_scalars`.
             shown: the names of those that the progress bar shows.
+
+        Raises:
+            InputError: a callback or the scheduler waits for a metric that there is not.
         """
+        check_monitors(self, metrics)
         for name, value in metrics.items():
             self.log(name, value, logger=False, prog_bar=name in shown, sync_dist=True, batch_size=1)
         self._handed_back.keep(self.trainer, metrics)
@@ -354,13 +359,14 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         """Step a scheduler that waits for a metric; called at the end of a validation, before its checkpoint is saved.
 
         Raises:
-            InputError: its metric is none of those that are validated.
+            InputError: there is no such metric.
         """
         scheduler = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
         if isinstance(scheduler, ReduceLROnPlateau):
-            if scheduler.monitor not in metrics:
-                raise InputError(f"model.scheduler.monitor={scheduler.monitor!r} is none of {sorted(metrics)}")
-            scheduler.step(metrics[scheduler.monitor])
+            there = {**self.trainer.callback_metrics, **metrics}
+            if scheduler.monitor not in there:
+                raise InputError(f"model.scheduler.monitor={scheduler.monitor!r} is none of {sorted(there)}")
+            scheduler.step(float(there[scheduler.monitor]))
 
     def on_train_end(self) -> None:
         """Never end well on what is not finite."""

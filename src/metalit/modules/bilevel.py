@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, adapt
 from metalit.data.base import Split, task_keys
-from metalit.data.stream import EvalStream, TrainStream
+from metalit.data.stream import EvalStream, TrainStream, overfitted
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
@@ -110,7 +110,7 @@ class BilevelLearner(TwoLevelLearner):
                 f"model.draws={self.draws} draws in each outer step cannot be shared by {ranks} processes; choose a "
                 f"multiple of {ranks}"
             )
-        draw = partial(task_keys, self.seed, "train")
+        draw = overfitted(partial(task_keys, self.seed, "train"), self.draws, self.trainer)
         first, rank = (lambda: self.trainer.global_step), self.trainer.global_rank
         return TrainStream(draw, self.draws, steps, first, rank, ranks, self.fused_steps)
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -59,6 +60,7 @@ def check_trainer(module: LightningModule) -> None:
     _check_hooks(trainer, module)
     for callback in trainer.callbacks:
         _check_callback(callback)
+        _check_waits(callback, trainer)
         if getattr(module, "fused_steps", 1) > 1:
             _check_counter(callback, module.fused_steps)
     if is_endless(trainer):
@@ -118,6 +120,15 @@ def _check_callback(callback: Callback) -> None:
         raise InputError(
             f"callbacks: {type(callback).__name__}.train_time_interval={callback._train_time_interval} does not count "
             "under manual optimisation; use metalit.callbacks.LastCheckpoint(seconds=…)"
+        )
+
+
+def _check_waits(callback: Callback, trainer: Trainer) -> None:
+    early = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val")
+    if early and trainer.limit_val_batches == 0:
+        raise InputError(
+            f"callbacks: {type(callback).__name__} would never see monitor={callback.monitor!r}, as "
+            "trainer.limit_val_batches=0 validates nothing; leave one of them out"
         )
 
 
