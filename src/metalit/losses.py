@@ -22,6 +22,11 @@ def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
     >>> row_losses(None, torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])
     """
+    if not isinstance(prediction, Tensor):
+        raise InputError(
+            f"network: it returned a {type(prediction).__name__}; it must return one tensor [rows, outputs], so wrap "
+            "it in a module that does"
+        )
     # a criterion would broadcast [rows, 1] against [rows] to [rows, rows] without a word
     if target.is_floating_point() and prediction.shape != target.shape:
         raise InputError(
@@ -34,6 +39,8 @@ def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
         values = measure(prediction, target, reduction="none")
     else:
         values = loss(prediction, target)
+    if not isinstance(values, Tensor):
+        raise InputError(f"loss: {loss} returned a {type(values).__name__}; it must return a tensor [rows]")
     if values.shape not in (target.shape, target.shape[:1]):
         raise InputError(
             f"loss: {loss} returned shape {tuple(values.shape)} for targets of shape {tuple(target.shape)}; "
@@ -43,6 +50,12 @@ def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
 
 
 def check_loss(loss: nn.Module | None) -> None:
-    """Raise an :class:`InputError` for a loss with parameters of its own to train."""
+    """Raise an :class:`InputError` for a loss that is no module, or has parameters of its own to train."""
+    if loss is not None and not isinstance(loss, nn.Module):
+        name = getattr(loss, "__name__", repr(loss))
+        raise InputError(
+            f"loss={name} is of type {type(loss).__name__}; give a module with a value for each row, such as "
+            'torch.nn.MSELoss(reduction="none"), or wrap a function in one'
+        )
     if loss is not None and any(parameter.requires_grad for parameter in loss.parameters()):
         raise InputError(f"loss: {loss} has trainable parameters; only the network's are learned, so freeze them")

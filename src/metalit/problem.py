@@ -1,10 +1,14 @@
 """What is optimised: the protocol of a problem, and the tasks that problems are posed on."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import grad
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from metalit.autodiff.attention import plain_attention
 from metalit.tree import Tree
@@ -20,6 +24,21 @@ class Points(NamedTuple):
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
+
+
+def collate_points(each: Sequence[Points], *, collate_fn_map: Any = None) -> Points:
+    """Stack points to a batch, for a ``DataLoader``; shorter ones are padded with zeros, and masked."""
+    x, y = ([torch.as_tensor(part) for part in parts] for parts in zip(*(points[:2] for points in each), strict=True))
+    masks = [points.mask for points in each]
+    if all(mask is None for mask in masks) and len({len(part) for part in x}) == 1:
+        return Points(torch.stack(x), torch.stack(y))
+    real = [torch.ones(len(part), dtype=torch.bool) for part in x]
+    masks = [ones if mask is None else torch.as_tensor(mask) for mask, ones in zip(masks, real, strict=True)]
+    return Points(*(pad_sequence(parts, batch_first=True) for parts in (x, y, masks)))
+
+
+# a DataLoader would stumble over a mask that is None
+default_collate_fn_map[Points] = collate_points
 
 
 class Task(NamedTuple):

@@ -302,3 +302,57 @@ def test_dropout_draws_anew_in_each_inner_step_in_the_outer_loss_and_for_each_ta
     values = torch.stack([*losses(0), *losses(1)])
     assert len(set(values.tolist())) == 8
     assert_close(torch.stack([*losses(0), *losses(1)]), values, rtol=0, atol=0)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: FewShot("MLP"), r"^network='MLP' is of type str; it must be a torch\.nn\.Module"),
+        (lambda: FewShot(nn.Linear), r"^network=<class .*Linear'> is a class; it must be"),
+        (lambda: FewShot(torch.tanh), r"^network=.*tanh.* is of type builtin_function_or_method; it must be"),
+        (
+            lambda: FewShot(nn.DataParallel(nn.Linear(2, 1))),
+            r"^network: DataParallel shares rows.* its \.module",
+        ),
+        (
+            lambda: FewShot(nn.Sequential(nn.DataParallel(nn.Linear(2, 1)))),
+            r"^network: layer '0' \(DataParallel\) shares rows among devices",
+        ),
+        (
+            lambda: FewShot(nn.Sequential(torch.jit.trace(nn.Linear(2, 1), torch.zeros(3, 2)))),
+            r"^network: layer '0' \(TopLevelTracedModule\) cannot be evaluated with other parameters",
+        ),
+        (
+            lambda: FewShot(nn.Sequential(nn.Tanh(), nn.LazyLinear(1))),
+            r"^network: layer '1' \(LazyLinear\) has no values for weight yet; initialise it first",
+        ),
+        (lambda: FewShot(nn.Linear(2, 1, device="meta")), r"^network: Linear has no values for weight yet"),
+        (lambda: FewShot(nn.Linear(2, 1), nn.functional.l1_loss), r"^loss=l1_loss is of type function; give a module"),
+        (lambda: FewShot(nn.Linear(2, 1), nn.MSELoss), r"^loss=MSELoss is of type type; give a module"),
+        (lambda: FewShot(nn.Linear(2, 1), "mse"), r"^loss='mse' is of type str; give a module"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(make, told):
+    with pytest.raises(InputError, match=told):
+        make()
+
+
+def test_a_network_or_a_loss_that_returns_no_tensor_is_told():
+    with pytest.raises(InputError, match=r"^network: it returned a tuple; it must return one tensor \[rows, outputs\]"):
+        estimate(FewShot(Pair(2, 1).double()), task(), Unrolled(1))
+
+    class Number(nn.Module):
+        def forward(self, prediction, target):
+            return 1.0
+
+    with pytest.raises(InputError, match=r"^loss: Number\(\) returned a float; it must return a tensor \[rows\]"):
+        estimate(FewShot(linear(2, 1), Number()), task(), Unrolled(1))
+
+
+def test_one_pattern_need_not_be_in_a_list():
+    assert FewShot(linear(2, 1), adapt="weight").adapted == ["weight"]

@@ -36,7 +36,8 @@ class Adapted:
         check_points("x", x, learner.scaling and learner.scaling.x_mean)
         with torch.no_grad(), learner.evaluating():
             inputs = learner.cast(learner.normalise_x(x))
-            prediction = learner.problem.predict(self.inner, learner.constants()["problem"], inputs)
+            with learner.told_at(inputs):
+                prediction = learner.problem.predict(self.inner, learner.constants()["problem"], inputs)
         return learner.scaling.restore_y(prediction) if learner.scaling else prediction
 
 
@@ -46,10 +47,13 @@ def check_points(name: str, value: Tensor, columns: Sequence[float] | None) -> N
     Args:
         name: of the argument, for the message.
         value: what the user gave.
-        columns: a sequence with one entry for each column, where their number is known.
+        columns: a sequence with one entry for each column; without one, points may be of any shape, or classes.
     """
+    if not isinstance(value, Tensor):
+        raise InputError(f"adapt: {name} is of type {type(value).__name__}; give a tensor, torch.as_tensor(...)")
     known = len(columns) if columns is not None else None
-    if value.dim() != 2 or known not in (None, value.shape[1]):
+    least = 2 if value.is_floating_point() else 1  # [points] may be classes
+    if value.dim() < least or (known and (value.dim() != 2 or known != value.shape[1])):
         raise InputError(
             f"adapt: {name} has shape {tuple(value.shape)}; it must be [points, {known or 'columns'}] "
             "(a single column: value.unsqueeze(-1))"

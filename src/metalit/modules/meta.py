@@ -9,12 +9,15 @@ from torch import Tensor
 
 from metalit.adapt import Outer, adapt, iterates
 from metalit.autodiff.blame import told
+from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
+from metalit.data.stream import Fused
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
+from metalit.keys import fold
 from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.evaluation import Evaluation, accuracies, indices
 from metalit.modules.hyperparameters import save_given
@@ -93,7 +96,7 @@ class MetaLearner(TwoLevelLearner):
 
     def training_step(self, tasks: Task, batch_idx: int) -> None:
         """Take one outer step, or as many as are fused."""
-        self.steps_on(self.cast(tasks))
+        self.steps_on(self.cast(self._tasks_of(tasks, self.global_step)))
 
     def on_fit_start(self) -> None:
         """Try the network on a task, before anything is trained.
@@ -111,8 +114,12 @@ class MetaLearner(TwoLevelLearner):
 
     def told(self, tasks: Task) -> AbstractContextManager[None]:
         """Tell in one line what is wrong with the user's network, which is tried on tasks."""
+        return self.told_at(tasks.support.x[0])
+
+    def told_at(self, x: Tensor) -> AbstractContextManager[None]:
+        """Tell it likewise of a network that is tried on the rows ``x``."""
         network = getattr(self.problem, "network", None)
-        return super().told(tasks) if network is None else told("model.problem.network", network, tasks.support.x[0])
+        return super().told(x) if network is None else told("model.problem.network", network, x)
 
     # ---- evaluation
 
@@ -126,11 +133,11 @@ class MetaLearner(TwoLevelLearner):
 
     def validation_step(self, tasks: Task, batch_idx: int) -> None:
         """Adapt, and collect the query losses."""
-        self._evaluate(tasks, indices(self.trainer.val_dataloaders, batch_idx))
+        self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.val_dataloaders, batch_idx))
 
     def test_step(self, tasks: Task, batch_idx: int) -> None:
         """Adapt, and collect the query losses."""
-        self._evaluate(tasks, indices(self.trainer.test_dataloaders, batch_idx))
+        self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.test_dataloaders, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss after every inner step."""
@@ -191,8 +198,8 @@ class MetaLearner(TwoLevelLearner):
         """Adapt what was learned to a few points of a new task.
 
         Args:
-            x: ``[shots, inputs]``, in the units of the data that was trained on.
-            y: ``[shots, outputs]``, likewise.
+            x: ``[shots, inputs]``, in the units of the data that was trained on; ``[shots, ...]`` where it has none.
+            y: ``[shots, outputs]``, likewise, or ``[shots]`` classes.
             steps: the number of inner steps; ``eval_steps`` if not given.
 
         Returns:
@@ -212,7 +219,7 @@ class MetaLearner(TwoLevelLearner):
         support = self.cast(Points(self.normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
         task = Task(support, support, torch.tensor(0, device=self.device))
         steps = self.eval_steps if steps is None else steps
-        with torch.inference_mode(False), torch.no_grad(), self.evaluating():
+        with torch.inference_mode(False), torch.no_grad(), self.evaluating(), self.told_at(support.x):
             inner = adapt(self.posed(self.scale), self.inner_optimizer, self.constants(), task, steps)
         return Adapted(self, inner)
 
@@ -254,6 +261,12 @@ class MetaLearner(TwoLevelLearner):
         classes = not tasks.query.y.is_floating_point()
         right = accuracies(self.query_predictions(tasks), tasks.query) if classes else None
         self.evaluation.add(index, self.query_losses(tasks), right)
+
+    def _tasks_of(self, batch: Any, number: int) -> Task | Fused:
+        """A batch as tasks; those of loaders of the user's draw from a key of (batch, rank)."""
+        if isinstance(batch, Fused) or isinstance(self.trainer.datamodule, TaskDataModule):
+            return batch
+        return tasks_of(batch, fold(torch.tensor(0, device=self.device), number, self.global_rank))
 
     def _each(self, one: Any, tasks: Task) -> Tensor:
         return for_each_task(one, self.constants(), self.cast(tasks), self.problem)

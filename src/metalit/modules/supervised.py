@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from metalit.adapt import Outer
 from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients
 from metalit.autodiff.untouched import untouched
+from metalit.autodiff.usable import check_network
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
 from metalit.keys import fold
@@ -66,6 +67,7 @@ class SupervisedLearner(OuterLearner):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, lr_by_name, clip_norm)
+        check_network("model.network", network)
         check_loss(loss)
         if rows_per_chunk is not None and rows_per_chunk < 1:
             raise InputError(f"model.rows_per_chunk={rows_per_chunk} must be at least 1")

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from metalit.autodiff import call, draws, sees_other_rows
+from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
@@ -32,12 +33,14 @@ class FewShot(FewShotProblem):
         adapt: shell-style patterns of the names of the parameters that are adapted.
 
     Raises:
-        InputError: a pattern that matches no trainable parameter, a network without any, a loss with some; later:
+        InputError: a pattern that matches no trainable parameter, a network without any, a loss with some; a network
+            whose parameters cannot be replaced (``DataParallel``, scripted or lazy modules); later:
             predictions and real-valued targets of different shapes, a loss that does not return a value for each row.
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module | None = None, adapt: Sequence[str] = ("*",)) -> None:
         super().__init__()
+        check_network("network", network)
         self.network = network
         check_loss(loss)
         self.loss = loss
@@ -82,7 +85,7 @@ class FewShot(FewShotProblem):
 
 
 def _matching(parameters: dict[str, Tensor], patterns: Sequence[str]) -> list[str]:
-    names = list(parameters)
+    names, patterns = list(parameters), [patterns] if isinstance(patterns, str) else patterns
     if not names:
         raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
     for pattern in patterns:

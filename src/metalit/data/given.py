@@ -1,0 +1,68 @@
+"""Batches of tasks in the forms in which loaders of the user's give them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalit.errors import InputError
+from metalit.keys import fold
+from metalit.problem import Points, Task
+
+_NAMES = (("support", "query"), ("train", "test"))
+_FORMS = (
+    "MetaLearner takes batches of tasks: metalit.problem.Task, or ((x, y), (x, y)) with the support set first, or "
+    "a dictionary of 'support' and 'query', or of 'train' and 'test', whose tensors are [tasks, rows, ...]; use "
+    "TaskDataModule, or a DataLoader of such"
+)
+
+
+def tasks_of(batch: Any, key: Tensor) -> Task:
+    """A batch of tasks, whatever form it came in; its tasks draw from ``fold(key, i)`` unless they have keys.
+
+    Raises:
+        InputError: it is no batch of tasks.
+
+    >>> x, y = torch.zeros(2, 5, 3), torch.zeros(2, 5, 1)
+    >>> tasks_of([[x, y], [x, y]], torch.tensor(0)).key.shape
+    torch.Size([2])
+    """
+    support, query, keys = _parts(batch)
+    points = {"support": _points("support", support), "query": _points("query", query)}
+    counts = {len(part.x) for part in points.values()}
+    if len(counts) > 1:
+        raise InputError(f"data: support and query are of different numbers of tasks, {sorted(counts)}")
+    if not isinstance(keys, Tensor):
+        keys = fold(key, torch.arange(counts.pop(), device=key.device))
+    return Task(points["support"], points["query"], keys)
+
+
+def _parts(batch: Any) -> tuple[Any, Any, Any]:
+    if isinstance(batch, Task):
+        return tuple(batch)
+    if isinstance(batch, Mapping):
+        for first, second in _NAMES:
+            if batch.keys() >= {first, second}:
+                return batch[first], batch[second], batch.get("key")
+        raise InputError(f"data: a batch has the keys {sorted(map(str, batch))}. {_FORMS}")
+    if isinstance(batch, list | tuple) and len(batch) == 2 and not isinstance(batch[0], Tensor):
+        return *batch, None
+    size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+    raise InputError(f"data: a batch is a {type(batch).__name__}{size}. {_FORMS}")
+
+
+def _points(name: str, given: Any) -> Points:
+    if not (isinstance(given, list | tuple) and 2 <= len(given) <= 3):
+        raise InputError(f"data: the {name} set of a batch is a {type(given).__name__}. {_FORMS}")
+    points = Points(*given)
+    for part, value in zip(("x", "y"), points[:2], strict=True):
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"data: {part} of the {name} set is {shape}, and must be a tensor [tasks, rows, ...]")
+    if points.x.shape[:2] != points.y.shape[:2]:
+        raise InputError(
+            f"data: x of the {name} set is {tuple(points.x.shape)} and y {tuple(points.y.shape)}: they must begin with "
+            "the same numbers of tasks and rows"
+        )
+    return points
