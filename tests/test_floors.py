@@ -14,10 +14,16 @@ FLOORS = {
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
-    **dict.fromkeys(("modules", "callbacks", "runs", "factories"), 5),
+    **dict.fromkeys(("modules", "callbacks", "runs", "provenance", "factories"), 5),
     **dict.fromkeys(("cli", "messages", "__main__"), 6),
 }
-SAME_FLOOR = {("modules", "callbacks"), ("callbacks", "modules"), ("cli", "messages"), ("__main__", "cli")}
+SAME_FLOOR = {
+    ("modules", "callbacks"),
+    ("callbacks", "modules"),
+    ("provenance", "runs"),
+    ("cli", "messages"),
+    ("__main__", "cli"),
+}
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints"}
 
 

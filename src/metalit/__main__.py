@@ -16,6 +16,7 @@ has one; fit then goes on in that version's folder; "auto" is "last" if there is
 and predict take the best one if none is named.
 
        metalit fit --config configs/sine_maml.yaml --ckpt_path last       go on where the run stopped
+       metalit test --ckpt_path lightning_logs/sine_maml/version_0/checkpoints/best.ckpt    with that run's own config
        tensorboard --logdir lightning_logs                                watch
 
        metalit fit --help        every option of a subcommand

@@ -1,6 +1,5 @@
 """The command line: LightningCLI with the folders, the checkpoints and the messages that its users expect."""
 
-import argparse
 import logging
 import signal
 import sys
@@ -51,6 +50,7 @@ from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
+from metalit.provenance import check, given_keys, named_configs, run_of, with_own_config
 from metalit.runs import find_checkpoint, has_checkpoint, version_folder
 
 # importing them is what lets configs name them by their short names
@@ -74,7 +74,7 @@ class MetalitCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        self._args = args
+        self._args = args = with_own_config(args)
         # with subcommands, ${…} must hold below the subcommand's own root
         # and no value may name os, subprocess, pickle and the like: an empty list makes jsonargparse enforce its own
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=[])
@@ -145,9 +145,14 @@ class MetalitCLI(LightningCLI):
             check_factories(config.as_dict().get(part), part)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        name = config.experiment or self._first_config_name()
+        configs, given = named_configs(self._args), given_keys(self._args)
+        run = run_of(configs[0] if configs else None)
+        name = config.experiment or (run.parent.name if run else Path(configs[0]).stem if configs else "default")
         self.experiment = Path(config.trainer.default_root_dir or ".") / "lightning_logs" / name
-        asked = config.ckpt_path
+        if run and name == run.parent.name and "trainer.default_root_dir" not in given:
+            self.experiment = run.parent  # wherever it has been moved to
+        # a run's own configuration may hold the checkpoint that it went on from
+        asked = config.ckpt_path if "ckpt_path" in given or not run else None
         if asked == "auto":
             asked = "last" if has_checkpoint("last", self.experiment) else None
         if asked is None and self.subcommand != "fit":
@@ -155,10 +160,22 @@ class MetalitCLI(LightningCLI):
         self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
         kept = read_checkpoint(self.checkpoint) if self.checkpoint else {"global_step": 0}
         self.checkpoint_step = kept["global_step"]
+        self._compare(kept)
         config.ckpt_path = None if asked is None else str(self.checkpoint)
         self.version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
             self.version = version_folder(self.checkpoint, self.experiment)
+
+    def _compare(self, kept: dict[str, Any]) -> None:
+        """Tell how the configuration differs from what the checkpoint was trained with, or refuse it."""
+        self._dump_config()
+        sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+        trained = {section: kept[key] for section, key in sections.items() if kept.get(key)}
+        owner = f"ckpt_path={str(self.checkpoint)!r}"
+        if self.checkpoint and not trained:
+            _say(f"metalit: {owner} keeps no configuration, so that the present one is taken at its word")
+        for line in check(owner, trained, self.config_dump, self.subcommand, self._args):
+            _say(f"metalit: {line}")
 
     def instantiate_classes(self) -> None:
         """Build everything; an input error comes out as it was raised, not wrapped by the parser.
@@ -173,13 +190,6 @@ class MetalitCLI(LightningCLI):
             while cause is not None and not isinstance(cause, InputError):
                 cause = cause.__cause__ or cause.__context__
             raise (cause or error) from None
-
-    def _first_config_name(self) -> str:
-        # the parsed configuration no longer knows which files it came from
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("-c", "--config", action="append", default=[])
-        files = parser.parse_known_args(self._args)[0].config
-        return Path(files[0]).stem if files else "default"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our logger and callbacks, unless the configuration names others."""

@@ -1,0 +1,200 @@
+"""Where a checkpoint comes from: the configuration it was trained with, beside the one that it is used with now."""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from metalit.errors import InputError
+from metalit.runs import find_checkpoint
+
+Stage = Literal["fit", "validate", "test", "predict"]
+
+# how the same numbers are found, not which
+_HOW = {"compile", "fused_steps", "tasks_per_chunk", "rows_per_chunk", "predict_file"}
+# the learner itself compares them with what it takes over (metalit.modules.resuming)
+_TAKEN_OVER = {"optimizer", "scheduler", "lr_by_name", "clip_norm"}
+_TRAINING = {"perturbation", "draws", "train", "batch_size"}
+
+
+class Difference(NamedTuple):
+    """A key of the configuration: what the checkpoint was trained with, and what is configured now."""
+
+    key: str
+    trained: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.now!r}, and the checkpoint was trained with {self.trained!r}"
+
+
+def differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
+    """Compare two configurations, key by key; where a class is another, not its arguments too.
+
+    Args:
+        kept: plain values by section, as checkpoints keep them; a section that was not kept is not compared, nor an
+            argument that a class did not have then.
+        now: likewise, as the command line has built them.
+    """
+    for section, values in kept.items():
+        yield from _differences(section, values, now.get(section))
+
+
+def _differences(key: str, before: Any, after: Any) -> Iterator[Difference]:
+    (had, given), (has, present) = _object(before), _object(after)
+    if had != has:
+        yield Difference(key, had or before, has or after)
+    elif had:
+        for name in (name for name in given if name in present):
+            yield from _differences(f"{key}.{name}", given[name], present[name])
+    elif isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in {**before, **after}:
+            yield from _differences(f"{key}.{name}", before.get(name), after.get(name))
+    elif _plain(before) != _plain(after):
+        yield Difference(key, before, after)
+
+
+def _object(value: Any) -> tuple["_Class | None", Mapping[str, Any]]:
+    """The class and the arguments that a value stands for, if it stands for an object."""
+    if not isinstance(value, Mapping) or not value.keys() & {"class_path", "_class_path"}:
+        return None, {}
+    if "class_path" in value:
+        return _Class(value["class_path"]), {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
+    return _Class(value["_class_path"]), {name: part for name, part in value.items() if not name.startswith("_")}
+
+
+class _Class(str):
+    """The name of a class, shown as its last part."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return self.rsplit(".", 1)[-1]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def weight(difference: Difference, stage: Stage) -> Literal["refused", "said", "nothing"]:
+    """What a difference is for a subcommand: does it change the answer?"""
+    section, *rest = difference.key.split(".")
+    first = rest[0] if rest else ""
+    if first in _HOW or (section == "model" and first in _TAKEN_OVER):
+        return "nothing"
+    if first in _TRAINING:
+        return {"fit": "refused", "predict": "nothing"}.get(stage, "said")
+    return "refused" if section == "model" else _weight_of_data(rest, difference, stage)
+
+
+def _weight_of_data(rest: Sequence[str], difference: Difference, stage: Stage) -> str:
+    first, last = (rest[0], rest[-1]) if rest else ("", "")
+    moved = Path(str(difference.trained)).name == Path(str(difference.now)).name
+    if last == "file" and (moved or stage == "predict"):
+        return "said"  # what it holds is compared elsewhere, by its scaling
+    if stage == "predict":
+        return "refused" if first in ("tasks", "") else "nothing"
+    if first in ("val", "test") and len(rest) > 1:
+        if first != {"validate": "val", "test": "test"}.get(stage):
+            return "said" if stage == "fit" else "nothing"
+        return "said" if last == "tasks" else "refused"
+    return "refused"
+
+
+def check(
+    owner: str, kept: Mapping[str, Any], now: Mapping[str, Any], stage: Stage, args: Sequence[str]
+) -> Iterator[str]:
+    """Compare what a checkpoint was trained with and what is configured now.
+
+    Args:
+        owner: the checkpoint, for messages.
+        kept, now: see :func:`differences`.
+        stage: the subcommand.
+        args: the command line; what it says is on purpose.
+
+    Yields:
+        A line for each difference that is to be told.
+
+    Raises:
+        InputError: some change the answer, and were not asked for.
+    """
+    refused = []
+    for each in differences(kept, now):
+        found = weight(each, stage)
+        if found == "refused" and not on_purpose(each.key, args):
+            refused.append(each)
+        elif found != "nothing":
+            yield str(each)
+    if refused:
+        yield from map(str, refused[1:])
+        first = refused[0]
+        more = f" ({len(refused) - 1} more above)" if len(refused) > 1 else ""
+        way = "give the run's own config.yaml" if stage == "fit" else "leave --config out, which takes the run's own"
+        shown = repr(first.now) if isinstance(first.now, _Class) else first.now
+        raise InputError(f"{owner}: {first}{more}; {way}, or say it on purpose: --{first.key}={shown}")
+
+
+def on_purpose(key: str, args: Sequence[str]) -> bool:
+    """Whether a command line names a key, or what holds it."""
+    return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given_keys(args))
+
+
+def given_keys(args: Sequence[str]) -> set[str]:
+    """The keys that are given on a command line, as users write them.
+
+    >>> sorted(given_keys(["test", "--model.init_args.eval_steps=3", "--data.tasks.class_path", "Sine", "--seed", "1"]))
+    ['data.tasks', 'model.eval_steps', 'seed']
+    """
+    names = (arg[2:].split("=", 1)[0].rstrip("+") for arg in args if arg.startswith("--"))
+    return {re.sub(r"\.(init_args|dict_kwargs)(?=\.)|\.class_path$", "", name) for name in names}
+
+
+def run_of(config: str | None) -> Path | None:
+    """The folder of the run that a configuration file is of: it lies beside ``checkpoints/``."""
+    folder = Path(config).resolve().parent if config else None
+    ours = folder and re.fullmatch(r"config(_\w+)?\.yaml", Path(config).name) and (folder / "checkpoints").is_dir()
+    return folder if ours else None
+
+
+def named_configs(args: Sequence[str]) -> list[str]:
+    """The configuration files that a command line names."""
+    return _options(args).config
+
+
+def with_own_config(args: Sequence[str]) -> list[str]:
+    """The command line; if it evaluates or predicts and names no configuration, with that of the checkpoint's run.
+
+    Raises:
+        InputError: no checkpoint is named either, or its run has no configuration.
+    """
+    options = _options(args)
+    if not args or args[0] not in ("validate", "test", "predict") or options.config:
+        return list(args)
+    if any(arg in ("-h", "--help") or arg.startswith(("--help=", "--print_")) for arg in args):
+        return list(args)
+    name = {"auto": "last", None: "best"}.get(options.ckpt_path, options.ckpt_path)
+    if name in ("best", "last") and options.experiment is None:
+        raise InputError(
+            f"{args[0]}: of which run? Give --ckpt_path FILE, or --experiment NAME, which is a folder in "
+            f"{str(_logs(options))!r}, or --config FILE"
+        )
+    checkpoint = find_checkpoint(name, _logs(options) / str(options.experiment))
+    config = checkpoint.resolve().parent.parent / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{args[0]}: there is no config.yaml in the run of {str(checkpoint)!r}; give --config FILE")
+    return [args[0], "--config", str(config), *args[1:], "--ckpt_path", str(checkpoint)]
+
+
+def _logs(options: argparse.Namespace) -> Path:
+    return Path(options.root or ".") / "lightning_logs"
+
+
+def _options(args: Sequence[str]) -> argparse.Namespace:
+    # the parsed configuration no longer knows which files it came from
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--experiment")
+    parser.add_argument("--trainer.default_root_dir", dest="root")
+    return parser.parse_known_args(list(args))[0]
