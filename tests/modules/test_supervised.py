@@ -540,8 +540,8 @@ def test_a_trial_leaves_no_trace(tmp_path):
 
 
 def test_refused_at_once():
-    with pytest.raises(InputError, match="no trainable parameter"):
-        SupervisedLearner(mlp().requires_grad_(False))
+    with pytest.raises(InputError, match="Flatten has no parameter that could be trained"):
+        SupervisedLearner(nn.Flatten())
 
     class Weighted(nn.Module):
         def __init__(self):

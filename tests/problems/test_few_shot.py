@@ -166,17 +166,21 @@ def test_no_pattern_raises():
 
 @pytest.mark.parametrize("network", [nn.Tanh(), nn.Linear(2, 1).requires_grad_(False)])
 def test_a_network_without_trainable_parameters_raises(network):
+    # asked when training starts: until then it may be unfrozen
     with pytest.raises(InputError, match=r"network: it has no trainable parameter"):
-        FewShot(network)
+        (problem := FewShot(network)).init(problem.outer())
 
 
 def test_a_pattern_of_frozen_parameters_alone_raises():
     network = MLP([2, 3, 1])
     network.out.requires_grad_(False)
+    problem = FewShot(network, adapt=["out.*"])
     with pytest.raises(
         InputError, match=r"'out.\*' matches no trainable parameter; there are \['hidden1.weight', 'hid"
     ):
-        FewShot(network, adapt=["out.*"])
+        problem.init(problem.outer())
+    network.out.requires_grad_(True)
+    assert list(problem.init(problem.outer())) == ["out.weight", "out.bias"]
 
 
 class Twice(nn.Module):

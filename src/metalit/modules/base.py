@@ -28,7 +28,7 @@ from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
 from metalit.modules.monitors import check_monitors
-from metalit.modules.optimizers import check_takes_single_steps, groups, made, settings
+from metalit.modules.optimizers import check_knows, check_not_frozen, check_takes_single_steps, groups, made, settings
 from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.modules.resuming import OuterSettings, check_state
 from metalit.modules.supported import check_trainer, overrides, warn_of_rare_calls
@@ -119,8 +119,12 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
         if next(leaves(self.outer()), None) is None:
-            raise InputError("model: it has no trainable parameter to learn; give the problem an nn.Parameter")
+            raise InputError(
+                "model: it has no trainable parameter to learn; unfreeze one with requires_grad_(), or give the "
+                "problem an nn.Parameter"
+            )
         check_types(self.outer())
+        check_not_frozen(dict(leaves(self.outer())))
         parameters = groups(dict(leaves(self.outer())), self.lr_by_name)
         # a fused Adam would unscale by itself, after clipping
         default = partial(torch.optim.Adam, fused=self._scaler is None)
@@ -141,6 +145,21 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             configured["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
         self._settings.configured = settings(optimizer, scheduler) | rates
         return configured
+
+    def follow(self, outer: Outer) -> bool:
+        """Take the parameters that are trainable now for those that are learned; called before each outer step.
+
+        Returns:
+            Whether they are others than in the step before: a callback froze or unfroze some.
+
+        Raises:
+            InputError: one that the optimiser does not know.
+        """
+        first = self._gradients.is_new
+        changed = self._gradients.follow(outer)
+        if first or changed:
+            check_knows(self.optimizers(use_pl_optimizer=False), dict(leaves(outer)))
+        return changed
 
     def step_outer(
         self, evaluate: Callable[[], Packed], diagnose: Callable[[Packed], dict[str, Tensor]] | None = None
@@ -228,7 +247,8 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             values = self.mean_over_ranks(torch.stack([value.to(flat) for value in more.values()]))
             scalars |= dict(zip(more, values.tolist(), strict=True))
         rates = self.optimizers().param_groups
-        return scalars | {f"lr {group.get('name', '')}".strip(): group["lr"] for group in rates}
+        names = (group.get("name", number or "") for number, group in enumerate(rates))
+        return scalars | {f"lr {name}".strip(): group["lr"] for name, group in zip(names, rates, strict=True)}
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """See :func:`~metalit.modules.ranks.mean_of_ranks`."""
@@ -336,6 +356,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         warn_of_rare_calls(self)
         self.agreement = Agreement()
         self._finite = FiniteWatch(self.device)
+        self._gradients = Gradients(self.outer)
         log_given(self)
 
     def on_train_start(self) -> None:

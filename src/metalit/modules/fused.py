@@ -74,6 +74,10 @@ class AdamSteps:
         counts = {float(optimizer.state[parameter].get("step", 0.0)) for parameter in parameters}
         return plain and not heard and len(alike) == len(counts) == 1 and alike.pop()[1] == "cpu"
 
+    def is_of(self, outer: Outer) -> bool:
+        """Whether these are its leaves: others may have become trainable."""
+        return [id(parameter) for _, parameter in leaves(outer)] == [id(parameter) for parameter in self.parameters]
+
     def __call__(self, tasks: Any, steps: int, start: Tree | None, schedule: Callable[[], None]) -> Taken | None:
         """Take the steps.
 

@@ -1,6 +1,7 @@
 """The one place where gradients are written to the outer parameters."""
 
 from collections.abc import Callable
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -41,8 +42,24 @@ class Gradients:
 
     def __init__(self, outer: Callable[[], Outer]) -> None:
         self.outer = outer
+        self._parameters: list[Tensor] | None = None
         self._vector: Tensor | None = None
         self._slots: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no outer variable yet."""
+        return self._parameters is None
+
+    def follow(self, outer: Outer) -> bool:
+        """Let gradients be of this outer variable from now on; returns whether it is another than it was last."""
+        parameters, before = [parameter for _, parameter in leaves(outer)], self._parameters
+        if before is not None and len(before) == len(parameters) and all(map(is_, before, parameters)):
+            return False
+        self._parameters, self._vector = parameters, None
+        for parameter in before or []:
+            parameter.grad = None  # else the optimiser would go on with it
+        return before is not None
 
     def write(self, gradient: Tensor) -> None:
         """Write the gradient, a vector in the order of the outer variable's leaves."""

@@ -51,6 +51,35 @@ def check_takes_single_steps(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def check_not_frozen(parameters: dict[str, Tensor]) -> None:
+    """Check that all outer parameters are trainable.
+
+    Raises:
+        InputError: one is not, such as a learned step size.
+    """
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        raise InputError(
+            f"model: {frozen[0]!r} is frozen, and belongs to what is learned all the same; give it the rate 0 in "
+            f"model.lr_by_name: {{{frozen[0]!r}: 0}}"
+        )
+
+
+def check_knows(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
+    """Check that an optimiser has all parameters that are trainable.
+
+    Raises:
+        InputError: one became so after it was made.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    unknown = [name for name, parameter in parameters.items() if id(parameter) not in known]
+    if unknown:
+        raise InputError(
+            f"model: {unknown[0]!r} became trainable when the optimiser was made already ({len(unknown)} such "
+            "parameter(s)); add them by its add_param_group too, or make them trainable before training"
+        )
+
+
 def groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Sequence[dict[str, Any]]:
     """Make parameter groups by shell-style patterns of names, the first match counts.
 

@@ -50,8 +50,8 @@ class SupervisedLearner(OuterLearner):
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
-        InputError: a network without a trainable parameter, a loss with some; when training starts: rows that the
-            network cannot take, what :func:`~metalit.losses.row_losses` raises.
+        InputError: a network without a parameter, a loss with some; when training starts: none of them trainable, rows
+            that the network cannot take, what :func:`~metalit.losses.row_losses` raises.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class SupervisedLearner(OuterLearner):
         self.seed = seed
         own = {"what": "rows", "again": lambda known: self._restore(known["buffers"] or {})}
         self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, **own)
-        if not self.outer()["network"]:
-            raise InputError("model.network has no trainable parameter; unfreeze one with requires_grad_()")
+        if next(network.parameters(), None) is None:
+            raise InputError(f"model.network {type(network).__name__} has no parameter that could be trained")
         # not the default, which leaves NaN out of the mean
         self.collected = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "accuracy")})
         self.scores: Scores = {}
@@ -100,7 +100,9 @@ class SupervisedLearner(OuterLearner):
         key = fold(torch.tensor(self.seed, device=self.device), self.global_step)
         count = len(points.x)
         given = points, torch.arange(count) + count * self.trainer.global_rank
-        weights = {name: value.detach() for name, value in self.outer()["network"].items()}
+        outer = self.outer()
+        self.follow(outer)
+        weights = {name: value.detach() for name, value in outer["network"].items()}
         buffers: dict[str, Tensor] = {}
 
         def evaluate() -> Found:

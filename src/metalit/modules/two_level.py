@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
-from metalit.adapt import Outer, outer_variable
+from metalit.adapt import Outer
 from metalit.autodiff.blame import told
 from metalit.data.stream import Fused
 from metalit.errors import InputError
@@ -22,6 +22,7 @@ from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.fused import AdamSteps
+from metalit.modules.learned import ParameterTree, alike, brought, updated
 from metalit.modules.supported import check_counts
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -83,13 +84,19 @@ class TwoLevelLearner(OuterLearner):
             for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
         )
         self._row: AdamSteps | None = None
-        self.learned = ParameterTree(_brought(problem, inner_optimizer))
+        self.learned = ParameterTree(brought(problem, inner_optimizer))
         self._tried = False
         self._told: set[str] = set()
 
     def outer(self) -> Outer:
         """``{"problem": …, "optimizer": …}``"""
         return {"problem": self.problem.outer(), "optimizer": self.learned.tree}
+
+    def _bring(self) -> None:
+        """Learn the inner optimiser's parameters of what adapts now, which may have been frozen when it was made."""
+        present = brought(self.problem, self.inner_optimizer)
+        if not alike(present, self.learned.tree):
+            self.learned = ParameterTree(updated(present, self.learned.tree))
 
     def constants(self) -> Outer:
         """The outer variable, detached: autograd would else record every operation again, outside ``torch.func``."""
@@ -120,6 +127,20 @@ class TwoLevelLearner(OuterLearner):
             if self.trainer.state.fn == "fit":
                 self.hypergradient.check(self.problem, self.inner_optimizer, self.constants(), task, first)
                 self._try_a_step(few, begun)
+
+    def _check_still_fits(self, task: Any, start: Tree | None) -> None:
+        """Check that what was made for the inner variable fits it still, when others are trainable than before."""
+        if not alike(brought(self.problem, self.inner_optimizer), self.learned.tree):
+            raise InputError(
+                f"inner_optimizer {type(self.inner_optimizer).__name__} learns parameters for what adapts, which a "
+                "callback froze or unfroze in mid-training; do so before training, or use SGD inside"
+            )
+        begin = self.problem.init(self.constants()["problem"], task)
+        if start is not None and not alike(begin, _taken(start, 0)):
+            raise InputError(
+                "model.warm_start: a callback froze or unfroze in mid-training what adapts, and so there is nowhere to "
+                "go on from; do so before training, or leave it out"
+            )
 
     def _try_a_step(self, tasks: Any, start: Tree | None) -> None:
         """Find out what only a whole outer step shows: derivatives that are missing, tasks that go one by one alone."""
@@ -158,7 +179,11 @@ class TwoLevelLearner(OuterLearner):
                 "out with a DataLoader of your own, or yield metalit.data.Fused"
             )
         first = _part(tasks, steps, 0)
+        changed = self.follow(self.outer())
         start = self.start(first)
+        if changed:
+            self._tried = False
+            self._check_still_fits(_taken(first, 0), start)
         self.try_out(first, start)
         taken = self._steps_in_a_row(tasks, steps, start) if self._fuses() else None
         return self._step_by_step(tasks, steps, start) if taken is None else taken
@@ -187,7 +212,7 @@ class TwoLevelLearner(OuterLearner):
         alone = self.trainer.world_size == 1 and self._estimates.tasks_per_chunk is None
         if not (alone and AdamSteps.suits(optimizer)):
             return False
-        if self._row is None or self._row.optimizer is not optimizer:
+        if self._row is None or self._row.optimizer is not optimizer or not self._row.is_of(self.outer()):
             self._row = AdamSteps(self._unscaled, self.problem, optimizer, self.outer(), say)
         return True
 
@@ -274,6 +299,7 @@ class TwoLevelLearner(OuterLearner):
             InputError: it was told a number of steps that is no multiple of ``fused_steps``, or to limit its calls.
         """
         callbacks = super().configure_callbacks()
+        self._bring()
         if self.trainer.state.fn == "fit" and self.fused_steps > 1:
             check_counts(self.trainer, self.fused_steps)
         return callbacks
@@ -281,6 +307,7 @@ class TwoLevelLearner(OuterLearner):
     def setup(self, stage: str) -> None:
         """Let the Trainer, which counts its calls, validate after as many outer steps as it was told."""
         super().setup(stage)
+        self._bring()
         self._asked_interval = self.trainer.val_check_interval
         if stage == "fit" and self.fused_steps > 1 and isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
@@ -324,30 +351,3 @@ def _part(tasks: Any, steps: int, number: int) -> Any:
 
 def _split(value: Any, steps: int) -> Sequence[Any]:
     return value.split(len(value) // steps) if isinstance(value, Tensor) else [value] * steps
-
-
-def _brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:
-    try:
-        return outer_variable(problem, optimizer)["optimizer"]
-    except (AttributeError, IndexError, TypeError) as error:
-        raise InputError(
-            f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "
-            f"{type(problem).__name__}.init is called before there is any task, with None: {error}; use SGD inside, or "
-            "let init do without its task"
-        ) from error
-
-
-class ParameterTree(nn.Module):
-    """A tree whose leaves are parameters, saved by their dotted names."""
-
-    def __init__(self, tree: Tree) -> None:
-        super().__init__()
-        self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
-        for name, parameter in leaves(self.tree):
-            *path, last = name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(last, parameter)

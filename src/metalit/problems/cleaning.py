@@ -60,6 +60,10 @@ class Cleaning(RowsProblem):
         self.decay = decay
         self.logit = nn.Parameter(torch.full((examples,), float(logit)))
 
+    def outer(self) -> dict[str, Tensor]:
+        """φ alone: the network's weights are the inner variable, even where they are made trainable again."""
+        return {"logit": self.logit} if self.logit.requires_grad else {}
+
     def init(self, outer: dict[str, Tensor], task: Splits) -> dict[str, Tensor]:
         """The network's own weights."""
         return {name: attrgetter(name)(self.network).detach() for name in self.trained}

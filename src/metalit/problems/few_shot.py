@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -30,11 +31,13 @@ class FewShot(FewShotProblem):
         loss: any criterion of ``torch.nn`` with ``reduction="none"``, or a module of your own that returns one value
             for each row (trailing dimensions are averaged). If not given, the squared error for real targets, and the
             cross-entropy for classes.
-        adapt: shell-style patterns of the names of the parameters that are adapted.
+        adapt: shell-style patterns of the names of the parameters that are adapted, of those that are trainable when
+            training starts.
 
     Raises:
-        InputError: a pattern that matches no trainable parameter, a network without any, a loss with some; a network
-            whose parameters cannot be replaced (``DataParallel``, scripted or lazy modules); later:
+        InputError: a pattern that matches no parameter, a network without any, a loss with some; a network whose
+            parameters cannot be replaced (``DataParallel``, scripted or lazy modules); when training starts: a pattern
+            that matches no trainable parameter; later:
             predictions and real-valued targets of different shapes, a loss that does not return a value for each row.
     """
 
@@ -44,15 +47,22 @@ class FewShot(FewShotProblem):
         self.network = network
         check_loss(loss)
         self.loss = loss
-        self.adapted = _matching(self.outer(), adapt)
+        self.patterns = (adapt,) if isinstance(adapt, str) else tuple(adapt)
+        # which of them are trainable is asked when training starts
+        _matching(tuple(name for name, _ in network.named_parameters()), self.patterns)
 
     def outer(self) -> dict[str, Tensor]:
         """The network's trainable parameters by their own names."""
         return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
 
+    @property
+    def adapted(self) -> list[str]:
+        """The names of the parameters that are adapted, as things are."""
+        return _matching(tuple(self.outer()), self.patterns)
+
     def init(self, outer: dict[str, Tensor], task: Task | None = None) -> dict[str, Tensor]:
         """Hand over the adapted part of the outer variable."""
-        return {name: outer[name] for name in self.adapted}
+        return {name: outer[name] for name in _matching(tuple(outer), self.patterns)}
 
     def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
         """The mean loss on the support set."""
@@ -84,14 +94,15 @@ class FewShot(FewShotProblem):
         return self.judge(call(self.network, parameters, points.x, key=key), points)
 
 
-def _matching(parameters: dict[str, Tensor], patterns: Sequence[str]) -> list[str]:
-    names, patterns = list(parameters), [patterns] if isinstance(patterns, str) else patterns
+@lru_cache
+def _matching(names: tuple[str, ...], patterns: tuple[str, ...]) -> list[str]:
+    """Those of the names that match a pattern."""
     if not names:
         raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"adapt: the pattern {pattern!r} matches no trainable parameter; there are {names}")
+            raise InputError(f"adapt: the pattern {pattern!r} matches no trainable parameter; there are {list(names)}")
     adapted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not adapted:
-        raise InputError(f"adapt: no pattern is given, so nothing would adapt; name some of {names}")
+        raise InputError(f"adapt: no pattern is given, so nothing would adapt; name some of {list(names)}")
     return adapted

@@ -1,0 +1,62 @@
+"""What an inner optimiser learns: parameters of the inner variable's shape, as a module."""
+
+from torch import nn
+
+from metalit.adapt import outer_variable
+from metalit.errors import InputError
+from metalit.inner.base import InnerOptimizer
+from metalit.problem import Problem
+from metalit.tree import Tree, leaves, tree_map
+
+
+def brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:
+    """The parameters that an inner optimiser brings for the inner variable, with the values that they begin with.
+
+    Raises:
+        InputError: the inner variable has no shape before there is a task.
+    """
+    try:
+        return outer_variable(problem, optimizer)["optimizer"]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise InputError(
+            f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "
+            f"{type(problem).__name__}.init is called before there is any task, with None: {error}; use SGD inside, or "
+            "let init do without its task"
+        ) from error
+
+
+def alike(first: Tree, second: Tree) -> bool:
+    """Whether two trees have leaves of the same names and shapes."""
+    one, other = ({name: value.shape for name, value in leaves(tree)} for tree in (first, second))
+    return one == other
+
+
+def updated(present: Tree, known: Tree) -> Tree:
+    """``present``, with the values of ``known`` where that has a leaf of the same name and shape.
+
+    >>> import torch
+    >>> updated({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.ones(2)})
+    {'a': tensor([1., 1.]), 'b': tensor([0.])}
+    """
+    values, found = dict(leaves(known)), []
+    for name, value in leaves(present):
+        same = name in values and values[name].shape == value.shape
+        found.append(values[name] if same else value)
+    each = iter(found)
+    return tree_map(lambda _: next(each), present)
+
+
+class ParameterTree(nn.Module):
+    """A tree whose leaves are parameters, saved by their dotted names."""
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
+        for name, parameter in leaves(self.tree):
+            *path, last = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, parameter)
