@@ -26,7 +26,7 @@ from metalit.problems import FewShot
 
 # a style of Rich, the end of one, half a formula, a whole one, an unknown command, a letter that no font has
 X, Y, TASK = "time [day]", "dose [/day] $x_1^2$ 5 $ \\frac_^", "who [red]"
-NAMES = ["a [/b]", "$\\nosuch$", "x_{y^", "line\nbreak", "🦉 [i]", "&%#~ $", "long " * 30, "[bold]", "\\", "$$"]
+NAMES = ["a [/b]", "$\\nosuch$", "x_{y^", "line\nbreak", "🦉 [i]", "&%#~ $", "long, " * 30 + ".", "[bold]", "\\", "$$"]
 
 
 class Digits(TaskDistribution):
@@ -193,6 +193,15 @@ class TestPredictions:
         with pytest.raises(InputError, match=r"'a \[/b\]', are not finite.*model\.eval_steps"):
             run.predict(learner, data)
         assert not list(tmp_path.glob("points_predicted*"))
+
+    def test_have_the_separator_and_the_decimal_sign_of_the_points(self, tmp_path):
+        file = tmp_path / "points.csv"
+        file.write_text("task;x;y\na;1,5;0,25\na;2,5;\n")
+        data = TaskDataModule(Sine(), *[Episodes(2, 2, 2)] * 3, predict_file=str(file))
+        trainer(tmp_path, logger=False, callbacks=[PredictionWriter()]).predict(regressor(), data)
+        written = pd.read_csv(tmp_path / "points_predicted.csv", sep=";", decimal=",")
+        assert written[["x", "y"]].to_numpy()[0].tolist() == [1.5, 0.25]
+        assert written["y_predicted"].dtype == float
 
     def test_are_written_where_the_picture_cannot_be(self, tmp_path, monkeypatch, capsys):
         def fails(*_):

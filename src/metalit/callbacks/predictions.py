@@ -58,7 +58,8 @@ class PredictionWriter(Callback):
         frame = asked.frame.copy()
         for output, values in zip(columns.y, answers.T, strict=True):
             frame[f"{output}_predicted"] = values
-        frame.to_csv(target, index=False)
+        # as the user's own: numbers are read in the locale that wrote them
+        frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
         print(f"predictions: {target}")
         with self._sketching():
             from matplotlib.image import imsave
@@ -86,7 +87,7 @@ def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer])
     for axes, (name, values, curve) in zip(places, answers, strict=False):
         rows, shots = asked.rows[name], asked.shots[name]
         single = len(columns.x) == 1
-        place = asked.x[rows, 0] if single else np.array(rows) + 2
+        place = asked.x[rows, 0] if single else asked.frame.index[rows].to_numpy()
         if single:
             span = np.linspace(place.min(), place.max(), len(curve))
             axes.plot(span, curve[:, 0], color="tab:blue", linewidth=1.5, label="adapted")

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from metalit.data.cells import Categories
+from metalit.data.cells import Categories, input_names
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
@@ -29,6 +29,11 @@ class TaskDistribution(ABC):
     @abstractmethod
     def columns(self) -> Columns:
         """How the user names the task, the inputs and the outputs, in files and in pictures."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """The name of each input of a network: those of x, and of each level of a category."""
+        return input_names(self.columns.x, self.levels)
 
     @property
     def levels(self) -> Categories:

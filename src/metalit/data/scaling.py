@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+_MARGIN = 0.1  # of the range, beyond which is far
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -85,6 +87,26 @@ class Scaling:
     def restore_y(self, y: Tensor) -> Tensor:
         """To the user's units, ``[..., outputs]``."""
         return y.double() * _like(y, self.y_std) + _like(y, self.y_mean)
+
+    def outside(self, x: Tensor, y: Tensor, x_names: Sequence[str], y_names: Sequence[str]) -> str | None:
+        """Say which columns lie far outside of the training data's range, more than a tenth of it beyond either end.
+
+        Args:
+            x, y: ``[rows, inputs]`` and ``[rows, outputs]`` in the user's units; what is NaN is asked, and inside.
+            x_names, y_names: how the columns are called.
+
+        Returns:
+            A list such as "'dose' from 5 to 70, trained on 0 to 20", or None.
+        """
+        found = []
+        sides = ((x, x_names, self.x_min, self.x_max), (y, y_names, self.y_min, self.y_max))
+        for values, names, lows, highs in sides:
+            for column, name, low, high in zip(values.double().unbind(1), names, lows, highs, strict=False):
+                given, beyond = column[~column.isnan()].tolist(), _MARGIN * (high - low)
+                if given and (min(given) < low - beyond or max(given) > high + beyond):
+                    spread = f"from {min(given):.4g} to {max(given):.4g}"
+                    found.append(f"{name!r} {spread}, trained on {low:.4g} to {high:.4g}")
+        return "; ".join(found) or None
 
     def state(self) -> dict[str, list[float]]:
         """Plain lists of numbers, safe to keep in a checkpoint; ``Scaling(**state)`` is the way back."""

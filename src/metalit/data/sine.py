@@ -1,12 +1,13 @@
 """Sine tasks: the regression benchmark of meta-learning."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution
+from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import fold, normal, uniform
@@ -67,6 +68,12 @@ class Sine(TaskDistribution):
         if self.noise:
             y = y + self.noise * normal(fold(key, 2), shots + queries, 1)
         return Task(Points(x[:, :shots], y[:, :shots]), Points(x[:, shots:], y[:, shots:]), fold(key, 3))
+
+    def scaling(self) -> Scaling:
+        """Nothing is normalised; the range of x, and that of the amplitude for y."""
+        (low, high), most = self.x, max(map(abs, self.amplitude))
+        ranges = {"x_min": [low], "x_max": [high], "y_min": [-most], "y_max": [most]}
+        return replace(super().scaling(), **ranges)
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """The best predictor that knows no task."""

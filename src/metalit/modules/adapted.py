@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metalit.errors import InputError
+from metalit.problem import Points
 from metalit.tree import Tree
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ class Adapted:
             with learner.told_at(inputs):
                 prediction = learner.problem.predict(self.inner, learner.constants()["problem"], inputs)
         return learner.scaling.restore_y(prediction) if learner.scaling else prediction
+
+    def loss(self, x: Tensor, y: Tensor) -> float:
+        """The mean loss at points of the task, in normalised units."""
+        learner = self.learner
+        points = learner.cast(Points(learner.normalise_x(x), learner.normalise_y(y)))
+        with torch.no_grad(), learner.evaluating():
+            prediction = learner.problem.predict(self.inner, learner.constants()["problem"], points.x)
+            return float(learner.problem.judge(prediction, points))
 
 
 def check_points(name: str, value: Tensor, columns: Sequence[float] | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metalit.adapt import Outer, adapt, iterates
 from metalit.autodiff.blame import told
+from metalit.data.files import tell
 from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
@@ -83,6 +84,7 @@ class MetaLearner(TwoLevelLearner):
         save_given(self)
         self.eval_steps = eval_steps
         self.scaling: Scaling | None = None
+        self._fitted_worse: list[str] = []
         self.evaluation = Evaluation(eval_steps)
 
     # ---- training
@@ -160,9 +162,30 @@ class MetaLearner(TwoLevelLearner):
         self.log_evaluated(scalars)
         self.write_scalars(scalars)
 
+    def on_predict_start(self) -> None:
+        """Tell of points that lie far from what was trained on."""
+        data, self._fitted_worse = self.trainer.datamodule, []
+        if isinstance(data, TaskDataModule) and self.scaling and self.scaling.x_min:
+            names = (data.tasks.inputs, data.tasks.columns.y)
+            far = self.scaling.outside(torch.tensor(data.asked.x), torch.tensor(data.asked.y), *names)
+            if far:
+                tell(f"data.predict_file={data.predict_file!r} lies far outside of the training data: {far}")
+
+    def on_predict_end(self) -> None:
+        """Tell of tasks that adapting does not fit."""
+        worse = self._fitted_worse
+        if worse:
+            tell(
+                f"predict: {len(worse)} task(s), first {worse[0]!r}, are fitted worse at their own support points "
+                "after adapting than before; see that x and y are in the units of the training data, or take fewer "
+                "inner steps (model.eval_steps)"
+            )
+
     def predict_step(self, task: UserTask, batch_idx: int) -> tuple[str, Tensor, Tensor]:
         """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid."""
-        adapted = self.adapt(task.support_x, task.support_y)
+        adapted, before = (self._adapt(task.support_x, task.support_y, steps) for steps in (self.eval_steps, 0))
+        if not adapted.loss(task.support_x, task.support_y) <= before.loss(task.support_x, task.support_y):
+            self._fitted_worse.append(task.name)
         return task.name, adapted(task.x), adapted(task.grid)
 
     def query_losses(self, tasks: Task) -> Tensor:
@@ -208,17 +231,25 @@ class MetaLearner(TwoLevelLearner):
         Raises:
             InputError: tensors of other shapes, no point, or values that are not finite.
         """
+        adapted = self._adapt(x, y, self.eval_steps if steps is None else steps)
+        if self.scaling and self.scaling.x_min:
+            names = ([f"{name}[:, {column}]" for column in range(v.shape[1])] for name, v in (("x", x), ("y", y)))
+            far = self.scaling.outside(x, y, *names)
+            if far:
+                tell(f"adapt: the points lie far outside of the training data: {far}")
+        return adapted
+
+    def _adapt(self, x: Tensor, y: Tensor, steps: int) -> Adapted:
         check_points("x", x, self.scaling and self.scaling.x_mean)
         check_points("y", y, self.scaling and self.scaling.y_mean)
         if len(x) != len(y) or len(x) == 0:
             raise InputError(
                 f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x, and one at least"
             )
-        if steps is not None and steps < 0:
+        if steps < 0:
             raise InputError(f"adapt: steps={steps} must not be negative")
-        support = self.cast(Points(self.normalise_x(x), self.scaling.normalise_y(y) if self.scaling else y))
+        support = self.cast(Points(self.normalise_x(x), self.normalise_y(y)))
         task = Task(support, support, torch.tensor(0, device=self.device))
-        steps = self.eval_steps if steps is None else steps
         with torch.inference_mode(False), torch.no_grad(), self.evaluating(), self.told_at(support.x):
             inner = adapt(self.posed(self.scale), self.inner_optimizer, self.constants(), task, steps)
         return Adapted(self, inner)
@@ -274,3 +305,7 @@ class MetaLearner(TwoLevelLearner):
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``; unchanged where the data had none."""
         return self.scaling.normalise_x(x) if self.scaling else x
+
+    def normalise_y(self, y: Tensor) -> Tensor:
+        """From the user's units, ``[..., outputs]``, likewise."""
+        return self.scaling.normalise_y(y) if self.scaling else y
