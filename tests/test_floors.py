@@ -10,7 +10,7 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "cache"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "checkpoints"), 1),
+    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints"), 1),
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
@@ -18,11 +18,8 @@ FLOORS = {
     **dict.fromkeys(("cli", "messages", "__main__"), 6),
 }
 SAME_FLOOR = {
-    ("modules", "callbacks"),
-    ("callbacks", "modules"),
-    ("provenance", "runs"),
-    ("cli", "messages"),
-    ("__main__", "cli"),
+    *(("modules", "callbacks"), ("callbacks", "modules"), ("callbacks", "runs"), ("provenance", "runs")),
+    *(("cli", "messages"), ("__main__", "cli")),
 }
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints"}
 

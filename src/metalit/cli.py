@@ -51,7 +51,15 @@ from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
 from metalit.provenance import check, given_keys, named_configs, run_of, with_own_config
-from metalit.runs import find_checkpoint, has_checkpoint, version_folder
+from metalit.runs import (
+    RunFolder,
+    RunLogger,
+    SaveConfig,
+    experiment_folder,
+    find_checkpoint,
+    has_checkpoint,
+    version_folder,
+)
 
 # importing them is what lets configs name them by their short names
 SHORT_NAMES = (
@@ -84,7 +92,8 @@ class MetalitCLI(LightningCLI):
             subclass_mode_model=True,
             trainer_class=Trainer,
             parser_kwargs={"parser_mode": "omegaconf+", **own, **{name: dict(own) for name in self.subcommands()}},
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             args=list(args),
         )
@@ -147,8 +156,10 @@ class MetalitCLI(LightningCLI):
             torch.set_num_threads(config.threads)
         configs, given = named_configs(self._args), given_keys(self._args)
         run = run_of(configs[0] if configs else None)
-        name = config.experiment or (run.parent.name if run else Path(configs[0]).stem if configs else "default")
-        self.experiment = Path(config.trainer.default_root_dir or ".") / "lightning_logs" / name
+        name = config.experiment
+        if name is None:
+            name = run.parent.name if run else Path(configs[0]).stem if configs else "default"
+        self.experiment = experiment_folder(config.trainer.default_root_dir, name)
         if run and name == run.parent.name and "trainer.default_root_dir" not in given:
             self.experiment = run.parent  # wherever it has been moved to
         # a run's own configuration may hold the checkpoint that it went on from
@@ -162,9 +173,10 @@ class MetalitCLI(LightningCLI):
         self.checkpoint_step = kept["global_step"]
         self._compare(kept)
         config.ckpt_path = None if asked is None else str(self.checkpoint)
-        self.version = None
+        version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
-            self.version = version_folder(self.checkpoint, self.experiment)
+            version = version_folder(self.checkpoint, self.experiment)
+        self.run = RunFolder(self.experiment, version)
 
     def _compare(self, kept: dict[str, Any]) -> None:
         """Tell how the configuration differs from what the checkpoint was trained with, or refuse it."""
@@ -195,19 +207,13 @@ class MetalitCLI(LightningCLI):
         """Build the trainer with our logger and callbacks, unless the configuration names others."""
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(
-                self.experiment.parent, self.experiment.name, self.version, default_hp_metric=False
-            )
-        elif config.logger is False:
-            self.save_config_callback = None
-        if self.subcommand != "fit":
-            self.save_config_kwargs["config_filename"] = f"config_{self.subcommand}.yaml"
+            kwargs["logger"] = RunLogger(self.run)
         callbacks = [Report(), ScoreTable(), PredictionWriter(), StopOnSignal()]
         if config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             # first, because the others print below it once it has ended
             callbacks = [*([Progress()] if sys.stdout.isatty() else []), *callbacks]
-        kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
+        kwargs["callbacks"] = [self.run, *(config.callbacks or []), *callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
         except (RuntimeError, ValueError) as error:
@@ -221,11 +227,11 @@ class MetalitCLI(LightningCLI):
                 f"and trainer.max_steps is {self.trainer.max_steps}"
             )
             return
-        folder = self.trainer.logger.log_dir if self.trainer.logger else None
         going_on = f", going on from {self.checkpoint} at step {self.checkpoint_step}" if self.checkpoint else ""
-        _say(f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}; logs: {folder}")
+        self.run.greeting = f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}"
         try:
-            self.trainer.fit(**kwargs, weights_only=True)
+            with self.run.opened(self.trainer, trains=True):
+                self.trainer.fit(**kwargs, weights_only=True)
         except SIGTERMException:
             # in what comes before training: how Lightning ends then, as if all were well
             raise SystemExit(143) from None
@@ -248,20 +254,22 @@ class MetalitCLI(LightningCLI):
         best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
         if best.best_model_score is not None:
             _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
-        if folder and (Path(folder) / "figures").exists():
-            _say(f"figures:         {Path(folder) / 'figures'}")
+        if self.run.folder and (self.run.folder / "figures").exists():
+            _say(f"figures:         {self.run.folder / 'figures'}")
         if isinstance(self.trainer.logger, TensorBoardLogger):
             _say(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation tasks; the table is the report's."""
         _say(f"validating {self.checkpoint}")
-        self.trainer.validate(**kwargs, weights_only=True, verbose=False)
+        with self.run.opened(self.trainer, trains=False):
+            self.trainer.validate(**kwargs, weights_only=True, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test tasks; the table is the report's."""
         _say(f"testing {self.checkpoint}")
-        self.trainer.test(**kwargs, weights_only=True, verbose=False)
+        with self.run.opened(self.trainer, trains=False):
+            self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
         """Answer for the user's points.
@@ -275,7 +283,8 @@ class MetalitCLI(LightningCLI):
                 "does not adapt; use test, or its checkpoint from Python"
             )
         _say(f"predicting with {self.checkpoint}")
-        self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
+        with self.run.opened(self.trainer, trains=False):
+            self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
 
 def run(args: Sequence[str]) -> None:

@@ -1,8 +1,20 @@
-"""Where runs lie on disk, ``<root>/<experiment>/version_N/``, and the checkpoints in them."""
+"""Where runs lie on disk, ``<root>/lightning_logs/<experiment>/version_N/``, and the checkpoints in them."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from metalit.errors import InputError
+from metalit.locks import FolderLock
+
+_BEGUN = "training has begun"
 
 
 def version_folder(checkpoint: Path, experiment: Path) -> str | None:
@@ -26,23 +38,210 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
         if not path.is_file():
             raise InputError(f"ckpt_path={name!r}: there is no such file (looked in {Path.cwd()}); or say best or last")
         return path
-    versions = _versions(name, experiment)
-    if not versions:
+    found = _checkpoints(name, experiment)
+    if not found:
         raise InputError(
             f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"
         )
-    return versions[max(versions)]
+    return found[max(found)]
 
 
 def has_checkpoint(name: str, experiment: Path) -> bool:
     """Whether any version of an experiment has a checkpoint of this name."""
-    return bool(_versions(name, experiment))
+    return bool(_checkpoints(name, experiment))
 
 
-def _versions(name: str, experiment: Path) -> dict[int, Path]:
+def _checkpoints(name: str, experiment: Path) -> dict[int, Path]:
+    paths = {number: folder / "checkpoints" / f"{name}.ckpt" for number, folder in _versions(experiment).items()}
+    return {number: path for number, path in paths.items() if path.is_file()}
+
+
+def _versions(experiment: Path) -> dict[int, Path]:
     # by number: a folder that the user renamed, such as version_3_old, is no version any more
     return {
-        int(folder.name.removeprefix("version_")): folder / "checkpoints" / f"{name}.ckpt"
+        int(folder.name.removeprefix("version_")): folder
         for folder in experiment.glob("version_*")
-        if folder.name.removeprefix("version_").isdigit() and (folder / "checkpoints" / f"{name}.ckpt").is_file()
+        if folder.name.removeprefix("version_").isdigit()
     }
+
+
+def experiment_folder(root: str | None, name: str) -> Path:
+    """Where the runs of an experiment lie: ``<root>/lightning_logs/<name>``.
+
+    Raises:
+        InputError: a name that leads elsewhere.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or name.startswith("~"):
+        raise InputError(
+            f"experiment={name!r} must be the name of a folder in lightning_logs, without '..'; set "
+            "trainer.default_root_dir to have lightning_logs elsewhere"
+        )
+    return Path(root or ".") / "lightning_logs" / name
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where a run keeps its configuration, checkpoints, tables, figures and results; asked on rank 0.
+
+    It is that of the :class:`RunFolder` among the trainer's callbacks. Without one, as in Python, it is where Lightning
+    would write: the folder of the first logger, or else ``default_root_dir``; it is made if need be. None if nothing is
+    to be written.
+    """
+    if trainer.fast_dev_run:
+        return None
+    own = next((callback for callback in trainer.callbacks if isinstance(callback, RunFolder)), None)
+    if own is not None:
+        return own.folder
+    logger = trainer.logger
+    found = None if logger is None else getattr(logger, "log_dir", None) or logger.save_dir
+    folder = Path(found or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class RunFolder(Callback):
+    """The folder of a run of the command line, ``<experiment>/version_N``: its own, and the same on all ranks.
+
+    A new one has a number that no other run has, however many are started at once. While a run trains, no other one can
+    go on in its folder. A run that ends before its first outer step leaves the disk as it found it.
+
+    Attributes:
+        folder: where it is; None before it is opened, and where nothing is written.
+        greeting: what is printed, with the folder, once all checks are passed and training begins.
+
+    Args:
+        experiment: the folder of the experiment.
+        version: the name of a folder in it that there is already, in which the run goes on.
+    """
+
+    def __init__(self, experiment: Path, version: str | None = None) -> None:
+        self.experiment = experiment
+        self.folder = experiment / version if version else None
+        self.greeting = ""
+        self._begun = False
+
+    @contextmanager
+    def opened(self, trainer: Trainer, trains: bool) -> Iterator[None]:
+        """Have the folder: a new one, made on rank 0, or the one that there is; locked, if the run trains.
+
+        Raises:
+            InputError: another run trains in it, or it cannot be made.
+        """
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            self.folder = None
+            yield
+            return
+        with ExitStack() as stack:
+            made = [] if self.folder else self._claim()
+            known = set() if made else set(self.folder.rglob("*"))
+            if trains:
+                stack.callback(FolderLock(self.folder).release)
+                for left in self.folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
+                    left.unlink()
+            try:
+                yield
+            except BaseException:
+                if made and not self._trained():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    for parent in made:
+                        with suppress(OSError):  # another run may use it by now
+                            parent.rmdir()
+                elif trains and not self._trained():
+                    for path in sorted(set(self.folder.rglob("*")) - known, reverse=True):
+                        with suppress(OSError):
+                            path.rmdir() if path.is_dir() else path.unlink()
+                raise
+
+    def _claim(self) -> list[Path]:
+        """Make the next version of the experiment; returns the folders above it that had to be made too."""
+        above = [self.experiment, *self.experiment.parents]
+        missing = [folder for folder in above if not folder.exists()]
+        try:
+            self.experiment.mkdir(parents=True, exist_ok=True)
+            number = max(_versions(self.experiment), default=-1) + 1
+            # another run may take a number first: to make a folder is what tells
+            while True:
+                self.folder = self.experiment / f"version_{number}"
+                try:
+                    self.folder.mkdir()
+                except FileExistsError:
+                    number += 1
+                else:
+                    return missing
+        except OSError as error:
+            self.folder = None
+            raise InputError(
+                f"trainer.default_root_dir: the folder {self.experiment} cannot be made ({error.strerror}); name one "
+                "that can be written with --trainer.default_root_dir"
+            ) from None
+
+    def _trained(self) -> bool:
+        return _BEGUN in (self.folder / ".lock").read_text() if (self.folder / ".lock").exists() else False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let all ranks know the folder, and have checkpoints saved there, whatever the loggers are."""
+        folder = trainer.strategy.broadcast(self.folder and str(self.folder))
+        self.folder = folder and Path(folder)
+        for callback in trainer.checkpoint_callbacks if folder else []:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Say that all checks are passed, and where the run is."""
+        if self.greeting:
+            pl_module.check_batch(pl_module.cast(batch))
+            if trainer.is_global_zero:
+                print(f"{self.greeting}; logs: {self.folder}", flush=True)
+            self.greeting = ""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Note that there is something to keep."""
+        if not self._begun and self.folder and trainer.is_global_zero:
+            with (self.folder / ".lock").open("a") as file:
+                file.write(f"{_BEGUN}\n")
+        self._begun = True
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's files in the folder of the run."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.experiment.parent, run.experiment.name, default_hp_metric=False)
+        self._run = run
+
+    @property
+    def version(self) -> str:
+        """``version_N``; on other ranks than the first, which alone writes, it may not be known yet."""
+        return self._run.folder.name if self._run.folder else "version_"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration into the folder of the run, once its start is not refused any more."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write ``config.yaml``."""
+        self.save_config(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``config_validate.yaml``."""
+        if trainer.state.fn == "validate":
+            self.save_config(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``config_test.yaml``."""
+        self.save_config(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``config_predict.yaml``."""
+        self.save_config(trainer, pl_module, "predict")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, once and on rank 0."""
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and folder and not self.already_saved:
+            file = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+        self.already_saved = True

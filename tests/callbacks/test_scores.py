@@ -166,7 +166,9 @@ class TestScoreTable:
         assert "scores on val after 4 outer steps" in capsys.readouterr().out
         logger = CSVLogger(tmp_path, "csv", version=0)
         trainer(tmp_path, logger=logger, precision="64-true", callbacks=[ScoreTable()]).fit(ridge(), noisy())
-        assert {path.name for path in tmp_path.rglob("*.csv")} == {"metrics.csv"}
+        written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")}
+        tables = {"val.csv", "results/features.csv"}
+        assert written == tables | {f"csv/version_0/{name}" for name in (*tables, "metrics.csv")}
 
     def test_is_silent_for_a_meta_learner(self, tmp_path, capsys):
         module = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)

@@ -1,7 +1,6 @@
 """Pictures of the fits: the truth, the support points, and the fit after some inner steps."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
+from metalit.runs import run_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,9 @@ class FitFigures(Callback):
 
     def _publish(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
         data = trainer.datamodule
-        logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
         few_shot = isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)
-        if not (self.tasks and trainer.is_global_zero and logger and few_shot):
+        folder = run_folder(trainer) if self.tasks and few_shot and trainer.is_global_zero else None
+        if folder is None:
             return
         with self._sketching():
             count = min(self.tasks, data.tasks.count(split) or self.tasks)
@@ -78,10 +78,11 @@ class FitFigures(Callback):
             from matplotlib.image import imsave
 
             picture = pixels(figure)
-            folder = Path(logger.log_dir) / "figures"
-            folder.mkdir(parents=True, exist_ok=True)
-            imsave(folder / f"{split}.png", picture)
-            logger.experiment.add_image(f"fits/{split}", picture, learner.outer_step, dataformats="HWC")
+            (folder / "figures").mkdir(exist_ok=True)
+            imsave(folder / "figures" / f"{split}.png", picture)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(f"fits/{split}", picture, learner.outer_step, dataformats="HWC")
 
 
 class _Fits(NamedTuple):

@@ -1,11 +1,9 @@
 """The table of errors, beside predictors that learned nothing from other tasks."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.aggregation import CatMetric
@@ -17,6 +15,7 @@ from metalit.data.module import TaskDataModule
 from metalit.modules.interval import mean_with_interval
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
+from metalit.runs import run_folder
 
 
 class Report(Callback):
@@ -87,12 +86,10 @@ class Report(Callback):
         judged = [Judged(name, values, found.tasks) for name, values in measures.items()]
         if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                folder = Path(logger.log_dir)
-                means_frame(judged).to_csv(folder / f"{split}.csv", index=False)
-                source = data.tasks if isinstance(data, TaskDataModule) else None
-                tasks_frame(judged, source, split).to_csv(folder / f"{split}_tasks.csv", index=False)
+        if folder := run_folder(trainer):
+            means_frame(judged).to_csv(folder / f"{split}.csv", index=False)
+            source = data.tasks if isinstance(data, TaskDataModule) else None
+            tasks_frame(judged, source, split).to_csv(folder / f"{split}_tasks.csv", index=False)
         comparisons = [_comparison(judged[0], baseline) for baseline in judged[1:]]
         show([_protocol(data, found.tasks, split), _table(judged), *comparisons])
 

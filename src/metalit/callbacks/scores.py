@@ -18,6 +18,7 @@ from metalit.data.base import Split
 from metalit.modules.bilevel import BilevelLearner
 from metalit.modules.ranks import items_of_ranks
 from metalit.modules.scores import Scores, means
+from metalit.runs import run_folder
 from metalit.tree import leaves
 
 
@@ -60,9 +61,9 @@ class ScoreTable(Callback):
             learner.scores = means(items_of_ranks(trainer, tables))
             results = learner.results(next(iter(loader)))
         self._told = _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
-        for logger in _tensorboards(trainer):
-            folder = Path(logger.log_dir) / "results"
-            self._told += _write(folder, results, getattr(trainer.datamodule, "columns", None))
+        folder = run_folder(trainer)
+        if folder and trainer.is_global_zero:
+            self._told += _write(folder / "results", results, getattr(trainer.datamodule, "columns", None))
 
     def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
         """Print all that, below the progress bar, which is drawn until now."""
@@ -75,8 +76,8 @@ def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str 
     scores: Scores = getattr(learner, "scores", {})
     if not (scores and trainer.is_global_zero):
         return []
-    for logger in _tensorboards(trainer):
-        pd.DataFrame.from_dict(scores, orient="index").to_csv(Path(logger.log_dir) / f"{split}.csv", index_label="row")
+    if folder := run_folder(trainer):
+        pd.DataFrame.from_dict(scores, orient="index").to_csv(folder / f"{split}.csv", index_label="row")
     return [f"scores on {split}{when}", _table(scores)]
 
 

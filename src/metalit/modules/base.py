@@ -359,6 +359,9 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         self._gradients = Gradients(self.outer)
         log_given(self)
 
+    def check_batch(self, batch: Any) -> None:
+        """Check what is trained on first, before it is, where that was not done already."""
+
     def on_train_start(self) -> None:
         """Say what a checkpoint has changed of the user's settings.
 

@@ -160,6 +160,30 @@ class TwoLevelLearner(OuterLearner):
         """Where the inner variables of an outer step start, with a leading dimension of tasks; None for ``init``."""
         return None
 
+    def check_batch(self, batch: Any) -> None:
+        """Check the number of steps and the first task.
+
+        Raises:
+            InputError: tasks that are not fused in ``fused_steps`` steps; what :meth:`try_out` raises.
+        """
+        self._checked(*(batch if isinstance(batch, Fused) else (batch, 1)))
+
+    def _checked(self, tasks: Any, steps: int) -> Tree | None:
+        """Where the first of the steps starts, for tasks that are checked."""
+        if steps != self.fused_steps:
+            raise InputError(
+                f"model.fused_steps={self.fused_steps}: the data gives the tasks of {steps} step(s) at once; leave it "
+                "out with a DataLoader of your own, or yield metalit.data.Fused"
+            )
+        first = _part(tasks, steps, 0)
+        changed = self.follow(self.outer())
+        start = self.start(first)
+        if changed:
+            self._tried = False
+            self._check_still_fits(_taken(first, 0), start)
+        self.try_out(first, start)
+        return start
+
     def steps_on(self, batch: Any) -> Tree:
         """Take the outer steps of a batch: one on its tasks, or as many as are :class:`~metalit.data.stream.Fused`.
 
@@ -173,18 +197,7 @@ class TwoLevelLearner(OuterLearner):
             InputError: tasks that are not fused in ``fused_steps`` steps; what :meth:`try_out` raises.
         """
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
-        if steps != self.fused_steps:
-            raise InputError(
-                f"model.fused_steps={self.fused_steps}: the data gives the tasks of {steps} step(s) at once; leave it "
-                "out with a DataLoader of your own, or yield metalit.data.Fused"
-            )
-        first = _part(tasks, steps, 0)
-        changed = self.follow(self.outer())
-        start = self.start(first)
-        if changed:
-            self._tried = False
-            self._check_still_fits(_taken(first, 0), start)
-        self.try_out(first, start)
+        start = self._checked(tasks, steps)
         taken = self._steps_in_a_row(tasks, steps, start) if self._fuses() else None
         return self._step_by_step(tasks, steps, start) if taken is None else taken
 
