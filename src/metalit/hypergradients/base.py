@@ -42,6 +42,11 @@ class Hypergradient(ABC):
     needs: ClassVar[frozenset[Path]] = frozenset()
     second_order: ClassVar[bool] = True
 
+    @property
+    def damped_by(self) -> str:
+        """The argument that makes invertible what it inverts, or the empty string where it inverts nothing."""
+        return ""
+
     @abstractmethod
     def __call__(
         self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
@@ -59,6 +64,9 @@ class Hypergradient(ABC):
                 not valid.
         """
         check_paths(type(self), problem, optimizer, outer, task, start, self.steps)
+        if self.steps:
+            inner = problem.init(outer["problem"], task) if start is None else start
+            optimizer.check(lambda inner: problem.inner_grad(inner, outer["problem"], task, 0), inner)
 
     def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Say what the means of ``metrics`` over tasks tell against the estimate: by kind, each with the way out."""

@@ -13,7 +13,7 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
-from metalit.linsolve import CG, LinearSolver
+from metalit.linsolve import CG, Dense, LinearSolver
 from metalit.problem import Problem
 from metalit.tree import Tree, axpy, norm, tree_map
 
@@ -54,6 +54,11 @@ class Implicit(Hypergradient):
             raise InputError(f"Implicit: damping={self.damping} must be a finite number, 0 or more")
         if not self.stationary > 0:
             raise InputError(f"Implicit: stationary={self.stationary} must be positive, such as 0.01")
+
+    @property
+    def damped_by(self) -> str:
+        """Its damping, where the solver inverts."""
+        return "hypergradient.damping" if isinstance(self.solver, Dense) else ""
 
     def __call__(
         self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None

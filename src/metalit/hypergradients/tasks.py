@@ -104,6 +104,11 @@ def _raise_if_clear(error: Exception) -> None:
     """Raise an :class:`InputError` if it is known what an error means."""
     if "randomness error mode" in str(error):
         raise InputError(_DRAWS) from error
+    if isinstance(error, torch.linalg.LinAlgError):
+        raise InputError(
+            "problem: a matrix that is inverted became singular, such as the Hessian of the inner loss; give Newton, "
+            "or Implicit, a positive damping=, or regularise the inner loss"
+        ) from error
     operation = without_second_derivative(error)
     if operation:
         raise InputError(

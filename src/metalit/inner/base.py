@@ -30,6 +30,14 @@ class InnerOptimizer(ABC):
         """Return the state before the first step."""
         return None
 
+    @property
+    def damped_by(self) -> str:
+        """The argument that makes invertible what it inverts, or the empty string where it inverts nothing."""
+        return ""
+
+    def check(self, grad_fn: GradFn, inner: Tree) -> None:  # noqa: B027  (most have no condition)
+        """Raise an ``InputError`` if it cannot step from ``inner``; asked once, on the first task."""
+
     @abstractmethod
     def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
         """Take one step.

@@ -10,7 +10,7 @@ from torch.func import jacrev
 
 from metalit.errors import InputError
 from metalit.inner.base import GradFn, InnerOptimizer
-from metalit.linsolve import solve
+from metalit.linsolve import single, solve
 from metalit.tree import Tree, axpy, flatten, leaves, unflatten
 
 
@@ -25,7 +25,7 @@ class Newton(InnerOptimizer):
         damping: what is added to the diagonal of the Hessian.
 
     Raises:
-        InputError: a damping that is negative or not finite.
+        InputError: a damping that is negative or not finite; before training: a Hessian that is singular.
     """
 
     damping: float = 0.0
@@ -39,14 +39,42 @@ class Newton(InnerOptimizer):
         """It asks for the derivative of the inner gradient."""
         return True
 
+    @property
+    def damped_by(self) -> str:
+        """Its own damping."""
+        return "inner_optimizer.damping"
+
     def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
         """Step to the minimum of the quadratic model."""
         if next(leaves(inner), None) is None:
             return inner, state
+
+        matrix, slope = self._system(grad_fn, inner)
+        return axpy(-1.0, unflatten(solve(matrix, slope), inner), inner), state
+
+    def check(self, grad_fn: GradFn, inner: Tree) -> None:
+        """Raise an :class:`InputError` if the matrix has no inverse at ``inner``, to rounding."""
+        if next(leaves(inner), None) is None:
+            return
+        matrix = single(self._system(grad_fn, inner)[0])
+        if not bool(torch.isfinite(matrix).all()):  # other words are for that
+            return
+        size = len(matrix)
+        tolerance = size * torch.finfo(matrix.dtype).eps
+        rank = int(torch.linalg.matrix_rank(matrix.double(), rtol=tolerance, hermitian=True))
+        if rank < size:
+            raise InputError(
+                f"inner_optimizer Newton: the Hessian of the inner loss is singular, of rank {rank} with {size} "
+                f"entries of the inner variable and damping={self.damping}; give it a positive damping=, such as 1e-3, "
+                "or regularise the inner loss"
+            )
+
+    def _system(self, grad_fn: GradFn, inner: Tree) -> tuple[Tensor, Tensor]:
+        """``H + damping · I`` and the gradient, written down."""
 
         def slope(flat: Tensor) -> Tensor:
             return flatten(grad_fn(unflatten(flat, inner)))
 
         flat = flatten(inner)
         hessian = jacrev(slope)(flat) + self.damping * torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
-        return axpy(-1.0, unflatten(solve(hessian, slope(flat)), inner), inner), state
+        return hessian, slope(flat)

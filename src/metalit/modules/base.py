@@ -22,7 +22,7 @@ from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
 from metalit.errors import InputError
 from metalit.modules.agreement import Agreement
 from metalit.modules.epochs import check_epochs_of_loader
-from metalit.modules.finite import FiniteWatch, stopped
+from metalit.modules.finite import RATES, FiniteWatch, stopped
 from metalit.modules.gradients import Gradients, check_types
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
@@ -322,6 +322,11 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
 
     # ---- what is not finite must neither go on nor be saved
 
+    @property
+    def if_not_finite(self) -> str:
+        """What to try where the loss or its gradient is not finite."""
+        return RATES
+
     def raise_if_not_finite(self) -> None:
         """Stop if the loss or its gradient was NaN or infinite; reads a flag that stays on the device until then.
 
@@ -329,7 +334,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             NonFiniteError: with the step, and the last good checkpoint's name.
         """
         if (step := self._finite.step) >= 0:
-            raise stopped(step, self.trainer)
+            raise stopped(step, self.trainer, self.if_not_finite)
 
     def check_finite(self) -> None:
         """Stop likewise if an outer parameter is not finite; this reads them all."""

@@ -53,12 +53,14 @@ class FiniteWatch:
         return int(self._first)
 
 
-def stopped(step: int, trainer: Trainer) -> NonFiniteError:
+RATES = "Lower the inner or the outer learning rate, or set model.clip_norm, such as 10"
+
+
+def stopped(step: int, trainer: Trainer, way_out: str = RATES) -> NonFiniteError:
     """The error that ends the run, with the step, the last good checkpoint and the way out."""
     saved = [Path(path) for callback in trainer.checkpoint_callbacks if (path := callback.best_model_path)]
     good = max((path for path in saved if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
     kept = f"The last good checkpoint is {good}" if good else "No checkpoint had been saved yet"
     return NonFiniteError(
-        f"the outer loss or its gradient became NaN or infinite at outer step {step}. {kept}. "
-        "Lower the inner or the outer learning rate, or set model.clip_norm, such as 10"
+        f"the outer loss or its gradient became NaN or infinite at outer step {step}. {kept}. {way_out}"
     )

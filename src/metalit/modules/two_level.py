@@ -145,12 +145,32 @@ class TwoLevelLearner(OuterLearner):
     def _try_a_step(self, tasks: Any, start: Tree | None) -> None:
         """Find out what only a whole outer step shows: derivatives that are missing, tasks that go one by one alone."""
         try:
-            over_tasks(self.hypergradient, self.problem, self.inner_optimizer, self.constants(), tasks, start)
+            outer = self.constants()
+            found = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
         except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
             return
+        if self._damped_by and not bool(torch.isfinite(packed(found.loss, found.gradient)).all()):
+            raise InputError(f"model: the outer loss or its gradient is not finite from the start. {self._singular}")
         if self.problem.vectorised is False and self._estimates.compiled is not None:
             self._estimates.compiled = None
             say("the outer step is not compiled, since its tasks are evaluated one after the other")
+
+    @property
+    def _damped_by(self) -> str:
+        return self.inner_optimizer.damped_by or self.hypergradient.damped_by
+
+    @property
+    def _singular(self) -> str:
+        return (
+            f"The Hessian of the inner loss, which is inverted, may be singular: raise {self._damped_by}, such as to "
+            "1e-3, or regularise the inner loss"
+        )
+
+    @property
+    def if_not_finite(self) -> str:
+        """What to try, where a matrix is inverted too."""
+        rates = super().if_not_finite
+        return f"{self._singular}. Otherwise {rates[0].lower()}{rates[1:]}" if self._damped_by else rates
 
     def told(self, tasks: Any) -> AbstractContextManager[None]:
         """Tell in one line what is wrong with the user's code, which is tried on tasks."""
