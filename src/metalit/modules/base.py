@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -31,6 +31,7 @@ from metalit.modules.monitors import check_monitors
 from metalit.modules.optimizers import check_knows, check_not_frozen, check_takes_single_steps, groups, made, settings
 from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.modules.resuming import OuterSettings, check_state
+from metalit.modules.sources import check_one_loader, check_source
 from metalit.modules.supported import check_trainer, overrides, warn_of_rare_calls
 from metalit.tree import leaves
 
@@ -67,6 +68,8 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         clip_norm: the norm to which the whole outer gradient is clipped.
     """
 
+    takes: ClassVar[str]  # what data, for messages
+
     def __init__(
         self,
         optimizer: OptimizerCallable | None = None,
@@ -99,8 +102,10 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         """Bring no callback; this is the first that the Trainer calls, before anything is written.
 
         Raises:
-            InputError: what :func:`~metalit.modules.supported.check_trainer` raises.
+            InputError: what :func:`~metalit.modules.sources.check_source` and
+                :func:`~metalit.modules.supported.check_trainer` raise.
         """
+        check_source(self, self.takes)
         check_trainer(self)
         return []
 
@@ -297,6 +302,14 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             self.log(name, value, logger=False, prog_bar=name in shown, sync_dist=True, batch_size=1)
         self._handed_back.keep(self.trainer, metrics)
 
+    def on_test_start(self) -> None:
+        """Judge what comes from one loader.
+
+        Raises:
+            InputError: there are several.
+        """
+        check_one_loader(self.trainer.num_test_batches)
+
     def on_validation_end(self) -> None:
         """Hand the metrics back to who called ``trainer.validate``."""
         self._handed_back.give()
@@ -380,7 +393,12 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             rank_zero_warn(line)
 
     def on_validation_start(self) -> None:
-        """Judge only what is finite."""
+        """Judge only what is finite, of one loader.
+
+        Raises:
+            InputError: there are several.
+        """
+        check_one_loader(self.trainer.num_val_batches)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.check_finite()
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -54,6 +55,8 @@ class BilevelLearner(TwoLevelLearner):
         InputError: numbers out of range; when training starts: what
             :meth:`~metalit.modules.two_level.TwoLevelLearner.try_out` raises, or ranks that do not divide ``draws``.
     """
+
+    takes = "what its problem is posed on, or no data at all: then keys"
 
     def __init__(
         self,
@@ -176,11 +179,11 @@ class BilevelLearner(TwoLevelLearner):
         """Start afresh."""
         self._collected = []
 
-    def validation_step(self, tasks: Any, batch_idx: int) -> None:
+    def validation_step(self, tasks: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judge; beside baselines only where it is not one of many validations."""
         self._collected += self.judge(tasks, "val", baselines=self.trainer.state.fn != "fit")
 
-    def test_step(self, tasks: Any, batch_idx: int) -> None:
+    def test_step(self, tasks: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judge, beside baselines."""
         self._collected += self.judge(tasks, "test", baselines=True)
 
@@ -204,23 +207,23 @@ class BilevelLearner(TwoLevelLearner):
         """Score the learned outer variable on each task of a batch, and the problem's baselines if they are asked for.
 
         Raises:
-            InputError: ``scores`` without a ``loss``.
+            InputError: ``scores`` without a ``loss``; a problem that fails.
         """
         tasks = self.cast(tasks)
         held = self.inner if self.warm_start else None
-        self.try_out(tasks, self._initial(tasks) if self.warm_start and held is None else held)
-        found = []
-        for index in range(_count(tasks)):
-            task, outer = _take(tasks, index), self.constants()
-            inner = self.solve(task, index)
-            table = {LEARNED: self._scored(inner, outer, task, split)}
-            alike = self.eval_steps is not None or not self.warm_start
-            others = self.problem.baselines(outer["problem"], task) if baselines and alike else {}
-            for name, (own, posed) in others.items():
-                other = {**outer, "problem": {**outer["problem"], **own}}
-                table[name] = self._scored(self._from_init(other, posed), other, posed, split)
-            found.append(table)
-        return found
+        with self.told(tasks):
+            self.try_out(tasks, self._initial(tasks) if self.warm_start and held is None else held)
+            return [self._judged(_take(tasks, index), index, split, baselines) for index in range(_count(tasks))]
+
+    def _judged(self, task: Any, index: int, split: Split, baselines: bool) -> Scores:
+        outer = self.constants()
+        table = {LEARNED: self._scored(self.solve(task, index), outer, task, split)}
+        alike = self.eval_steps is not None or not self.warm_start
+        others = self.problem.baselines(outer["problem"], task) if baselines and alike else {}
+        for name, (own, posed) in others.items():
+            other = {**outer, "problem": {**outer["problem"], **own}}
+            table[name] = self._scored(self._from_init(other, posed), other, posed, split)
+        return table
 
     def solve(self, task: Any, index: int = 0) -> Tree:
         """The inner variable that is judged: see ``eval_steps``.
@@ -257,6 +260,18 @@ class BilevelLearner(TwoLevelLearner):
                 owner = f"{type(self.problem).__name__}.scores"
                 raise InputError(f"{owner}: {name!r} has shape {tuple(value.shape)}; it must be a scalar")
         return {name: float(value) for name, value in scores.items()}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the Trainer first of all.
+
+        Raises:
+            InputError: it is to predict.
+        """
+        if self.trainer.state.fn == "predict":
+            raise InputError(
+                f"predict adapts a MetaLearner to points, and a {type(self).__name__} does not adapt; use test"
+            )
+        return super().configure_callbacks()
 
     def results(self, tasks: Any) -> Mapping[str, Mapping[str, Tensor]]:
         """The problem's ``results`` on the first task of a batch."""

@@ -50,6 +50,8 @@ class MetaLearner(TwoLevelLearner):
         InputError: negative ``eval_steps``, or fewer than are trained.
     """
 
+    takes = "a TaskDataModule, or loaders of batches of metalit.problem.Task"
+
     def __init__(
         self,
         problem: FewShotProblem,
@@ -133,11 +135,11 @@ class MetaLearner(TwoLevelLearner):
         """Collect anew."""
         self.evaluation.start()
 
-    def validation_step(self, tasks: Task, batch_idx: int) -> None:
+    def validation_step(self, tasks: Task, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adapt, and collect the query losses."""
         self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.val_dataloaders, batch_idx))
 
-    def test_step(self, tasks: Task, batch_idx: int) -> None:
+    def test_step(self, tasks: Task, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adapt, and collect the query losses."""
         self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.test_dataloaders, batch_idx))
 
@@ -182,7 +184,16 @@ class MetaLearner(TwoLevelLearner):
             )
 
     def predict_step(self, task: UserTask, batch_idx: int) -> tuple[str, Tensor, Tensor]:
-        """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid."""
+        """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid.
+
+        Raises:
+            InputError: a batch of another kind.
+        """
+        if not isinstance(task, UserTask):
+            raise InputError(
+                f"data: predict adapts to the points of a file, TaskDataModule's predict_file, and got a "
+                f"{type(task).__name__}; adapt(x, y) adapts to tensors"
+            )
         adapted, before = (self._adapt(task.support_x, task.support_y, steps) for steps in (self.eval_steps, 0))
         if not adapted.loss(task.support_x, task.support_y) <= before.loss(task.support_x, task.support_y):
             self._fitted_worse.append(task.name)

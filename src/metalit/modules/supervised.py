@@ -54,6 +54,8 @@ class SupervisedLearner(OuterLearner):
             that the network cannot take, what :func:`~metalit.losses.row_losses` raises.
     """
 
+    takes = "a BatchDataModule, or loaders of pairs of inputs and targets"
+
     def __init__(
         self,
         network: nn.Module,
@@ -205,13 +207,19 @@ class SupervisedLearner(OuterLearner):
         for metric in self.collected.values():
             metric.set_dtype(torch.float64)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect losses and right answers."""
         self._collect(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect losses and right answers."""
         self._collect(batch)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """The network's outputs at a batch of inputs, alone or with their targets."""
+        if isinstance(batch, list | tuple) and len(batch) == 1:
+            batch = batch[0]
+        return self.network(self.cast(batch) if isinstance(batch, Tensor) else self._points(batch).x)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
 from metalit.problem import FewShotProblem, Points, Task
+from metalit.problems.rows import check_task
 
 _OUTER_DRAW = -1  # the dropout key of the outer loss; inner step k uses k
 
@@ -63,6 +65,14 @@ class FewShot(FewShotProblem):
     def init(self, outer: dict[str, Tensor], task: Task | None = None) -> dict[str, Tensor]:
         """Hand over the adapted part of the outer variable."""
         return {name: outer[name] for name in _matching(tuple(outer), self.patterns)}
+
+    def check(self, task: Any) -> None:
+        """Check that a task is one.
+
+        Raises:
+            InputError: it is data of another kind.
+        """
+        check_task(self, task, Task, "TaskDataModule")
 
     def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
         """The mean loss on the support set."""
