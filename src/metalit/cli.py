@@ -244,7 +244,11 @@ class MetalitCLI(LightningCLI):
         except StoppedError as stopped:
             ignore_signals()
             refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
-            _say(f"{stopped}; the same command with --ckpt_path last goes on from there")
+            _say(
+                f"{stopped}; the same command with --ckpt_path last goes on from there"
+                if stopped.checkpoint
+                else stopped
+            )
             if stopped.requeue and refusal is None:
                 _say("the job is put back into the queue")
                 return

@@ -5,7 +5,9 @@ included, and what it did is compiled as one program with no guards. So a networ
 as long as it does the same each time; and the call costs little more than the arithmetic.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -19,6 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metalit.autodiff.untouched import untouched
 from metalit.cache import keep_private
+from metalit.durations import expected, remember
+from metalit.patience import GivenUpError, patiently
 
 Values = Sequence[Any]
 
@@ -38,13 +42,18 @@ class Compiled:
 
     The first call of a form waits for the compiler, runs the program beside ``fn``, and keeps it only if both agree to
     √ε; programs lie in a cache on disk (:func:`~metalit.cache.keep_private`), where the next process finds them.
-    Where there is no C++ compiler, ``fn`` cannot be traced, or the results differ, ``fn`` itself runs from then on.
+    Where there is no C++ compiler, ``fn`` cannot be traced, this takes too long, or the results differ, ``fn`` itself
+    runs from then on.
 
     Args:
         fn: a pure function of trees, that returns a tree; it must not differentiate with respect to anything outside.
         module: its parameters and buffers may change between calls; whatever else ``fn`` knows may not.
         name: what ``fn`` is called in messages.
         tell: what takes the messages: what is waited for, how long it took, or in one line why nothing is compiled.
+        seconds: how long a program may take.
+
+    Raises:
+        BaseException: what :func:`~metalit.patience.give_up` was told to raise instead.
 
     >>> double = Compiled(lambda tree: {"y": 2 * tree["x"]}, tell=lambda line: None)
     >>> double({"x": torch.tensor([1.0, 2.0])})
@@ -57,10 +66,12 @@ class Compiled:
         module: nn.Module | None = None,
         name: str = "the outer step",
         tell: Callable[[str], None] = print,
+        seconds: float = 300.0,
     ) -> None:
         self.fn = fn
         self.name = name
         self.tell = tell
+        self.seconds = seconds
         self.host = _Host(fn, module)
         self.failed = False
         self._programs: dict[Any, Program] = {}
@@ -87,22 +98,57 @@ class Compiled:
     def _made(self, values: Values, spec: TreeSpec) -> "Program":
         plain = Program(self.fn, spec)
         self.tell(f"compiling {self.name}; once done, the next start of this configuration finds it in the cache")
-        begun = monotonic()
+        begun, made = monotonic(), _Making(self, values, spec)
         try:
-            keep_private(self.tell)
-            with untouched(self.host.held):
-                program = CompiledProgram(self.host, spec, values)
-                apart = _apart(program(values), plain(values))
-            if apart:
-                raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
+            program = patiently(made, self.seconds, made.sign, _import_compiler)
         except torch.OutOfMemoryError:
             raise
+        except GivenUpError as error:
+            if error.instead is not None:
+                raise error.instead from None
+            return self._given_up(plain, f"compiling was given up: {error}")
         except Exception as error:  # whatever tracing the user's code, the compiler or its program may raise
-            self.failed = True
-            self.tell(f"{self.name} is not compiled, and runs as it stands: {_cause(error)}")
-            return plain
+            return self._given_up(plain, _cause(error))
         self.tell(f"compiled {self.name} in {monotonic() - begun:.0f} s")
         return program
+
+    def _given_up(self, plain: "Program", why: str) -> "Program":
+        self.failed = True
+        self.tell(f"{self.name} is not compiled, and runs as it stands: {why}")
+        return plain
+
+
+class _Making:
+    """Makes a program and tries it out, with the time that this is expected to take."""
+
+    def __init__(self, owner: Compiled, values: Values, spec: TreeSpec) -> None:
+        self.owner = owner
+        self.values = values
+        self.spec = spec
+        self.expected: float | None = None
+
+    def __call__(self) -> "Program":
+        """Make it."""
+        owner, begun, found = self.owner, monotonic(), _found_in_cache()
+        folder = keep_private(owner.tell)
+        # what the compiler warns of is no fault of the user's; what fn itself warns of, it will again
+        with untouched(owner.host.held), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = CompiledProgram(owner.host, self.spec, self.values)
+            self.expected = expected(folder, program.size)
+            program.compile(self.values)
+        with untouched(owner.host.held):
+            apart = _apart(program(self.values), Program(owner.fn, self.spec)(self.values))
+        if apart:
+            raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
+        if _found_in_cache() == found:
+            remember(folder, program.size, monotonic() - begun)
+        return program
+
+    def sign(self, passed: float) -> None:
+        """Say that it goes on, and how long it will."""
+        about = "" if self.expected is None else f" of about {max(self.expected, passed):.0f} s"
+        self.owner.tell(f"still compiling {self.owner.name}: {passed:.0f} s{about}")
 
 
 def repeated(step: Callable[..., Any], count: Tensor, going: Any, known: Any) -> Any:
@@ -156,7 +202,11 @@ class Program:
 
 
 class CompiledProgram(Program):
-    """A program that the compiler made; all its arguments must have the form of ``values``."""
+    """A program that the compiler made; all its arguments must have the form of ``values``.
+
+    Attributes:
+        size: the number of its operations.
+    """
 
     def __init__(self, host: "_Host", given: TreeSpec, values: Values) -> None:
         super().__init__(host.fn, given)
@@ -182,13 +232,20 @@ class CompiledProgram(Program):
         # most of the module's parameters come among the arguments too, and are not read from the module
         self.owners = [owner for owner, node in zip(host.owners, inputs, strict=False) if node.users]
         self.places = [place for place, node in zip(places, inputs[len(names) :], strict=True) if node.users]
+        self.graph: torch.fx.GraphModule | None = graph
+        self.autocast = _autocast(values)
         for node in inputs:
             if not node.users:
                 graph.graph.erase_node(node)
         graph.recompile()
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        self.size = sum(len(part.graph.nodes) for part in parts)
+
+    def compile(self, values: Values) -> None:
+        """Give what was traced to the compiler."""
+        graph, self.graph = self.graph, None
         tensors = self._tensors(values)
         self.device = next((tensor.device.type for tensor in tensors), "cpu")
-        self.autocast = _autocast(values)
         with torch.autocast(self.device, enabled=False):
             self.run = torch._inductor.standalone_compile(
                 graph,
@@ -236,6 +293,19 @@ class _Host(nn.Module):
 
     def forward(self, trees: Any) -> Any:
         return self.fn(*trees)
+
+
+def _import_compiler() -> None:
+    """Import the compiler, which is slow, and which another attempt could not repair were it ended half done."""
+    for part in ("_dynamo.utils", "_inductor.compile_fx", "_inductor.standalone_compile", "_inductor.async_compile"):
+        import_module(f"torch.{part}")
+    for part in ("cpp", "cpp_wrapper_cpu", "wrapper", "common"):
+        import_module(f"torch._inductor.codegen.{part}")
+
+
+def _found_in_cache() -> int:
+    counters = import_module("torch._dynamo.utils").counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def _form(value: Any) -> Any:

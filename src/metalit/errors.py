@@ -16,12 +16,13 @@ class StoppedError(RuntimeError):
 
     Attributes:
         step: the outer steps that are taken and saved.
-        checkpoint: where.
+        checkpoint: where; None if no step was taken.
         requeue: whether the job is to be put back into the queue.
     """
 
-    def __init__(self, step: int, checkpoint: Path, requeue: bool) -> None:
-        super().__init__(f"stopped by a signal after outer step {step}, saved in {checkpoint}")
+    def __init__(self, step: int, checkpoint: Path | None, requeue: bool) -> None:
+        where = f"after outer step {step}, saved in {checkpoint}" if checkpoint else "before the first outer step"
+        super().__init__(f"stopped by a signal {where}")
         self.step = step
         self.checkpoint = checkpoint
         self.requeue = requeue

@@ -15,16 +15,18 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from metalit.callbacks.checkpoints import LastCheckpoint
 from metalit.errors import InputError, StoppedError
 from metalit.modules.base import OuterLearner
+from metalit.patience import give_up, is_waiting
 
 
 class StopOnSignal(Callback):
     """SIGTERM on any rank, or SLURM's SIGUSR1, ends the run at the end of the step that it comes in, or of the first.
 
-    The handler takes a note and nothing else; the ranks agree with the next gradient
+    The handler takes a note and ends what is being compiled, and nothing else; the ranks agree with the next gradient
     (:class:`~metalit.modules.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
-    validation if one is due, and all ranks leave. Lightning's own handlers would save in mid-step, or wait for a rank
-    that got no signal; they are put aside while training lasts. Once the run leaves, further signals are ignored, which
-    ranks may get late. ``Trainer(fast_dev_run=True)``, which saves nothing, is left to Lightning.
+    validation if one is due, and all ranks leave. A run that is alone, and compiles before its first step, has nothing
+    to save and leaves at once. Lightning's own handlers would save in mid-step, or wait for a rank that got no signal;
+    they are put aside while training lasts. Once the run leaves, further signals are ignored, which ranks may get late.
+    ``Trainer(fast_dev_run=True)``, which saves nothing, is left to Lightning.
 
     Raises:
         InputError: when training starts, without a ``LastCheckpoint``.
@@ -35,6 +37,8 @@ class StopOnSignal(Callback):
         self._received: set[int] = set()
         self._before: dict[int, Any] = {}
         self._stops = self._requeues = False
+        self._trainer: Trainer | None = None
+        self._first = 0
 
     def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
         """Keep Lightning from saving and requeueing by itself."""
@@ -57,6 +61,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Listen in place of Lightning, and say to the other ranks what was heard."""
         self._listen(trainer, signal.SIGTERM, *_requeueing())
+        self._trainer, self._first = trainer, trainer.global_step
         pl_module.agreement.wish("stop", lambda: bool(self._received))
         pl_module.agreement.wish("requeue", lambda: signal.SIGUSR1 in self._received)
 
@@ -74,7 +79,7 @@ class StopOnSignal(Callback):
     def teardown(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
         """Leave SLURM's signal to whom it was left before, as Lightning has done with SIGTERM."""
         leave_signals(self._before)
-        self._before = {}
+        self._before, self._trainer = {}, None
 
     def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
         """Let a signal end the process at once: Lightning's handler would wait for ranks that may be gone."""
@@ -87,6 +92,16 @@ class StopOnSignal(Callback):
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.add(number)
+        if is_waiting():
+            give_up("a signal stops the run", self._stopped_at_once())
+
+    def _stopped_at_once(self) -> StoppedError | None:
+        """The end of a run that has nothing to save: its first step, uncompiled, would differ in the last digits."""
+        trainer = self._trainer
+        if trainer is None or trainer.world_size > 1 or trainer.global_step > self._first:
+            return None
+        begun = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        return StoppedError(trainer.global_step, begun, signal.SIGUSR1 in self._received)
 
 
 def _requeueing() -> list[int]:

@@ -48,7 +48,8 @@ class BilevelLearner(TwoLevelLearner):
             without baselines, which would have seen fewer steps.
         draws: without a DataModule, the number of keys in each outer step, over all ranks.
         seed: without a DataModule, the seed of the keys.
-        compile, fused_steps, tasks_per_chunk: see :class:`~metalit.modules.two_level.TwoLevelLearner`.
+        compile, fused_steps, tasks_per_chunk, compile_seconds: see
+            :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -74,6 +75,7 @@ class BilevelLearner(TwoLevelLearner):
         scheduler: LRSchedulerCallable | None = None,
         lr_by_name: dict[str, float] | None = None,
         clip_norm: float | None = None,
+        compile_seconds: float = 300.0,
     ) -> None:
         super().__init__(
             problem,
@@ -86,6 +88,7 @@ class BilevelLearner(TwoLevelLearner):
             scheduler=scheduler,
             lr_by_name=lr_by_name,
             clip_norm=clip_norm,
+            compile_seconds=compile_seconds,
         )
         if eval_steps is not None and eval_steps < 0:
             raise InputError(f"model.eval_steps={eval_steps} must not be negative")

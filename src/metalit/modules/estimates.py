@@ -56,6 +56,7 @@ class Estimates:
         name: what ``fn`` is called in messages.
         tell: what takes the messages.
         what: what the tasks are called in messages, and in the argument ``…_per_chunk``.
+        seconds: how long compiling may take.
         again: is given the outer variable where an evaluation begins anew, in smaller chunks.
     """
 
@@ -69,9 +70,10 @@ class Estimates:
         tell: Callable[[str], None],
         what: str = "tasks",
         again: Callable[[Any], None] | None = None,
+        seconds: float = 300.0,
     ) -> None:
         self.fn = fn
-        self.compiled = Compiled(fn, module, name, tell) if compiles else None
+        self.compiled = Compiled(fn, module, name, tell, seconds) if compiles else None
         self.tasks_per_chunk = tasks_per_chunk
         self.tell = tell
         self.what = what

@@ -43,7 +43,7 @@ class AdamSteps:
         module: the module that it knows.
         optimizer: one for which :meth:`suits` holds.
         outer: the outer variable, whose leaves are the optimiser's parameters.
-        tell: see :class:`~metalit.compiled.Compiled`.
+        tell, seconds: see :class:`~metalit.compiled.Compiled`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class AdamSteps:
         optimizer: torch.optim.Optimizer,
         outer: Outer,
         tell: Callable[[str], None],
+        seconds: float = 300.0,
     ) -> None:
         self.estimate = _Estimate(estimate, module)
         self.optimizer = optimizer
@@ -60,7 +61,7 @@ class AdamSteps:
         self.outer = outer
         group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.groups = [(group_of[id(parameter)], parameter.numel()) for parameter in self.parameters]
-        self.compiled = Compiled(self._loop, module, tell=tell)
+        self.compiled = Compiled(self._loop, module, tell=tell, seconds=seconds)
 
     @staticmethod
     def suits(optimizer: torch.optim.Optimizer) -> bool:

@@ -43,7 +43,8 @@ class MetaLearner(TwoLevelLearner):
         inner_optimizer: how a task is adapted to.
         hypergradient: how the outer variable learns from it, and in how many inner steps.
         eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones.
-        compile, fused_steps, tasks_per_chunk: see :class:`~metalit.modules.two_level.TwoLevelLearner`.
+        compile, fused_steps, tasks_per_chunk, compile_seconds: see
+            :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -65,6 +66,7 @@ class MetaLearner(TwoLevelLearner):
         scheduler: LRSchedulerCallable | None = None,
         lr_by_name: dict[str, float] | None = None,
         clip_norm: float | None = None,
+        compile_seconds: float = 300.0,
     ) -> None:
         super().__init__(
             problem,
@@ -77,6 +79,7 @@ class MetaLearner(TwoLevelLearner):
             scheduler=scheduler,
             lr_by_name=lr_by_name,
             clip_norm=clip_norm,
+            compile_seconds=compile_seconds,
         )
         if eval_steps < hypergradient.steps:
             raise InputError(

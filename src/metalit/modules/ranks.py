@@ -67,3 +67,9 @@ def items_of_ranks(trainer: Trainer, items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[]] * trainer.world_size
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def compile_patience(trainer: Trainer, seconds: float) -> float:
+    """The seconds that a rank may compile: the others wait, and after the process group's timeout they no longer do."""
+    timeout = getattr(trainer.strategy, "_timeout", None)
+    return seconds if trainer.world_size == 1 or timeout is None else min(seconds, timeout.total_seconds() / 2)

@@ -23,6 +23,7 @@ from metalit.modules.base import OuterLearner, say
 from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.fused import AdamSteps
 from metalit.modules.learned import ParameterTree, alike, brought, updated
+from metalit.modules.ranks import compile_patience
 from metalit.modules.supported import check_counts
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -47,6 +48,8 @@ class TwoLevelLearner(OuterLearner):
             run is resumed with the number that it began with.
             Compiled on one CPU rank, Adam's step is part of the program (:class:`~metalit.modules.fused.AdamSteps`).
         tasks_per_chunk: how many tasks at most are evaluated at once on each rank, to save memory; all if not given.
+        compile_seconds: how long compiling may take before it is given up, and the run goes on uncompiled; with several
+            ranks at most half of the time after which they give each other up.
         options: those of :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
@@ -62,6 +65,7 @@ class TwoLevelLearner(OuterLearner):
         compile: bool = False,
         fused_steps: int = 1,
         tasks_per_chunk: int | None = None,
+        compile_seconds: float = 300.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -75,12 +79,17 @@ class TwoLevelLearner(OuterLearner):
         for name, number in (("fused_steps", fused_steps), ("tasks_per_chunk", tasks_per_chunk)):
             if number is not None and number < 1:
                 raise InputError(f"model.{name}={number} must be at least 1")
+        if not compile_seconds > 0:
+            raise InputError(
+                f"model.compile_seconds={compile_seconds} must be a positive number of seconds, such as 300"
+            )
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
         self.fused_steps = fused_steps
+        self.compile_seconds = compile_seconds
         self._estimates, self._diagnoses = (
-            Estimates(fn, problem, compile, tasks_per_chunk, name, say)
+            Estimates(fn, problem, compile, tasks_per_chunk, name, say, seconds=compile_seconds)
             for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
         )
         self._row: AdamSteps | None = None
@@ -246,7 +255,7 @@ class TwoLevelLearner(OuterLearner):
         if not (alone and AdamSteps.suits(optimizer)):
             return False
         if self._row is None or self._row.optimizer is not optimizer or not self._row.is_of(self.outer()):
-            self._row = AdamSteps(self._unscaled, self.problem, optimizer, self.outer(), say)
+            self._row = AdamSteps(self._unscaled, self.problem, optimizer, self.outer(), say, self.compile_seconds)
         return True
 
     def _steps_in_a_row(self, tasks: Any, steps: int, start: Tree | None) -> Tree | None:
@@ -344,6 +353,10 @@ class TwoLevelLearner(OuterLearner):
         self._asked_interval = self.trainer.val_check_interval
         if stage == "fit" and self.fused_steps > 1 and isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
+        patience = compile_patience(self.trainer, self.compile_seconds)
+        for estimates in (self._estimates, self._diagnoses):
+            if estimates.compiled is not None:
+                estimates.compiled.seconds = patience
 
     def on_train_start(self) -> None:
         """Tell the Trainer again what it was told: its loops have made up their minds."""
