@@ -116,6 +116,26 @@ def test_a_network_that_fails_is_told_with_its_layer_before_training(name, tmp_p
     assert ("cannot take inputs" in str(raised.value)) == (name == "too wide")
 
 
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (
+            nn.BatchNorm1d(4),
+            r"layer 'fault' \(BatchNorm1d\) has no statistics of a single value: .*; give more rows, or",
+        ),
+        (
+            nn.Sequential(nn.Unflatten(1, (4, 1)), nn.InstanceNorm1d(4), nn.Flatten()),
+            r"layer 'fault\.1' \(InstanceNorm1d\) has no statistics of a single value: .*GroupNorm or LayerNorm",
+        ),
+    ],
+    ids=["BatchNorm", "InstanceNorm"],
+)
+def test_one_shot_has_no_statistics(layer, told, tmp_path):
+    data = TaskDataModule(Sine(), *[Episodes(4, 1, 5)] * 3)
+    with pytest.raises(InputError, match=rf"^model\.problem\.network: {told}"):
+        trainer(tmp_path).fit(MetaLearner(FewShot(Bent(layer)), SGD(0.1), Unrolled(1)), data)
+
+
 def test_a_network_that_fails_on_a_loader_of_the_user_s_is_told_likewise(tmp_path):
     points = Points(torch.zeros(8, 5, 3), torch.zeros(8, 5, 1))
     tasks = DataLoader([0, 1], 1, collate_fn=lambda _: Task(points, points, torch.arange(8)))

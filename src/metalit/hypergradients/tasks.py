@@ -104,6 +104,11 @@ def _raise_if_clear(error: Exception) -> None:
     """Raise an :class:`InputError` if it is known what an error means."""
     if "randomness error mode" in str(error):
         raise InputError(_DRAWS) from error
+    if "saved tensor hooks" in str(error):
+        raise InputError(
+            "problem: torch.utils.checkpoint cannot be differentiated here; leave it out: hypergradient Recomputed and "
+            "model.tasks_per_chunk save memory"
+        ) from error
     if isinstance(error, torch.linalg.LinAlgError):
         raise InputError(
             "problem: a matrix that is inverted became singular, such as the Hessian of the inner loss; give Newton, "
