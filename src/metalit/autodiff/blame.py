@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from metalit.errors import InputError
+from metalit.errors import InputError, NonFiniteError, StoppedError
 
 _ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels", re.IGNORECASE)
 _NO_SECOND = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented|once_differentiable")
@@ -19,7 +19,7 @@ def told(owner: str, module: nn.Module, x: Tensor | None = None) -> Iterator[Non
     """Raise what goes wrong within as an :class:`InputError` of one line, with the arguments of :func:`refused`."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
+    except (InputError, NonFiniteError, StoppedError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever code of the user's may raise
         raise InputError(refused(owner, module, error, x)) from error
