@@ -42,7 +42,8 @@ def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
 
     columns = _columns(config)
     points = tmp_path / "points.csv"
-    points.write_text(f"{columns}\nnew,1960,2.0\nnew,1970,3.0\nnew,1965,\n")
+    first, last, between = (1960, 1970, 1965) if "year" in columns else (-2.0, 1.0, 0.5)
+    points.write_text(f"{columns}\nnew,{first},2.0\nnew,{last},3.0\nnew,{between},\n")
     status, output = metalit("predict", str(config), f"--data.predict_file={points}")
     assert status == 0, output
     header, *lines = (tmp_path / "points_predicted.csv").read_text().splitlines()

@@ -50,7 +50,7 @@ from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
-from metalit.provenance import check, given_keys, named_configs, run_of, with_own_config
+from metalit.provenance import check, given_keys, named_configs, on_purpose, run_of, with_own_config
 from metalit.runs import (
     RunFolder,
     RunLogger,
@@ -286,6 +286,8 @@ class MetalitCLI(LightningCLI):
                 f"predict adapts a MetaLearner to the points of data.predict_file, and a {type(self.model).__name__} "
                 "does not adapt; use test, or its checkpoint from Python"
             )
+        if on_purpose("model.eval_steps", self._args):
+            self.model.asked_steps = self.model.eval_steps
         _say(f"predicting with {self.checkpoint}")
         with self.run.opened(self.trainer, trains=False):
             self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)

@@ -85,6 +85,8 @@ def weight(difference: Difference, stage: Stage) -> Literal["refused", "said", "
         return "nothing"
     if first in _TRAINING:
         return {"fit": "refused", "predict": "nothing"}.get(stage, "said")
+    if (section, first, stage) == ("model", "eval_steps", "predict"):
+        return "said"  # it takes the number that validation found best
     return "refused" if section == "model" else _weight_of_data(rest, difference, stage)
 
 

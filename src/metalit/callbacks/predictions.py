@@ -60,6 +60,7 @@ class PredictionWriter(Callback):
             frame[f"{output}_predicted"] = values
         # as the user's own: numbers are read in the locale that wrote them
         frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
+        print(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
         print(f"predictions: {target}")
         with self._sketching():
             from matplotlib.image import imsave

@@ -18,7 +18,14 @@ from metalit.errors import InputError
 
 _NEEDED = {"state_dict": dict, "global_step": int, "loops": dict, "pytorch-lightning_version": str}
 _OTHERS = {
-    **{"epoch": int, "fused_steps": int, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list},
+    **{
+        "epoch": int,
+        "fused_steps": int,
+        "best_steps": int,
+        "callbacks": dict,
+        "optimizer_states": list,
+        "lr_schedulers": list,
+    },
     **{"hyper_parameters": dict, "datamodule_hyper_parameters": dict, "scaling": dict, "inner": dict},
 }
 _FOLDER = 0x10  # MS-DOS's

@@ -1,5 +1,6 @@
 """The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -91,12 +92,16 @@ class MetaLearner(TwoLevelLearner):
         self.scaling: Scaling | None = None
         self._fitted_worse: list[str] = []
         self.evaluation = Evaluation(eval_steps)
+        self.asked_steps: int | None = None
+        self._best_steps: int | None = None
 
     # ---- training
 
     def setup(self, stage: str) -> None:
         """Take over the data's normalisation, which belongs to what is learned."""
         super().setup(stage)
+        if stage == "fit":
+            self._best_steps = None
         source = getattr(self.trainer.datamodule, "tasks", None)
         if stage != "predict" and source is not None:
             self.scaling = source.scaling()
@@ -147,8 +152,11 @@ class MetaLearner(TwoLevelLearner):
         self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.test_dataloaders, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss after every inner step."""
+        """Log the mean loss after every inner step, and remember after how many it is lowest."""
         found = self.evaluation.finish(self.trainer.datamodule, "val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
+            self._best_steps = min(losses, key=losses.get, default=None)
         means = {"val/loss": found["loss"][self.hypergradient.steps].mean}
         for name, intervals in found.items():
             means |= {f"val/{name}_step_{k}": interval.mean for k, interval in enumerate(intervals)}
@@ -197,7 +205,7 @@ class MetaLearner(TwoLevelLearner):
                 f"data: predict adapts to the points of a file, TaskDataModule's predict_file, and got a "
                 f"{type(task).__name__}; adapt(x, y) adapts to tensors"
             )
-        adapted, before = (self._adapt(task.support_x, task.support_y, steps) for steps in (self.eval_steps, 0))
+        adapted, before = (self._adapt(task.support_x, task.support_y, steps) for steps in (self.prediction_steps, 0))
         if not adapted.loss(task.support_x, task.support_y) <= before.loss(task.support_x, task.support_y):
             self._fitted_worse.append(task.name)
         return task.name, adapted(task.x), adapted(task.grid)
@@ -231,13 +239,28 @@ class MetaLearner(TwoLevelLearner):
 
     # ---- use
 
+    @property
+    def prediction_steps(self) -> int:
+        """The inner steps of :meth:`adapt`: ``asked_steps``, if set; else as many as the last validation of training
+        found best, and without one, as many as are trained.
+        """
+        found = (self.asked_steps, self._best_steps, self.hypergradient.steps)
+        return next(steps for steps in found if steps is not None)
+
+    @property
+    def why_so_many_steps(self) -> str:
+        """Where :attr:`prediction_steps` comes from, in words."""
+        if self.asked_steps is not None:
+            return "as asked"
+        return "as trained: there was no validation" if self._best_steps is None else "the best number in validation"
+
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> Adapted:
         """Adapt what was learned to a few points of a new task.
 
         Args:
             x: ``[shots, inputs]``, in the units of the data that was trained on; ``[shots, ...]`` where it has none.
             y: ``[shots, outputs]``, likewise, or ``[shots]`` classes.
-            steps: the number of inner steps; ``eval_steps`` if not given.
+            steps: the number of inner steps; :attr:`prediction_steps` if not given.
 
         Returns:
             A function from ``[rows, inputs]`` to ``[rows, outputs]``, in the same units.
@@ -245,7 +268,7 @@ class MetaLearner(TwoLevelLearner):
         Raises:
             InputError: tensors of other shapes, no point, or values that are not finite.
         """
-        adapted = self._adapt(x, y, self.eval_steps if steps is None else steps)
+        adapted = self._adapt(x, y, self.prediction_steps if steps is None else steps)
         if self.scaling and self.scaling.x_min:
             names = ([f"{name}[:, {column}]" for column in range(v.shape[1])] for name, v in (("x", x), ("y", y)))
             far = self.scaling.outside(x, y, *names)
@@ -271,8 +294,9 @@ class MetaLearner(TwoLevelLearner):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the normalisation with the weights."""
+        """Keep the normalisation with the weights, and the best number of inner steps."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["best_steps"] = self._best_steps
         checkpoint["scaling"] = self.scaling.state() if self.scaling else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -284,6 +308,7 @@ class MetaLearner(TwoLevelLearner):
         super().on_load_checkpoint(checkpoint)
         if "scaling" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no scaling of its data")
+        self._best_steps = checkpoint.get("best_steps")
         kept = checkpoint["scaling"]
         if self.scaling is not None and not (kept and self.scaling.agrees(kept)):
             raise InputError(
