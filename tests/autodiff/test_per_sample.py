@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -602,11 +603,129 @@ def test_values_that_are_no_scalar_name_both_ways_out():
     refused(r"loss: .*\[3\].*sum", per_sample_gradients, nn.Linear(2, 3), X, X, loss=lambda p, y: p)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_is_refused(training):
-    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train(training)
+@pytest.mark.parametrize(("training", "tracks"), [(True, True), (True, False), (False, False)])
+def test_batch_norm_is_refused_where_it_mixes_rows(training, tracks):
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=tracks)).train(training)
     for derivative in (per_sample_gradients, per_sample_jacobian, per_sample_hessian):
         refused("BatchNorm mixes the rows.*GroupNorm", derivative, module, X)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)])
+def test_running_statistics_mix_no_rows(layer):
+    module = filled(nn.Sequential(nn.Linear(2, 3), nn.Unflatten(1, (3, 1)), layer, nn.Flatten())).eval()
+    layer.running_var.abs_().add_(0.5)
+    x = draw(4, 2)
+    found = per_sample_gradients(module, x, x, loss=lambda out, _: out.square().sum())
+    assert_close(found, one_by_one(module, lambda out: out.square().sum(), x), rtol=1e-12, atol=1e-13)
+
+
+class Whole(nn.GRU):
+    def forward(self, x):
+        return super().forward(x)[0][:, -1]
+
+
+@pytest.mark.parametrize("module", [MLP([2, 4, 3], dropout=0.5), nn.Sequential(nn.Unflatten(1, (2, 1)), Whole(1, 3))])
+def test_no_rows_give_no_gradients_of_every_shape(module):
+    x, y, one = torch.empty(0, 2), torch.empty(0, dtype=torch.int64), torch.zeros(1, 2)
+    for derivative, *inputs in (
+        (partial(per_sample_gradients, loss=F.cross_entropy), x, y),
+        (per_sample_jacobian, x),
+        (partial(per_sample_jacobian, flat=True), x),
+        (per_sample_hessian, x),
+    ):
+        found = derivative(module, *inputs, key=KEY)
+        like = derivative(
+            module, *(one if part is x else torch.zeros(1, dtype=torch.int64) for part in inputs), key=KEY
+        )
+        if isinstance(found, torch.Tensor):
+            found, like = {"": found}, {"": like}
+        assert {name: value.shape for name, value in found.items()} == {n: (0, *v.shape[1:]) for n, v in like.items()}
+
+
+class Decides(nn.Linear):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Picks(nn.Linear):
+    def forward(self, x):
+        return super().forward(x[x > -9].reshape(x.shape))
+
+
+class Remembers(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        return super().forward(x - self.mean.mul_(0.9).add_(x.mean(0)))
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (Decides(2, 1), "decides by the value of a tensor.*torch.where"),
+        (Picks(2, 1), "a shape depends on values"),
+        (Remembers(), "changes a tensor in place by what it sees"),
+        (nn.Sequential(nn.Embedding(3, 2, max_norm=0.1), nn.Flatten(), nn.Linear(4, 1)), r"Embedding\(max_norm=...\)"),
+    ],
+    ids=["if", "mask", "buffer", "max_norm"],
+)
+def test_what_cannot_be_vectorised_over_rows_is_refused(module, told):
+    rows = torch.ones(4, 2)
+    refused(told, per_sample_gradients, module, rows.long() if "max_norm" in told else rows)
+
+
+def test_sparse_embeddings_have_the_gradients_of_dense_ones():
+    module = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    x, y = torch.arange(12).reshape(4, 3) % 5, torch.arange(4) % 2
+    found = per_sample_gradients(module, x, y, loss=F.cross_entropy)
+    assert module[0].sparse
+    module[0].sparse = False
+    assert_close(found, one_by_one(module, F.cross_entropy, x, y))
+
+
+def test_complex_parameters_are_refused():
+    refused("by: w is of torch.complex64, and derivatives here are by real numbers", per_sample_gradients,
+            lambda x, w: (w * x).abs().sum(), X, parameters={"w": torch.ones(2, dtype=torch.cfloat)})  # fmt: skip
+
+
+# what is reached past the arguments
+
+
+def test_a_penalty_on_the_modules_parameters_is_part_of_the_gradient():
+    module, x, y = filled(MLP([2, 3, 1], activation="Tanh")), draw(5, 2), draw(5, 1, seed=1)
+
+    def loss(prediction, target):
+        return F.mse_loss(prediction, target) + sum(p.square().sum() for p in module.parameters())
+
+    plain = per_sample_gradients(module, x, y, loss=F.mse_loss)
+    found = per_sample_gradients(module, x, y, loss=loss)
+    expected = {name: slope + 2 * module.get_parameter(name).detach() for name, slope in plain.items()}
+    assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_parameters_that_are_reached_past_the_arguments_are_refused(off):
+    module, x = MLP([2, 3, 1]), torch.ones(4, 2)
+    kept = list(module.parameters())
+
+    def loss(prediction, _):
+        return prediction.sum() + kept[0].square().sum()
+
+    def fn(x, **given):
+        return call(module, given, x.unsqueeze(0)).sum() + module.out.bias.sum()
+
+    given = dict(module.named_parameters())
+    with torch.set_grad_enabled(not off):
+        refused("loss: it reaches 'hidden1.weight' by another way", per_sample_gradients, module, x, x, loss=loss)
+        refused("fn: it reaches 'out.bias' by another way", per_sample_gradients, fn, x, parameters=given)
+        cut = {name: value.detach() for name, value in given.items()}
+        refused("fn: it reaches 'out.bias' by another way", per_sample_gradients, fn, x, parameters=cut)
+        kept[0] = kept[0].detach()
+        found = per_sample_gradients(module, x, x, loss=loss, flat=True)
+        assert found.requires_grad is False
+        assert_close(found, per_sample_gradients(module, x, flat=True))
 
 
 def test_dropout_without_a_key_is_refused():

@@ -510,8 +510,37 @@ def test_losses_that_are_no_scalar_are_refused():
     exact(gradient_at(LAYER, lambda network: network(X).sum().reshape(1, 1))[1]["bias"], torch.tensor([4.0]))
 
 
-def test_a_loss_of_the_module_itself_instead_of_the_given_network_is_refused():
-    refused("does not depend on the network it is given", loss=lambda network: LAYER(X).sum())
+def test_the_network_that_is_given_is_the_module_itself():
+    module, x = filled(MLP([3, 4, 1], activation="Tanh")), data((3,))
+    alpha = noise(module)
+
+    def by_the_module(_):
+        penalty = sum(parameter.square().sum() for parameter in module.parameters())
+        return module(x).square().mean() + penalty + module.out.weight.sum() + module.state_dict()["out.bias"].sum()
+
+    def by_the_network(network):
+        penalty = sum(parameter.square().sum() for _, parameter in network.named_parameters())
+        return network(x).square().mean() + penalty + network.out.weight.sum() + network.out.bias.detach().sum()
+
+    expected = on_a_copy(module, by_the_network, alpha)
+    exact(perturbed_gradient(module, by_the_network, alpha)[:2], expected)
+    exact(perturbed_gradient(module, by_the_module, alpha)[:2], expected)
+
+
+def test_parameters_that_were_taken_from_the_module_before_are_refused():
+    kept, outer = list(LAYER.parameters()), nn.Sequential(LAYER)
+    features = LAYER(X)
+    told = "loss: it reaches the module's 'weight' by another way"
+    refused(told, loss=lambda network: network(X).sum() + kept[0].square().sum())
+    refused(told, SAM(), loss=lambda network: network(X).sum() + kept[0].square().sum())
+    refused(told, loss=lambda network: (network(X) * features).sum())
+    found = gradient_at(LAYER, lambda network: (network(X) * features.detach()).sum() + kept[0].detach().sum())
+    exact(found[1]["bias"], features.detach().sum().reshape(1))
+    # a module that holds it is it
+    exact(gradient_at(LAYER, lambda _: outer(X).sum())[1]["bias"], torch.tensor([4.0]))
+
+
+def test_a_loss_without_the_network_is_refused():
     refused("does not depend on the network it is given", loss=lambda network: torch.tensor(1.0))
     with pytest.raises(InputError, match="no trainable parameter"):
         gradient_at(nn.Linear(2, 1).requires_grad_(False), lambda network: network(X).sum())

@@ -7,15 +7,18 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
-from metalit.autodiff.functional import drawing_by
+from metalit.autodiff.draws import drawing_by
+from metalit.autodiff.functional import With
 from metalit.autodiff.names import of_module
 from metalit.autodiff.perturbations import Perturbation
-from metalit.autodiff.untouched import untouched
+from metalit.autodiff.untouched import Kept, untouched
 from metalit.errors import InputError
 from metalit.keys import fold
 
 Loss: TypeAlias = Callable[[Callable[..., Any]], Tensor]
+_INDEPENDENT = "loss: it does not depend on the network it is given; compute it from network(...)"
 DROPOUT = -1  # apart from the numbers by which perturbations fold a key
 
 
@@ -37,16 +40,18 @@ def gradient_at(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of ``module`` and its gradient at other parameters; the module is left exactly as it was.
 
-    BatchNorm follows its mode: the statistics of the batch in training, the running ones in evaluation. What a forward
-    pass does to buffers is lost with the clones of them that it sees, unless ``buffers`` are given. Gradients are
-    computed whatever the surrounding mode (``no_grad``, ``inference_mode``), and no ``.grad`` is read or written.
+    While the loss is evaluated, the module's parameters are the given ones, by whichever way it reaches them, so that
+    a penalty on ``network.parameters()`` counts. BatchNorm follows its mode: the statistics of the batch in training,
+    the running ones in evaluation. What a forward pass changes, in tensors or attributes, it changes for itself, unless
+    ``buffers`` are given. Gradients are computed whatever the surrounding mode (``no_grad``, ``inference_mode``), and
+    no ``.grad`` is read or written.
 
     Args:
         module: any network.
         loss: a scalar function of the network, which it can call as often as it needs, with any inputs.
         parameters: the point, by parameter name; the module's own values for names that are not given.
-        key: a key of :mod:`metalit.keys`, from which dropout then draws; else from torch's global generator.
-        buffers: what the forward pass sees and changes as buffers, by name, such as the module's own in training.
+        key: a key of :mod:`metalit.keys`, which all that is random then follows; else torch's global generator.
+        buffers: what the forward pass sees and changes in place as buffers, by name.
         rows: the numbers of the rows that the network sees, where its batch is part of a larger one: each row drops
             what it would drop there, where rows come first in the inputs of dropout.
 
@@ -54,8 +59,8 @@ def gradient_at(
         The loss, and the gradient by all trainable parameters; zero for one that the loss does not use.
 
     Raises:
-        InputError: a name or shape that is not of the module; no trainable parameter; a loss that is no scalar, or
-            does not depend on the network that it is given.
+        InputError: a name or shape that is not of the module; no trainable parameter; a loss that is no scalar, does
+            not depend on the network, or reaches a parameter of it that was taken from it before.
 
     >>> layer = nn.Linear(1, 1)
     >>> weights = {"weight": torch.tensor([[3.0]]), "bias": torch.tensor([1.0])}
@@ -63,28 +68,70 @@ def gradient_at(
     (tensor(49.), {'weight': tensor([[28.]]), 'bias': tensor([14.])})
     """
     given = of_module(module, parameters or {})
-    with torch.inference_mode(False), torch.enable_grad(), untouched(module):
-        own = dict(module.named_parameters())
-        point = {name: _constant(given.get(name, value)) for name, value in own.items()}
-        free = {name: point[name].requires_grad_() for name, value in own.items() if value.requires_grad}
-        if not free:
-            raise InputError(f"module: {type(module).__name__} has no trainable parameter to differentiate by")
-        if buffers is None:
-            buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-        state = {**point, **buffers}
+    with torch.inference_mode(False), untouched(module) as kept:
+        # clones, as a forward pass may write to them
+        point = {name: given.get(name, value).detach().clone() for name, value in module.named_parameters()}
+        kept.lend()
+        point |= buffers or {}
+        return _gradient(module, loss, point, key, rows)
 
-        def network(*inputs: Any, **options: Any) -> Any:
-            return functional_call(module, state, inputs, options)
 
-        with drawing_by(None if key is None else fold(key, DROPOUT), module, rows):
-            value = _scalar(loss(network))
-        used = value.requires_grad and torch.autograd.grad(value, list(free.values()), allow_unused=True)
-        if not used or all(slope is None for slope in used):
-            raise InputError("loss: it does not depend on the network it is given; call that, not the module itself")
-        slopes = [
-            torch.zeros_like(at) if slope is None else slope for slope, at in zip(used, free.values(), strict=True)
-        ]
-    return value.detach(), dict(zip(free, slopes, strict=True))
+def gradient_in_training(
+    module: nn.Module, loss: Loss, parameters: Mapping[str, Tensor], key: Tensor | None, rows: range | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`gradient_at` as a training step takes it: the module is then as after an ordinary forward pass.
+
+    So are its buffers, its attributes, and the given parameters if it writes to them; but no tensor stays on a graph.
+    """
+    given = of_module(module, parameters)
+    kept = Kept(module)
+    try:
+        with torch.inference_mode(False):
+            own = dict(module.named_parameters())
+            return _gradient(module, loss, {name: _constant(given.get(name, own[name])) for name in own}, key, rows)
+    finally:
+        kept.restore_parameters()
+        kept.cut()
+
+
+def _gradient(
+    module: nn.Module, loss: Loss, state: dict[str, Tensor], key: Tensor | None, rows: range | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with ``state`` as parameters and buffers, and its gradient by the trainable ones of the parameters."""
+    names = dict(module.named_parameters())
+    own = {name: value for name, value in names.items() if value.requires_grad}
+    if not own:
+        raise InputError(f"module: {type(module).__name__} has no trainable parameter to differentiate by")
+    with torch.enable_grad(), drawing_by(None if key is None else fold(key, DROPOUT), module, rows):
+        # as parameters, so that a module can assign them: w /= w.norm() does
+        state = {name: nn.Parameter(at, name in own) if name in names else at for name, at in state.items()}
+        free = {name: state[name] for name in own}
+        inputs = module.register_forward_pre_hook(_cloned, prepend=True, with_kwargs=True)
+        try:
+            value = functional_call(With(module, loss), {f"module.{name}": at for name, at in state.items()}, ())
+        finally:
+            inputs.remove()
+        value = _scalar(value)
+        if not value.requires_grad:
+            raise InputError(_INDEPENDENT)
+        slopes = torch.autograd.grad(value, [*free.values(), *own.values()], allow_unused=True)
+    found, past = slopes[: len(free)], slopes[len(free) :]
+    bypassed = [name for name, slope in zip(own, past, strict=True) if slope is not None]
+    if bypassed:
+        raise InputError(
+            f"loss: it reaches the module's {bypassed[0]!r} by another way than the network it is given, such as a "
+            "list of parameters made before, and would lose that part of the gradient; take network.parameters() "
+            "inside the loss, or .detach() what counts as a constant"
+        )
+    if all(slope is None for slope in found):
+        raise InputError(_INDEPENDENT)
+    pairs = zip(free.items(), found, strict=True)
+    return value.detach(), {name: torch.zeros_like(at) if slope is None else slope for (name, at), slope in pairs}
+
+
+def _cloned(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of a forward pass, which it may then write to."""
+    return tree_map_only(Tensor, torch.clone, (inputs, options))
 
 
 def perturbed_gradient(

@@ -1,7 +1,7 @@
 """A module or a function as a function of one row, and its derivatives for all rows at once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Literal, TypeAlias
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from metalit.autodiff.functional import _KeyedDropout, call, draws, sees_other_rows
+from metalit.autodiff.draws import Elsewhere, drawing_by, draws, generators
+from metalit.autodiff.functional import With, evaluated
 from metalit.autodiff.names import matching, of_module
+from metalit.autodiff.reached import Bypass
 from metalit.autodiff.untouched import untouched
 from metalit.errors import InputError
 from metalit.keys import fold
@@ -20,6 +23,7 @@ from metalit.tree import Tree, leaves, tree_map
 
 By: TypeAlias = Literal["parameters"] | int
 Function: TypeAlias = Callable[..., Tensor]
+Evaluate: TypeAlias = Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor]
 Derivative: TypeAlias = Callable[[Callable[[Tree], Tensor], Tree], Tree]
 
 
@@ -39,7 +43,7 @@ def for_each_row(
     count = _check_inputs(inputs, 1 if loss is None else 2)
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size: {chunk_size} must be at least 1, or None for all rows at once")
-    evaluate, values = _evaluation(fn, parameters, key)
+    evaluate, values = _evaluation(fn, loss, parameters, key)
     if by == "parameters" and parameters is None and not isinstance(fn, nn.Module):
         raise InputError(
             "parameters: a plain function needs those to differentiate by; or give by=0 for its first input"
@@ -51,27 +55,71 @@ def for_each_row(
 
         def value(at: Tree) -> Tensor:
             state, seen = ({**values, **at}, parts) if isinstance(at, dict) else (values, _put(parts, by, at))
-            if loss is None:
-                return _differentiable(evaluate(state, seen, row_key), "fn")
-            return _differentiable(loss(evaluate(state, seen[:-1], row_key), seen[-1]), "loss")
+            return _differentiable(evaluate(state, seen, row_key), "fn" if loss is None else "loss")
 
         point = parts[by] if chosen is None else chosen
         slopes = derivative(value, point)
         return _flat(slopes, point) if flat else slopes
 
-    keys = () if key is None else (fold(key, torch.arange(count, device=key.device)),)
+    # without a row, one of zeros tells the shapes
+    given = inputs if count else tuple(part.new_zeros(1, *part.shape[1:]) for part in inputs)
+    keys = () if key is None else (fold(key, torch.arange(len(given[0]), device=key.device)),)
     each = _one_after_the_other if _is_recurrent(fn) else partial(vmap, chunk_size=chunk_size)
-    try:
+    with refusals(), untouched(fn), sdpa_kernel(SDPBackend.MATH):
         # fused attention has neither a batching rule nor second derivatives
-        with untouched(fn), sdpa_kernel(SDPBackend.MATH):
-            return each(row)(*inputs, *keys)
+        found = _watched(each(row), key)(*given, *keys)
+    return found if count else tree_map(lambda value: value[:0], found)
+
+
+def _watched(rows: Callable[..., Tree], key: Tensor | None) -> Callable[..., Tree]:
+    """``rows``, seen to draw no random numbers that do not follow the key, and to reach nothing past its arguments."""
+
+    def watched(*batches: Tensor) -> Tree:
+        grads = torch.is_grad_enabled()
+        states = [(generator, generator.get_state()) for generator in generators(batches)]
+        # what is reached past the arguments shows in the graph; under inference_mode there is none
+        with torch.enable_grad(), Elsewhere() as elsewhere:
+            found = rows(*batches)
+        drawn = any(not torch.equal(generator.get_state(), state) for generator, state in states)
+        if elsewhere.drawn or (key is None and drawn):
+            raise InputError(_OTHER_DRAWS)
+        return found if grads else tree_map(Tensor.detach, found)
+
+    return watched
+
+
+_OTHER_DRAWS = (
+    "fn: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d "
+    "with key=, so its draws would not follow the row; use those, or call .eval()"
+)
+_IN_PLACE = (
+    "fn: it changes a tensor in place by what it sees in a row (Embedding(max_norm=...) does), which cannot be "
+    "vectorised over rows; assign a new tensor instead, or leave the change out"
+)
+_REFUSED = {
+    "randomness error mode": _OTHER_DRAWS,
+    "data-dependent control flow": (
+        "fn: it decides by the value of a tensor (if, while, .item()), which cannot be vectorised over rows; use "
+        "torch.where"
+    ),
+    "support dynamic shape": (
+        "fn: a shape depends on values (x[mask], nonzero), which cannot be vectorised over rows; use torch.where"
+    ),
+    "there exists a Tensor `other`": _IN_PLACE,
+    "doesn't match the broadcast shape": _IN_PLACE,
+}
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Say in one line what ``vmap`` cannot do."""
+    try:
+        yield
     except RuntimeError as error:
-        if "randomness error mode" not in str(error):
-            raise
-        raise InputError(
-            "fn: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d and "
-            "Dropout3d with key=, so its draws would not follow the row; use those, or call .eval()"
-        ) from error
+        for part, told in _REFUSED.items():
+            if part in str(error):
+                raise InputError(told) from error
+        raise
 
 
 def _is_recurrent(fn: Function) -> bool:
@@ -124,46 +172,72 @@ def scalar(value: Tensor, owner: str) -> Tensor:
 
 
 def _evaluation(
-    fn: Function, parameters: Mapping[str, Tensor] | None, key: Tensor | None
-) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
+    fn: Function,
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+    parameters: Mapping[str, Tensor] | None,
+    key: Tensor | None,
+) -> tuple[Evaluate, dict[str, Tensor]]:
     """``evaluate(parameters, row, key)`` and the parameters at which the derivatives are taken."""
     if not isinstance(fn, nn.Module):
-        return _of_function(fn, dict(parameters or {}))
-    if sees_other_rows(fn):
-        raise InputError("fn: its BatchNorm mixes the rows, so no row has a gradient of its own; use GroupNorm")
+        return _of_function(fn, loss, dict(parameters or {}))
+    mixes = [layer for layer in fn.modules() if isinstance(layer, _BatchNorm)]
+    if any(layer.training or layer.running_mean is None for layer in mixes):
+        raise InputError(
+            "fn: its BatchNorm mixes the rows, so no row has a gradient of its own; call .eval(), where it takes its "
+            "running statistics, or use GroupNorm"
+        )
     if key is None and draws(fn):
-        raise InputError("key: None, but the dropout is active; give a key of metalit.keys, or call .eval()")
+        raise InputError(
+            "key: None, but the dropout is active (or another layer that draws); give a key of metalit.keys, or call "
+            ".eval()"
+        )
     own = {name: value.detach() for name, value in fn.named_parameters()}
     trainable = {name: own[name] for name, value in fn.named_parameters() if value.requires_grad}
-    values = trainable if parameters is None else of_module(fn, parameters)
+    bypass = Bypass(trainable if parameters is None else of_module(fn, parameters), own)
+    whole = With(fn, partial(_of_row, loss))
 
     def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
-        # a batch of one: Flatten and its like count on a batch dimension
-        output = call(fn, {**own, **state}, *(part.unsqueeze(0) for part in row), key=key)
-        output = _tensor(output, "fn")
-        if output.dim() and output.shape[0] != 1:
-            raise InputError(f"fn: it makes {list(output.shape)} of one row; its output must keep the rows first")
-        return output.squeeze(0) if output.dim() else output
+        given = {f"module.{name}": value for name, value in (own | state).items()}
+        with drawing_by(key, fn):
+            value = evaluated(whole, given, row, own_statistics=True)
+        bypass.check(value, "fn" if loss is None else "loss")
+        return value
 
-    return evaluate, values
+    return evaluate, bypass.parameters
+
+
+def _of_row(loss: Callable[[Tensor, Tensor], Tensor] | None, module: nn.Module, *row: Tensor) -> Tensor:
+    """What a module says of one row, or its loss."""
+    # a batch of one: Flatten and its like count on a batch dimension
+    output = _tensor(module(*(part.unsqueeze(0) for part in (row if loss is None else row[:-1]))), "fn")
+    if output.dim() and output.shape[0] != 1:
+        raise InputError(f"fn: it makes {list(output.shape)} of one row; its output must keep the rows first")
+    output = output.squeeze(0) if output.dim() else output
+    return output if loss is None else _tensor(loss(output, row[-1]), "loss")
 
 
 def _of_function(
-    fn: Function, parameters: dict[str, Tensor]
-) -> tuple[Callable[[dict[str, Tensor], tuple[Tensor, ...], Tensor | None], Tensor], dict[str, Tensor]]:
+    fn: Function, loss: Callable[[Tensor, Tensor], Tensor] | None, parameters: dict[str, Tensor]
+) -> tuple[Evaluate, dict[str, Tensor]]:
     for name, value in parameters.items():
         if not isinstance(value, Tensor):
             raise InputError(f"parameters: {name!r} is {value!r}, not a tensor")
+    bypass = Bypass(parameters)
 
     def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
+        row = tuple(part.clone() for part in row)  # which the function may write to
+        inputs = row if loss is None else row[:-1]
         try:
-            with nullcontext() if key is None else _KeyedDropout(key):
-                return _tensor(fn(*row, **state), "fn")
+            with drawing_by(key, fn):
+                output = _tensor(fn(*inputs, **state), "fn")
         except TypeError:
-            _check_arguments(fn, row, state)
+            _check_arguments(fn, inputs, state)
             raise
+        value = output if loss is None else _tensor(loss(output, row[-1]), "loss")
+        bypass.check(value, "fn" if loss is None else "loss")
+        return value
 
-    return evaluate, parameters
+    return evaluate, bypass.parameters
 
 
 def _check_arguments(fn: Function, row: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> None:
@@ -188,7 +262,10 @@ def _chosen(
         raise InputError(f"by: {by!r} is neither 'parameters' nor the position of one of {len(inputs)} inputs")
     for name, value in chosen.items():
         if not value.is_floating_point():
-            raise InputError(f"by: {name} is of {value.dtype}, which has no derivatives; convert it to floating point")
+            raise InputError(
+                f"by: {name} is of {value.dtype}, and derivatives here are by real numbers; convert it to floating "
+                "point, or give torch.view_as_real() of what is complex"
+            )
     return chosen if by == "parameters" else None
 
 

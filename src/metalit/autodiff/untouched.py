@@ -1,27 +1,164 @@
-"""Putting back what the evaluation with other parameters leaves in a module."""
+"""What an evaluation may leave in a module, and how it is put back."""
 
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# values that hold nothing which could change, or that are handled apart
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type, FunctionType, MethodType, ModuleType})
+_PLAIN |= {BuiltinFunctionType, torch.dtype, torch.device, torch.Size, nn.Parameter}
+_TABLES = ("_parameters", "_buffers", "_modules")
+_LISTS = ("_flat_weights", "_flat_weight_refs")
+_DICTS = (OrderedDict, dict)
+
+
+class Kept:
+    """The state of a module: the attributes of all its layers, and what their lists, dictionaries and objects hold.
+
+    Args:
+        module: any module; another object has no state.
+        values: keep the values of its buffers and other tensors too, parameters aside.
+    """
+
+    def __init__(self, module: object, values: bool = False) -> None:
+        self.layers: list[nn.Module] = []
+        self._parameters: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._empty: list[Any] = []
+        self._others: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Callable[[Any, Tensor], None], Any, Tensor]] = []
+        self._seen: set[int] = set()
+        if isinstance(module, nn.Module):
+            self._keep_layers(module)
+        self._values = [(tensor, tensor.clone()) for tensor in self._distinct()] if values else []
+
+    def restore(self) -> None:
+        """Put back all that was kept."""
+        for now, content in self._dicts:
+            now.update(content)
+            if len(now) > len(content):
+                for name in now.keys() - content.keys():
+                    del now[name]
+        for value in self._empty:
+            if value:
+                value.clear()
+        for value, content in self._others:
+            if isinstance(value, torch.Generator):
+                value.set_state(content)
+            elif isinstance(value, set):
+                value.clear()
+                value.update(content)
+            else:
+                value.clear()
+                value.extend(content)
+        for tensor, value in self._values:
+            # tensors that share memory cannot be written to; they have not been, then
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    def lend(self) -> dict[int, Tensor]:
+        """Let the module hold clones of its tensors until they are put back, by the id of each; parameters aside."""
+        clones = {id(tensor): tensor.clone() for tensor in self._distinct()}
+        for put, key, tensor in self._tensors:
+            put(key, clones[id(tensor)])
+        return clones
+
+    def restore_parameters(self) -> None:
+        """Put back the parameters alone, also those that recurrent layers have in a list for cuDNN."""
+        for layer, parameters, lists in self._parameters:
+            layer._parameters.update(parameters)
+            layer.__dict__.update(lists)
+
+    def cut(self) -> None:
+        """Cut the tensors that the layers hold now off the graphs that they belong to."""
+        for layer in self.layers:
+            for table in (layer.__dict__, layer._buffers):
+                for name, value in table.items():
+                    if isinstance(value, Tensor) and not value.is_leaf:
+                        table[name] = value.detach()
+
+    def _distinct(self) -> list[Tensor]:
+        return list({id(tensor): tensor for _, _, tensor in self._tensors}.values())
+
+    def _keep_layers(self, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        self.layers.append(module)
+        state = module.__dict__
+        lists = {name: state[name] for name in _LISTS} if isinstance(module, nn.RNNBase) else {}
+        self._parameters.append((module, state["_parameters"].copy(), lists))
+        self._dicts.append((state, state.copy()))
+        for name in _TABLES:
+            if table := state[name]:
+                self._dicts.append((table, table.copy()))
+            else:
+                self._empty.append(table)
+        for name, value in state["_buffers"].items():
+            if value is not None:
+                self._tensors.append((state["_buffers"].__setitem__, name, value))
+        others = [pair for pair in state.items() if type(pair[1]) not in _PLAIN and pair[0] not in _TABLES]
+        for name, value in others:
+            if type(value) in _DICTS and not value:
+                self._empty.append(value)
+            else:
+                self._keep(state.__setitem__, name, value)
+        for child in state["_modules"].values():
+            if child is not None:
+                self._keep_layers(child)
+
+    def _keep(self, put: Callable[[Any, Any], None] | None, key: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            if put is not None and not isinstance(value, nn.Parameter):
+                self._tensors.append((put, key, value))
+        elif isinstance(value, nn.Module):
+            self._keep_layers(value)  # one that is not registered
+        elif id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._keep_inside(value)
+
+    def _keep_inside(self, value: Any) -> None:
+        if isinstance(value, dict | list | deque | set) and not value:
+            self._empty.append(value)
+        elif isinstance(value, dict):
+            self._dicts.append((value, value.copy()))
+            self._keep_each(value.__setitem__, value.items())
+        elif isinstance(value, list | deque):
+            self._others.append((value, value.copy()))
+            self._keep_each(value.__setitem__, enumerate(value))
+        elif isinstance(value, set):
+            self._others.append((value, value.copy()))
+        elif isinstance(value, tuple):
+            self._keep_each(None, enumerate(value))
+        elif isinstance(value, torch.Generator):
+            self._others.append((value, value.get_state()))
+        elif not isinstance(value, type) and type(state := getattr(value, "__dict__", None)) is dict:
+            # an object of the user's: its own attributes, and nothing beyond
+            self._dicts.append((state, state.copy()))
+            for name, part in state.items():
+                if type(part) is Tensor:
+                    self._tensors.append((state.__setitem__, name, part))
+
+    def _keep_each(self, put: Callable[[Any, Any], None] | None, items: Any) -> None:
+        for key, value in items:
+            if type(value) not in _PLAIN:
+                self._keep(put, key, value)
 
 
 @contextmanager
-def untouched(module: object) -> Iterator[None]:
-    """Leave ``module`` as it was, where ``torch.func.functional_call`` alone does not.
+def untouched(module: object) -> Iterator[Kept]:
+    """Leave ``module`` as it was: its parameters, buffers, attributes and hooks, but for values changed in place.
 
-    A layer that is registered under two names would keep the tensors that it was evaluated with. Recurrent layers keep
-    a list of their weights for cuDNN, in which the last evaluated ones would stay until the next forward.
+    So a layer that is registered under two names keeps no tensor that it was evaluated with, nor do recurrent layers
+    in their lists of weights for cuDNN, nor does any layer keep an activation.
     """
-    layers = list(module.modules()) if isinstance(module, nn.Module) else []
-    held = [(layer, dict(layer._parameters), dict(layer._buffers)) for layer in layers]
-    recurrent = [layer for layer in layers if isinstance(layer, nn.RNNBase)]
-    lists = [(layer._flat_weights, layer._flat_weight_refs) for layer in recurrent]
+    kept = Kept(module)
     try:
-        yield
+        yield kept
     finally:
-        for layer, parameters, buffers in held:
-            layer._parameters.update(parameters)
-            layer._buffers.update(buffers)
-        for layer, (weights, references) in zip(recurrent, lists, strict=True):
-            layer._flat_weights, layer._flat_weight_refs = weights, references
+        kept.restore()

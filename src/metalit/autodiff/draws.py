@@ -1,0 +1,211 @@
+"""What is random in a module, and how it follows a key."""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from metalit.autodiff.watch import Known
+from metalit.keys import fold, uniform
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether ``module`` holds active dropout, or another layer that draws, for which :func:`call` needs a key."""
+    return any(_layer_draws(layer) for layer in module.modules())
+
+
+def _layer_draws(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+        return layer._random_samples is None  # in evaluation too
+    if not layer.training:
+        return False
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    if isinstance(layer, nn.RNNBase):
+        return layer.dropout > 0 and layer.num_layers > 1
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.dropout > 0
+    return isinstance(layer, nn.RReLU) and layer.lower < layer.upper
+
+
+@contextmanager
+def drawing_by(key: Tensor | None, module: object, rows: range | None = None) -> Iterator[None]:
+    """Let all that is random in ``module`` follow a key, of the rows with these numbers; without one, it draws freely.
+
+    Dropout takes its masks from the key. Whatever else is drawn comes from the usual generators, those of torch, Python
+    and numpy and those that the module holds, which begin at the key and are put back afterwards. Under ``vmap``, where
+    a key is many, they cannot: torch refuses to draw there.
+    """
+    if key is None:
+        yield
+        return
+    with KeyedDropout(key, rows):
+        if is_batched(key):
+            yield
+            return
+        with _seeded(int(fold(key, rows.start if rows else 0)), module):
+            yield
+
+
+_DRAWS_ELSEWHERE = Known()  # by the generators of Python or numpy, which are slow to set
+
+
+@contextmanager
+def _seeded(seed: int, module: object) -> Iterator[None]:
+    layers = list(module.modules()) if isinstance(module, nn.Module) else []
+    own = [value for layer in layers for value in layer.__dict__.values() if isinstance(value, torch.Generator)]
+    own += generators(value for layer in layers for value in layer._parameters.values() if value is not None)
+    states = [generator.get_state() for generator in own]
+    known = _DRAWS_ELSEWHERE.get(layers) if layers else None
+    try:
+        for generator in own:
+            generator.manual_seed(seed)
+        if known is False:
+            yield
+            return
+        with Elsewhere(seed) as elsewhere:
+            yield
+        if layers:
+            _DRAWS_ELSEWHERE.set(layers, elsewhere.drawn)
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+
+
+def generators(tensors: Iterable[Tensor]) -> list[torch.Generator]:
+    """Torch's own generators of the devices of these tensors, and that of the CPU."""
+    devices = {value.device.index for value in tensors if value.is_cuda}
+    return [torch.default_generator, *[torch.cuda.default_generators[index] for index in sorted(devices)]]
+
+
+class Elsewhere:
+    """The generators of Python and numpy, of whose draws ``vmap`` knows nothing; put back afterwards.
+
+    Args:
+        seed: where they begin; where they are, if not given.
+
+    Attributes:
+        drawn: whether one of them was drawn from.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self.drawn = False
+
+    def __enter__(self) -> "Elsewhere":
+        """Keep where they are, and let them begin."""
+        self.before = _read()
+        if self.seed is not None:
+            random.seed(self.seed)
+            if numpy := sys.modules.get("numpy"):
+                numpy.random.seed(self.seed % 2**32)
+        self.begun = _read() if self.seed is not None else self.before
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Find out whether they were drawn from, and put them back if they were seeded."""
+        self.drawn = _read() != self.begun
+        if self.seed is not None:
+            random.setstate(self.before[0])
+            if len(self.before) > 1:
+                numpy, (name, keys, *rest) = sys.modules["numpy"], self.before[1]
+                numpy.random.set_state((name, numpy.frombuffer(keys, numpy.uint32), *rest))
+
+
+def _read() -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return [random.getstate()]
+    name, keys, *rest = numpy.random.get_state()
+    return [random.getstate(), (name, keys.tobytes(), *rest)]
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether a tensor stands for many under ``torch.func.vmap``."""
+    while _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_batchedtensor(value):
+            return True
+        value = _functorch.get_unwrapped(value)
+    return False
+
+
+class KeyedDropout(TorchFunctionMode):
+    """Replaces the random masks of dropout by masks drawn from a key.
+
+    Where the batch is part of a larger one, ``rows`` are its numbers there. Each row then drops what it would drop in
+    the whole, where rows come first in what is dropped from, also as ``[rows · tokens, …]``; elsewhere, as in
+    ``[tokens, rows, …]``, every part draws by itself.
+    """
+
+    MASK_DIMS: ClassVar = {F.dropout: None, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+
+    def __init__(self, key: Tensor, rows: range | None = None) -> None:
+        super().__init__()
+        self.key = key
+        self.rows = rows
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **(kwargs or {}))
+        if func not in self.MASK_DIMS:
+            return func(*args, **(kwargs or {}))
+        return self.dropout(self.MASK_DIMS[func], *args, **(kwargs or {}))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention whose weights drop: softmax(QKᵀ · scale + mask) written down; without dropout, torch's own."""
+        if dropout_p == 0.0:
+            options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return self.dropout(None, scores.softmax(-1), dropout_p) @ value
+
+    def dropout(
+        self, spatial: int | None, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Drop single entries, or whole channels of inputs with ``spatial`` trailing dimensions."""
+        if not training or p == 0.0:
+            return x
+        if p == 1.0:
+            return x * 0.0
+        self.calls += 1
+        shape = x.shape
+        if spatial is not None:
+            # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
+            kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2
+            shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
+        key, before = fold(self.key, self.calls), 0
+        if self.rows:
+            each, over = divmod(shape[0], len(self.rows))
+            key, before = (fold(key, self.rows.start), 0) if over else (key, self.rows.start * each)
+        keep = uniform(key, *shape, dtype=torch.float32, first=before * math.prod(shape[1:])) >= p
+        return x * keep.to(x.dtype) / (1.0 - p)

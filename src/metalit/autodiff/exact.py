@@ -1,0 +1,40 @@
+"""Operations whose second derivatives torch has wrong, written down by their formulas."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+
+class ExactSecondDerivatives(TorchFunctionMode):
+    """Computes ``torch._weight_norm`` by ``g v/‖v‖``: on a CPU, torch 2.13 differentiates it wrongly a second time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, or what it stands for."""
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v/‖v‖``, with a norm for each index of ``dim``, or one of all entries for −1."""
+    others = [place for place in range(v.dim()) if dim == -1 or place != dim]
+    size = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1) if others else v.abs()
+    return v * (g / size)
+
+
+def exact_for(layers: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """What makes the second derivatives of these layers exact; costs nothing where no layer needs it."""
+    wanted = any(
+        isinstance(layer, _WeightNorm)
+        or any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values())
+        for layer in layers
+    )
+    return ExactSecondDerivatives() if wanted else nullcontext()

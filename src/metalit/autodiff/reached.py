@@ -1,0 +1,51 @@
+"""Which tensors a value depends on by another way than the one that is differentiated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalit.autodiff.watch import bottom
+from metalit.errors import InputError
+
+
+class Bypass:
+    """Finds values that depend on parameters past the ones that are handed over, and so have a part without gradient.
+
+    Attributes:
+        parameters: what is to be handed over in place of the given ones, with the same values and derivatives.
+
+    Args:
+        parameters: what is differentiated by, by name.
+        others: tensors that stand for the same parameters elsewhere, by the same names.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> None:
+        with torch.enable_grad():
+            self.parameters = {name: value.view_as(value) for name, value in parameters.items()}
+        self._ways = {node for value in self.parameters.values() if (node := bottom(value).grad_fn) is not None}
+        known = [*parameters.items(), *(others or {}).items()]
+        self._names = {_memory(value): name for name, value in known if value.layout is torch.strided}
+
+    def check(self, value: Tensor, owner: str) -> None:
+        """Raise an :class:`InputError` where ``value`` depends on a parameter by another way."""
+        node = bottom(value).grad_fn
+        waiting, seen = [node] if node is not None else [], set(self._ways)
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf: Any = getattr(node, "variable", None)
+            if leaf is not None and (name := self._names.get(_memory(leaf))) is not None:
+                raise InputError(
+                    f"{owner}: it reaches {name!r} by another way than its arguments, and would lose that part of the "
+                    "gradient; use the parameters and the network that it is given, or .detach() what counts as a "
+                    "constant"
+                )
+            waiting += [below for below, _ in node.next_functions if below is not None]
+
+
+def _memory(value: Tensor) -> int:
+    return bottom(value).untyped_storage()._cdata

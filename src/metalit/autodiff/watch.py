@@ -1,0 +1,71 @@
+"""What an evaluation of a module does beside returning a value, found out by watching one."""
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Known:
+    """One fact for each module, as long as its layers and their modes are the same."""
+
+    def __init__(self) -> None:
+        self.facts: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+
+    def get(self, layers: list[nn.Module]) -> bool | None:
+        """What is known of the module with these layers, itself first; None if nothing is."""
+        facts = self.facts.get(layers[0])
+        return None if facts is None else facts.get(_modes(layers))
+
+    def set(self, layers: list[nn.Module], fact: bool) -> None:
+        """Remember."""
+        self.facts.setdefault(layers[0], {})[_modes(layers)] = fact
+
+
+def _modes(layers: list[nn.Module]) -> tuple[Any, ...]:
+    return tuple([(layer.__class__, layer.training) for layer in layers])
+
+
+class Writes(TorchDispatchMode):
+    """Notes which memory is written to, also by ``.data`` and under ``no_grad``, where no version counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and note what it may have written to."""
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._note(args[place] if place < len(args) else kwargs.get(argument.name))
+        return found
+
+    def of_any(self, values: Iterable[Any]) -> bool:
+        """Whether the memory of one of the tensors among the values was, or may have been, written to."""
+        tensors = [bottom(value) for value in values if isinstance(value, Tensor)]
+        return any(
+            tensor.layout is not torch.strided or tensor.untyped_storage()._cdata in self.seen for tensor in tensors
+        )
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            self.seen.add(value.untyped_storage()._cdata)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                self._note(part)
+
+
+def bottom(value: Tensor) -> Tensor:
+    """The plain tensor below all transforms of ``torch.func``."""
+    while _functorch.is_functorch_wrapped_tensor(value):
+        value = _functorch.get_unwrapped(value)
+    return value
