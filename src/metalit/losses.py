@@ -4,10 +4,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metalit.errors import InputError
+from metalit.judging import ignored
 
 
 def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the loss of each row, ``[rows]``; trailing dimensions are averaged.
+    """Return the loss of each row, ``[rows]``; trailing dimensions are averaged, where they are not ignored.
 
     Args:
         loss: a criterion with ``reduction="none"``; if none is given, the cross-entropy for classes (integers), and
@@ -46,7 +47,14 @@ def row_losses(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
             f"loss: {loss} returned shape {tuple(values.shape)} for targets of shape {tuple(target.shape)}; "
             'it must return one value for each row, so set reduction="none"'
         )
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+    return _means(values, ignored(loss, target)) if values.dim() > 1 else values
+
+
+def _means(values: Tensor, skipped: Tensor | None) -> Tensor:
+    if skipped is None or skipped.shape != values.shape:
+        return values.flatten(1).mean(1)
+    count = (~skipped).flatten(1).sum(1).clamp(min=1)
+    return values.masked_fill(skipped, 0.0).flatten(1).sum(1) / count
 
 
 def check_loss(loss: nn.Module | None) -> None:

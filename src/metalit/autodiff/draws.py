@@ -203,7 +203,7 @@ class KeyedDropout(TorchFunctionMode):
             # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
             kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2
             shape = (*x.shape[:kept], *[1] * (x.dim() - kept))
-        key, before = fold(self.key, self.calls), 0
+        key, before = fold(self.key.to(x.device), self.calls), 0
         if self.rows:
             each, over = divmod(shape[0], len(self.rows))
             key, before = (fold(key, self.rows.start), 0) if over else (key, self.rows.start * each)

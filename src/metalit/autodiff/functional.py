@@ -65,7 +65,7 @@ class With(nn.Module):
 
 
 def evaluated(
-    module: nn.Module, parameters: Mapping[str, Tensor], inputs: tuple[Any, ...], own_statistics: bool = False
+    module: nn.Module, parameters: Mapping[str, Tensor], inputs: tuple[Any, ...], as_torch: bool = False
 ) -> Any:
     """``module(*inputs)`` with other parameters, leaving it and all tensors exactly as they were.
 
@@ -73,18 +73,18 @@ def evaluated(
         module: any module.
         parameters: tensors by its parameter names.
         inputs: of its forward.
-        own_statistics: normalisation layers in evaluation mode use their running statistics, as torch does.
+        as_torch: normalisation layers use their running statistics where torch does, and update those in training.
     """
     kept = Kept(module)
     try:
-        # what is made up for one derivative is not learned about
-        known = True if isinstance(module, With) else _WRITES.get(kept.layers)
+        # nothing is learned about what is made up for one derivative, or does more than call() lets it
+        known = True if as_torch or isinstance(module, With) else _WRITES.get(kept.layers)
         clones: dict[int, Tensor] = {}
         if known is not False:
             clones = kept.lend()
             parameters, inputs = _cloned(module, parameters, inputs, clones)
         for layer in kept.layers:
-            if isinstance(layer, _BatchNorm | _InstanceNorm) and not (own_statistics and not layer.training):
+            if isinstance(layer, _BatchNorm | _InstanceNorm) and not as_torch:
                 _leave_out_running_statistics(layer, module)
             elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
                 layer.sparse = False  # torch.func has no sparse gradients; their values are the same

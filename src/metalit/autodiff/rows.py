@@ -199,7 +199,7 @@ def _evaluation(
     def evaluate(state: dict[str, Tensor], row: tuple[Tensor, ...], key: Tensor | None) -> Tensor:
         given = {f"module.{name}": value for name, value in (own | state).items()}
         with drawing_by(key, fn):
-            value = evaluated(whole, given, row, own_statistics=True)
+            value = evaluated(whole, given, row, as_torch=True)
         bypass.check(value, "fn" if loss is None else "loss")
         return value
 

@@ -1,25 +1,30 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
 from functools import cache
+from math import isnan
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.func import functional_call
-from torchmetrics import MeanMetric
 
 from metalit.adapt import Outer
-from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients
-from metalit.autodiff.untouched import untouched
+from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients, sees_other_rows
+from metalit.autodiff.draws import drawing_by
+from metalit.autodiff.functional import evaluated
+from metalit.autodiff.perturbed import gradient_in_training
+from metalit.autodiff.untouched import Kept
 from metalit.autodiff.usable import check_network
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
+from metalit.judging import real_rows, right_rows
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner, say
+from metalit.modules.buffers import adopt_buffers, buffer_names
 from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.hyperparameters import save_given
+from metalit.modules.row_scores import RowScores
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
 from metalit.tree import norm, unflatten
@@ -31,12 +36,14 @@ class SupervisedLearner(OuterLearner):
     """Descends ∇L(w + α) of the mean loss L over a batch, at perturbed weights: w ← optimiser(w, ∇L(w + α)).
 
     Without a perturbation α = 0, plain training. ``WeightNoise`` draws α anew in each step, from (seed, step) alone.
-    ``SAM`` and ``AdaptiveSAM`` take α along the gradient at w, which costs a second pass; BatchNorm's running
-    statistics are those of the first. One step of either is one outer step. Dropout draws from (seed, step) too, and
-    drops the same in both passes.
+    ``SAM`` and ``AdaptiveSAM`` take α along the gradient at w, which costs a second pass; what a pass changes in the
+    network, such as BatchNorm's running statistics, is that of the first, as after an ordinary forward pass. One step
+    of either is one outer step. All that is random draws from (seed, step) too, and draws the same in both passes.
+    Rows that a mask calls padding, or whose class the criterion ignores, count nowhere.
 
     Attributes:
-        scores: of the last evaluation: ``loss``, and for classes ``accuracy``.
+        scores: of the last evaluation: ``loss``, and for classes ``accuracy``, where predictions say which
+            (:func:`~metalit.judging.right_rows`).
 
     Args:
         network: any module that maps ``[rows, ...]`` to ``[rows, outputs]``; frozen parameters stay as they are.
@@ -78,12 +85,11 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        own = {"what": "rows", "again": lambda known: self._restore(known["buffers"] or {})}
+        own = {"what": "rows", "again": lambda known: known["kept"] and known["kept"].restore()}
         self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, **own)
         if next(network.parameters(), None) is None:
             raise InputError(f"model.network {type(network).__name__} has no parameter that could be trained")
-        # not the default, which leaves NaN out of the mean
-        self.collected = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "accuracy")})
+        self.collected = RowScores()
         self.scores: Scores = {}
 
     def outer(self) -> Outer:
@@ -91,37 +97,42 @@ class SupervisedLearner(OuterLearner):
         return {"network": {name: value for name, value in self.network.named_parameters() if value.requires_grad}}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's outputs."""
-        return self.network(x)
+        """The network's outputs; the inputs stay as they are, whatever it does to them."""
+        return self.network(x.clone())
 
     # ---- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one step, on ∇L(w + α)."""
         points = self._points(batch)
-        key = fold(torch.tensor(self.seed, device=self.device), self.global_step)
+        self._check_padding(points)
+        # on the CPU: what dropout makes of it goes to the device, and nothing waits for the device
+        key = fold(torch.tensor(self.seed), self.global_step)
         count = len(points.x)
         given = points, torch.arange(count) + count * self.trainer.global_rank
         outer = self.outer()
         self.follow(outer)
         weights = {name: value.detach() for name, value in outer["network"].items()}
-        buffers: dict[str, Tensor] = {}
+        known = {"weights": weights, "key": key, "real": self._real(points), "kept": None}
+        first: list[Kept] = []
 
         def evaluate() -> Found:
-            self._restore(buffers)
-            buffers.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
+            for kept in first:  # it begins anew, at a smaller scale
+                kept.restore()
+            first[:] = first or [Kept(self.network, values=True)]
             plain: list[Tensor] = []
 
             @cache
             def gradient() -> dict[str, Tensor]:
-                plain.append(self._pass(weights, key, given, buffers))
+                plain.append(self._pass(known | {"kept": first[0]}, given))
                 slopes, scale = self.mean_over_ranks(plain[0][1:-1]), self.scale
                 return unflatten(slopes if scale is None else slopes / scale, weights)
 
-            alpha = self.perturbation(weights, gradient, key) if self.perturbation else {}
+            alpha = self.perturbation(weights, gradient, key.to(self.device)) if self.perturbation else {}
             moved = {name: weights[name] + change for name, change in alpha.items()}
-            # the running statistics of BatchNorm follow the first pass alone
-            found = self._pass(weights | moved, key, given, None if plain else buffers)
+            # buffers and all else that the network changes follow the first pass alone
+            kept = None if plain else first[0]
+            found = self._pass(known | {"weights": weights | moved, "kept": kept}, given)
             if not plain:
                 return Found(found, alpha, {})
             bad = torch.maximum(plain[0][-1:], found[-1:])
@@ -134,29 +145,44 @@ class SupervisedLearner(OuterLearner):
 
         self.step_outer(evaluate, diagnose)
 
-    def _pass(
-        self, weights: dict[str, Tensor], key: Tensor, given: tuple[Points, Tensor], buffers: dict[str, Tensor] | None
-    ) -> Tensor:
-        """Loss and gradient at ``weights``; changes the network's buffers, from what is given, or leaves them alone."""
-        known = {"weights": weights, "key": key, "scale": self.scale, "buffers": buffers}
-        return self._estimates(known, given, None).packed
+    def _pass(self, known: dict[str, Any], given: tuple[Points, Tensor]) -> Tensor:
+        """Loss and gradient at the known weights; changes the network as a forward pass does, where a state is kept."""
+        return self._estimates(known | {"scale": self.scale}, given, None).packed
 
-    def _restore(self, buffers: dict[str, Tensor]) -> None:
-        """Bring the buffers back that an evaluation has changed which begins anew."""
-        for name, kept in buffers.items():
-            if not torch.equal(buffer := self.network.get_buffer(name), kept):
-                buffer.copy_(kept)
+    def _real(self, points: Points) -> tuple[Tensor, int] | None:
+        """How many rows count, as a mean over the ranks, and how many rows there are; None where all do."""
+        real = real_rows(self.loss, points.y, points.mask)
+        if real is None:
+            return None
+        count = self.mean_over_ranks(real.sum().to(self.dtype).reshape(1))
+        return count.clamp(min=torch.finfo(count.dtype).tiny), len(points.x)
+
+    def _check_padding(self, points: Points) -> None:
+        if points.mask is not None and self.network.training and sees_other_rows(self.network):
+            raise InputError(
+                "model.network: BatchNorm would mix the padding of the batch into its statistics; use LayerNorm or "
+                "GroupNorm, or give no rows that are masked"
+            )
 
     def _slopes(self, known: dict[str, Any], given: tuple[Points, Tensor], _: None) -> Found:
         (points, rows), scale = given, known["scale"]
 
         def loss(network: Any) -> Tensor:
-            value = row_losses(self.loss, network(points.x), points.y).mean()
+            values = row_losses(self.loss, network(points.x), points.y)
+            if known["real"] is None:
+                value = values.mean()
+            else:
+                count, whole = known["real"]
+                real = real_rows(self.loss, points.y, points.mask)
+                # a chunk counts by its share of all rows, whatever its share of those that count
+                value = values.where(real, 0.0).sum() / (count * (len(values) / whole)).squeeze()
             return value if scale is None else scale * value
 
-        buffers = None if known["buffers"] is None else dict(self.network.named_buffers())
         numbers = range(int(rows[0]), int(rows[-1]) + 1)
-        value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], buffers, numbers)
+        if known["kept"] is None:
+            value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], rows=numbers)
+        else:
+            value, slopes = gradient_in_training(self.network, loss, known["weights"], known["key"], numbers)
         return Found(packed(value if scale is None else value / scale, {"network": slopes}), {}, {})
 
     def on_fit_start(self) -> None:
@@ -169,10 +195,9 @@ class SupervisedLearner(OuterLearner):
         data = self.trainer.datamodule
         if isinstance(data, BatchDataModule):
             x, y = self.cast((data.points("train").x[:2], data.points("train").y[:2]))
-            state = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             try:
-                with torch.no_grad(), untouched(self.network):
-                    scores = functional_call(self.network, state, x)
+                with torch.no_grad(), drawing_by(torch.tensor(self.seed), self.network):
+                    scores = evaluated(self.network, {}, (x,), as_torch=True)
             except RuntimeError as error:
                 raise InputError(
                     f"model.network cannot take inputs of shape {tuple(x.shape)}, {x.shape[-1]} column(s) of x: "
@@ -199,13 +224,11 @@ class SupervisedLearner(OuterLearner):
 
     def on_validation_epoch_start(self) -> None:
         """Collect in double precision, which torchmetrics forgets whenever a module moves."""
-        for metric in self.collected.values():
-            metric.set_dtype(torch.float64)
+        self.collected.set_dtype(torch.float64)
 
     def on_test_epoch_start(self) -> None:
         """Collect in double precision."""
-        for metric in self.collected.values():
-            metric.set_dtype(torch.float64)
+        self.collected.set_dtype(torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect losses and right answers."""
@@ -237,17 +260,16 @@ class SupervisedLearner(OuterLearner):
 
     def _collect(self, batch: Batch) -> None:
         points = self._points(batch)
-        prediction = self.network(points.x)
-        self.collected["loss"].update(row_losses(self.loss, prediction, points.y))
-        if not points.y.is_floating_point():
-            self.collected["accuracy"].update((prediction.argmax(1) == points.y).float())
+        prediction = self(points.x)
+        losses = row_losses(self.loss, prediction, points.y)
+        right = right_rows(self.loss, prediction, points.y)
+        self.collected.update(losses, right, real_rows(self.loss, points.y, points.mask))
 
     def _scored(self) -> dict[str, float]:
-        """Both metrics are over the rows of all ranks."""
-        found = {name: metric for name, metric in self.collected.items() if metric.update_called}
-        self.scores = {LEARNED: {name: float(metric.compute()) for name, metric in found.items()}}
-        for metric in self.collected.values():
-            metric.reset()
+        """Both are over the rows of all ranks."""
+        loss, accuracy = self.collected.compute().tolist()
+        self.collected.reset()
+        self.scores = {LEARNED: {"loss": loss} | ({} if isnan(accuracy) else {"accuracy": accuracy})}
         return self.scores[LEARNED]
 
     def sample_gradient_norms(self, _: Any) -> tuple[Tensor, Tensor]:
@@ -266,6 +288,18 @@ class SupervisedLearner(OuterLearner):
 
         slopes = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
         return slopes.norm(dim=1), data.splits.corrupted.to(self.device)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which entries are buffers."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["buffers"] = buffer_names(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over buffers that the network made, or made larger, in training; see :class:`OuterLearner`."""
+        adopt_buffers(self, checkpoint["state_dict"], checkpoint.get("buffers", []))
+        super().on_load_checkpoint(checkpoint)
 
     def _points(self, batch: Batch) -> Points:
         pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)

@@ -108,6 +108,10 @@ class Logistic(_Penalised):
         """−log σ(±prediction)."""
         return F.softplus(prediction) - y * prediction
 
+    def answers(self, prediction: Tensor) -> Tensor:
+        """Class 1 where it is likelier."""
+        return (prediction > 0).long()
+
     def check_targets(self, y: Tensor) -> None:
         """Two classes."""
         if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) > 1:

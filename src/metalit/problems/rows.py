@@ -83,11 +83,26 @@ class RowsProblem(Problem):
         return per_sample_gradients(loss, points.x, points.y, parameters=inner, flat=True).norm(dim=1)
 
     def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
-        """The mean row loss over the whole split, with the accuracy of classes, or the R² of real numbers."""
+        """The mean row loss over the whole split, with the accuracy of :meth:`answers`, or the R² of real numbers."""
         points: Points = getattr(task, split)
         prediction = self.predict(inner, points.x)
         losses = self.row_losses(prediction, points.y)
-        return {"loss": losses.mean(), **_quality(prediction, points.y)}
+        return {"loss": losses.mean(), **self._quality(prediction, points.y)}
+
+    def answers(self, prediction: Tensor) -> Tensor | None:
+        """The classes that predictions say, ``[rows]``: of ``[rows, classes]`` scores the largest, of others None."""
+        return prediction.argmax(1) if prediction.dim() == 2 and prediction.shape[1] > 1 else None
+
+    def _quality(self, prediction: Tensor, y: Tensor) -> dict[str, Tensor]:
+        if y.is_floating_point():
+            if prediction.numel() != y.numel():
+                return {}
+            y = y.reshape(prediction.shape)
+            return {"r2": 1 - (prediction - y).square().sum() / (y - y.mean(0)).square().sum()}
+        answers = self.answers(prediction)
+        if answers is None or y.numel() != len(y):
+            return {}
+        return {"accuracy": (answers == y.flatten()).to(torch.get_default_dtype()).mean()}
 
     def check_targets(self, y: Tensor) -> None:
         """Raise an ``InputError`` for targets, ``[rows, 1]`` or classes ``[rows]``, that the losses cannot take."""
@@ -121,11 +136,3 @@ def check_task(problem: Problem, task: Any, kind: type, module: str) -> None:
 
 def _draw(key: Tensor, number: int, count: int, size: Batch) -> Any:
     return slice(None) if size == "all" else permutation(fold(key, number), count)[:size]
-
-
-def _quality(prediction: Tensor, y: Tensor) -> dict[str, Tensor]:
-    if y.is_floating_point():
-        y = y.reshape(prediction.shape)
-        return {"r2": 1 - (prediction - y).square().sum() / (y - y.mean()).square().sum()}
-    answers = prediction.argmax(-1) if prediction.dim() > 1 else (prediction > 0).to(y.dtype)
-    return {"accuracy": (answers == y).to(torch.get_default_dtype()).mean()}
