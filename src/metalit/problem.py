@@ -30,10 +30,15 @@ def collate_points(each: Sequence[Points], *, collate_fn_map: Any = None) -> Poi
     """Stack points to a batch, for a ``DataLoader``; shorter ones are padded with zeros, and masked."""
     x, y = ([torch.as_tensor(part) for part in parts] for parts in zip(*(points[:2] for points in each), strict=True))
     masks = [points.mask for points in each]
-    if all(mask is None for mask in masks) and len({len(part) for part in x}) == 1:
+    alike = all(len({part.shape for part in parts}) == 1 for parts in (x, y))
+    if alike and all(mask is None for mask in masks):
         return Points(torch.stack(x), torch.stack(y))
-    real = [torch.ones(len(part), dtype=torch.bool) for part in x]
+    shape = next((torch.as_tensor(mask).shape for mask in masks if mask is not None), None)
+    # the mask of a single row, as of rows that are collated, has no dimension
+    real = [torch.ones(shape if alike else len(part), dtype=torch.bool) for part in x]
     masks = [ones if mask is None else torch.as_tensor(mask) for mask, ones in zip(masks, real, strict=True)]
+    if alike:
+        return Points(*(torch.stack(parts) for parts in (x, y, masks)))
     return Points(*(pad_sequence(parts, batch_first=True) for parts in (x, y, masks)))
 
 

@@ -15,7 +15,7 @@ from metalit.judging import real_rows, right_rows
 from metalit.losses import row_losses
 from metalit.modules import SupervisedLearner
 from metalit.modules.row_scores import RowScores
-from metalit.problem import Points
+from metalit.problem import Points, collate_points
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -191,3 +191,12 @@ def test_rows_count_once_over_batches_and_ranks():
     torch.testing.assert_close(ranks[0].compute(), torch.stack([losses.mean(), right.mean()]), rtol=1e-14, atol=0)
     ranks[1].update(losses, None, None)
     assert ranks[1].compute().isnan().tolist() == [False, True]
+
+
+def test_single_rows_are_collated_with_their_masks():
+    found = collate_points([Points(torch.ones(2), torch.tensor(1), mask) for mask in (torch.tensor(False), None)])
+    assert found.x.shape == (2, 2)
+    assert found.y.tolist() == [1, 1]
+    assert found.mask.tolist() == [False, True]
+    rows = [Points(torch.ones(n, 2), torch.ones(n, 1), None) for n in (3, 1)]
+    assert collate_points(rows).mask.tolist() == [[True] * 3, [True, False, False]]
