@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from metalit.autodiff.attention import plain_attention
 from metalit.tree import Tree
+from metalit.unrounded import Unrounded
 
 
 class Points(NamedTuple):
@@ -80,7 +81,7 @@ class Matrix(NamedTuple):
     key: Tensor
 
 
-class Problem(nn.Module, ABC):
+class Problem(Unrounded, ABC):
     """A bilevel problem: an inner variable θ that a task sets, and an outer variable φ that is learned over tasks.
 
     φ* = argmin_φ E_task [ outer_loss(θ*(φ), φ) ],  θ*(φ) = the inner optimiser's answer to inner_loss(θ, φ).

@@ -1,22 +1,29 @@
 """What an inner optimiser learns: parameters of the inner variable's shape, as a module."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from metalit.adapt import outer_variable
 from metalit.errors import InputError
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree, leaves, tree_map
+from metalit.unrounded import Unrounded
 
 
-def brought(problem: Problem, optimizer: InnerOptimizer) -> Tree:
+def brought(problem: Problem, optimizer: InnerOptimizer, exact: bool = False) -> Tree:
     """The parameters that an inner optimiser brings for the inner variable, with the values that they begin with.
+
+    Args:
+        problem, optimizer: of the inner variable, and the one that brings them.
+        exact: in double precision, whatever the problem has.
 
     Raises:
         InputError: the inner variable has no shape before there is a task.
     """
     try:
-        return outer_variable(problem, optimizer)["optimizer"]
+        if not optimizer.learns:
+            return {}
+        inner = problem.init(problem.outer(), None)
+        return optimizer.outer(tree_map(Tensor.double, inner) if exact else inner)
     except (AttributeError, IndexError, TypeError) as error:
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "
@@ -46,11 +53,18 @@ def updated(present: Tree, known: Tree) -> Tree:
     return tree_map(lambda _: next(each), present)
 
 
-class ParameterTree(nn.Module):
-    """A tree whose leaves are parameters, saved by their dotted names."""
+class ParameterTree(Unrounded):
+    """A tree whose leaves are parameters, saved by their dotted names.
 
-    def __init__(self, tree: Tree) -> None:
+    Args:
+        tree: the values that they begin with.
+        exact: the same in double precision.
+    """
+
+    def __init__(self, tree: Tree, exact: Tree | None = None) -> None:
         super().__init__()
+        for name, value in leaves(tree if exact is None else exact):
+            self.written(name, value)
         self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
         for name, parameter in leaves(self.tree):
             *path, last = name.split(".")

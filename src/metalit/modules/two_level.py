@@ -93,7 +93,7 @@ class TwoLevelLearner(OuterLearner):
             for fn, name in ((self._estimate, "the outer step"), (self._diagnosis, "what is logged of it"))
         )
         self._row: AdamSteps | None = None
-        self.learned = ParameterTree(brought(problem, inner_optimizer))
+        self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._tried = False
         self._told: set[str] = set()
 

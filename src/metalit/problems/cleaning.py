@@ -58,7 +58,7 @@ class Cleaning(RowsProblem):
         self.network = network.requires_grad_(False)
         self.examples = examples
         self.decay = decay
-        self.logit = nn.Parameter(torch.full((examples,), float(logit)))
+        self.logit = nn.Parameter(self.written("logit", [logit] * examples))
 
     def outer(self) -> dict[str, Tensor]:
         """φ alone: the network's weights are the inner variable, even where they are made trainable again."""

@@ -42,7 +42,7 @@ class _Penalised(RowsProblem):
             raise InputError(f"{type(self).__name__}: log_penalty={log_penalty} must be finite, such as -2")
         self.features = features
         self.intercept = intercept
-        self.log_penalty = nn.Parameter(torch.full((features,), float(log_penalty)))
+        self.log_penalty = nn.Parameter(self.written("log_penalty", [log_penalty] * features))
 
     def init(self, outer: dict[str, Tensor], task: Splits) -> dict[str, Tensor]:
         """Zeros: ``weight`` of shape ``[features]`` and, if there is an intercept, ``bias``."""

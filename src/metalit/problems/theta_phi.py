@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import grad
 
@@ -33,8 +32,8 @@ class ThetaPhi(Problem):
         for name, values in (("theta", theta), ("phi", phi)):
             if len(values) == 0:
                 raise InputError(f"ThetaPhi: {name}={list(values)} must hold at least one number")
-        self.register_buffer("theta", torch.as_tensor(theta, dtype=torch.get_default_dtype()))
-        self.phi = nn.Parameter(torch.as_tensor(phi, dtype=torch.get_default_dtype()))
+        self.register_buffer("theta", self.written("theta", theta))
+        self.phi = nn.Parameter(self.written("phi", phi))
 
     def init(self, outer: dict[str, Tensor], task: Any) -> Tensor:
         """θ₀."""
