@@ -28,7 +28,15 @@ from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import log_given
 from metalit.modules.loss_scale import LossScale
 from metalit.modules.monitors import check_monitors
-from metalit.modules.optimizers import check_knows, check_not_frozen, check_takes_single_steps, groups, made, settings
+from metalit.modules.optimizers import (
+    check_knows,
+    check_not_frozen,
+    check_takes_single_steps,
+    groups,
+    made,
+    rehearse,
+    settings,
+)
 from metalit.modules.ranks import check_ranks, mean_of_ranks
 from metalit.modules.resuming import OuterSettings, check_state
 from metalit.modules.sources import check_one_loader, check_source
@@ -140,6 +148,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         configured: dict[str, Any] = {"optimizer": optimizer}
         scheduler = None
         if self.make_scheduler is not None:
+            rehearse("model.scheduler", self.make_scheduler, optimizer, _SCHEDULERS)
             scheduler = made("model.scheduler", self.make_scheduler, optimizer, _SCHEDULERS)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
                 raise InputError(

@@ -1,6 +1,7 @@
 """Outer optimisers and schedulers: built with errors that name their owner, grouped by name, compared on resume."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
@@ -27,14 +28,39 @@ def made(owner: str, make: Callable[[Any], Any], argument: Any, kinds: tuple[typ
         raise InputError(f"{owner}={make!r} must be a function that makes it, such as functools.partial(Adam, lr=0.1)")
     try:
         found = make(argument)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{owner}: {error}") from error
+    except Exception as error:  # whatever a class or a function of the user's may raise
+        raise InputError(f"{owner}: {_first_line(error)}") from error
     if not isinstance(found, kinds):
         told = " or ".join(
             dict.fromkeys(f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}" for kind in kinds)
         )
         raise InputError(f"{owner}: what it makes is a {type(found).__name__}, {found!r:.80}, and must be a {told}")
     return found
+
+
+def rehearse(owner: str, make: Callable[[Any], Any], optimizer: torch.optim.Optimizer, kinds: tuple[type, ...]) -> None:
+    """Let a scheduler take two steps on a copy of the optimiser with a number in place of each parameter.
+
+    Raises:
+        InputError: it cannot be made, or cannot step.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    copy = deepcopy(optimizer, {id(parameter): torch.zeros((), requires_grad=True) for parameter in parameters})
+    scheduler = made(owner, make, copy, kinds)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):  # steps by a metric
+        return
+    try:
+        for _ in range(2):
+            copy.step()
+            scheduler.step()
+    except Exception as error:  # likewise
+        raise InputError(f"{owner}: {type(scheduler).__name__} cannot step: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Its message as one line, with its type where that is not plain from the message."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return text if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def check_takes_single_steps(optimizer: torch.optim.Optimizer) -> None:
