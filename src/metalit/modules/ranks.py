@@ -41,6 +41,21 @@ def check_ranks(trainer: Trainer) -> None:
         )
 
 
+def check_nodes(trainer: Trainer) -> None:
+    """Check that somebody starts the other nodes: a process would wait for them for minutes without a word.
+
+    Raises:
+        InputError: several nodes, and neither torchrun nor SLURM nor the user's own MASTER_ADDR.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    if trainer.num_nodes > 1 and alone:
+        raise InputError(
+            f"trainer.num_nodes={trainer.num_nodes}: nothing here starts the other nodes; use sbatch "
+            "scripts/slurm.sbatch or torchrun --nnodes, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
+        )
+
+
 def mean_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
     if trainer.world_size == 1:
