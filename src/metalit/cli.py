@@ -6,18 +6,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from metalit.arguments import check_values, origin, prepared
 from metalit.autodiff import Perturbation
 from metalit.callbacks import (
     BestCheckpoint,
@@ -45,9 +47,10 @@ from metalit.factories import check_factories
 from metalit.hypergradients import Hypergradient
 from metalit.inner import InnerOptimizer
 from metalit.linsolve import LinearSolver
-from metalit.messages import explain
+from metalit.messages import explain, failed_constructor
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
+from metalit.modules.ranks import check_nodes
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
 from metalit.provenance import check, given_keys, named_configs, on_purpose, run_of, with_own_config
@@ -72,6 +75,8 @@ _FAMILIES = (
     *(OuterLearner, LightningDataModule, TaskDistribution, RowSource),
     *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation),
 )
+
+_Kind = TypeVar("_Kind", bound=Callback)
 
 
 class MetalitCLI(LightningCLI):
@@ -137,12 +142,14 @@ class MetalitCLI(LightningCLI):
             InputError: an unknown key, a value of the wrong type, no such class or file.
         """
         try:
-            super().parse_arguments(parser, args)
+            super().parse_arguments(parser, prepared(args))
         except OmegaConfBaseException as cause:
             raise InputError(f"config: {str(cause).splitlines()[0]}") from None
         except ArgumentError as cause:
             known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()}  # noqa: SIM118
-            raise InputError(explain(str(cause), known, _class_names())) from None
+            told = explain(str(cause), known, _class_names())
+            raise InputError(f"{told}{origin(told.key, args) if told.key else ''}") from None
+        check_values(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: see the class."""
@@ -152,6 +159,9 @@ class MetalitCLI(LightningCLI):
         config = self.config[self.subcommand]
         for part in ("model", "data"):
             check_factories(config.as_dict().get(part), part)
+        if config.trainer.fast_dev_run and "fused_steps" in config.model.init_args:
+            # so many steps are tried, in less time than a compiler takes
+            config.model.init_args.update(Namespace(fused_steps=1, compile=False))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         configs, given = named_configs(self._args), given_keys(self._args)
@@ -197,27 +207,54 @@ class MetalitCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__ or cause.__context__
-            raise (cause or error) from None
+        except (InputError, MisconfigurationException):
+            raise
+        except Exception as error:  # whatever the constructor of a named class may raise
+            raise failed_constructor(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our logger and callbacks, unless the configuration names others."""
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(self.run)
-        callbacks = [Report(), ScoreTable(), PredictionWriter(), StopOnSignal()]
-        if config.enable_progress_bar is None:
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        own = [callback for callback in own if callback is not None]
+        callbacks: list[Callback] = [Report(), ScoreTable(), PredictionWriter()]
+        if config.enable_checkpointing is False:
+            self._without_checkpoints()
+        else:
+            callbacks.append(StopOnSignal())
+        if any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["enable_progress_bar"] = config.enable_progress_bar is not False
+        elif config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             # first, because the others print below it once it has ended
             callbacks = [*([Progress()] if sys.stdout.isatty() else []), *callbacks]
-        kwargs["callbacks"] = [self.run, *(config.callbacks or []), *callbacks]
+        kwargs["callbacks"] = [self.run, *own, *callbacks]
+        if config.barebones:
+            kwargs |= self._bare()
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"trainer: {error}") from error
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            owner = f"trainer.devices={config.devices}" if "devices" in str(error) else "trainer"
+            raise InputError(f"{owner}: {' '.join(str(error).split())}") from error
+        check_nodes(trainer)
+        return trainer
+
+    def _callback(self, kind: type[_Kind]) -> _Kind | None:
+        return next((callback for callback in self.trainer.callbacks if isinstance(callback, kind)), None)
+
+    def _without_checkpoints(self) -> None:
+        """Leave out what saves: where nothing is to be kept, nothing can be gone on from after a signal either."""
+        keys = self._parser(self.subcommand).callback_keys
+        keys[:] = [key for key in keys if key not in ("best_checkpoint", "last_checkpoint")]
+
+    def _bare(self) -> dict[str, Any]:
+        """What ``barebones`` asks for: a loop, and nothing of what we add to it."""
+        self._parser(self.subcommand).callback_keys.clear()
+        self.save_config_callback = None
+        nothing = ("logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary", "enable_checkpointing")
+        return dict.fromkeys(nothing) | {"callbacks": None}
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
@@ -237,9 +274,9 @@ class MetalitCLI(LightningCLI):
             raise SystemExit(143) from None
         except SystemExit:
             # how Lightning ends after Ctrl-C
-            last = next(callback for callback in self.trainer.callbacks if isinstance(callback, LastCheckpoint))
+            last = self._callback(LastCheckpoint)
             way = "; the same command with --ckpt_path last goes on from the last checkpoint"
-            _say(f"interrupted{way if last.best_model_path else ', before anything was saved'}")
+            _say(f"interrupted{way if last and last.best_model_path else ', before anything was saved'}")
             raise
         except StoppedError as stopped:
             ignore_signals()
@@ -255,8 +292,8 @@ class MetalitCLI(LightningCLI):
             if refusal:
                 _say(f"the job is not requeued: {refusal}")
             raise
-        best = next(callback for callback in self.trainer.callbacks if isinstance(callback, BestCheckpoint))
-        if best.best_model_score is not None:
+        best = self._callback(BestCheckpoint)
+        if best and best.best_model_score is not None:
             _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
         if self.run.folder and (self.run.folder / "figures").exists():
             _say(f"figures:         {self.run.folder / 'figures'}")
