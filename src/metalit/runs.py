@@ -1,7 +1,7 @@
 """Where runs lie on disk, ``<root>/lightning_logs/<experiment>/version_N/``, and the checkpoints in them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,12 @@ class RunFolder(Callback):
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's files in the folder of the run."""
+    """TensorBoard's files in the folder of the run, where what a person wants first is first.
+
+    The two losses are written as ``loss/train`` and ``loss/val`` too, since TensorBoard sorts its cards by name. The
+    scalars of a test are left out: each would be a card with a single dot. :class:`~metalit.callbacks.Report` and
+    :class:`~metalit.callbacks.ScoreTable` write a picture and a table in their place.
+    """
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__(run.experiment.parent, run.experiment.name, default_hp_metric=False)
@@ -213,6 +218,12 @@ class RunLogger(TensorBoardLogger):
     def version(self) -> str:
         """``version_N``; on other ranks than the first, which alone writes, it may not be known yet."""
         return self._run.folder.name if self._run.folder else "version_"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars, but those of a test."""
+        curves = {name: value for name, value in metrics.items() if not name.startswith("test/")}
+        first = {f"loss/{split}": metrics[f"{split}/loss"] for split in ("train", "val") if f"{split}/loss" in metrics}
+        super().log_metrics(curves | first, step)
 
 
 class SaveConfig(SaveConfigCallback):

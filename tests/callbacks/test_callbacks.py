@@ -227,7 +227,7 @@ class TestFigures:
         metalit("fit", MAML)
         events = EventAccumulator(str(folder(tmp_path)), size_guidance={"images": 0})
         events.Reload()
-        assert [event.step for event in events.Images("fits/val")] == [3, 6]
+        assert [event.step for event in events.Images("pictures/fits_val")] == [3, 6]
         assert imread(folder(tmp_path) / "figures/val.png").std() > 0.05
 
     def test_bad_settings(self):

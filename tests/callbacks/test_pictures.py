@@ -2,27 +2,44 @@
 
 import csv
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fits import told_once, trainer
+from fits import blobs, events, regression, told_once, trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metalit.callbacks import FitFigures, PredictionWriter, Report, SampleGradientNorms, ScoreTable
 from metalit.callbacks.drawing import literal, pixels
-from metalit.callbacks.figures import draw_fits
+from metalit.callbacks.errors import draw_errors
+from metalit.callbacks.figures import _limits, draw_fits
+from metalit.callbacks.judged import LOSS, Judged
 from metalit.callbacks.predictions import draw_predictions
 from metalit.callbacks.screen import show, table
-from metalit.data import Columns, Curves, Episodes, Sine, TaskDataModule, TaskDistribution
+from metalit.callbacks.tensorboard import write_table
+from metalit.data import (
+    BatchDataModule,
+    Columns,
+    Curves,
+    Episodes,
+    Scaling,
+    Sine,
+    SplitsDataModule,
+    TaskDataModule,
+    TaskDistribution,
+)
 from metalit.errors import InputError
-from metalit.hypergradients import Unrolled
-from metalit.inner import SGD
+from metalit.hypergradients import Implicit, Unrolled
+from metalit.inner import SGD, Newton
 from metalit.keys import fold, normal
-from metalit.modules import MetaLearner
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problem import Points, Task
-from metalit.problems import FewShot
+from metalit.problems import FewShot, Ridge
 
 # a style of Rich, the end of one, half a formula, a whole one, an unknown command, a letter that no font has
 X, Y, TASK = "time [day]", "dose [/day] $x_1^2$ 5 $ \\frac_^", "who [red]"
@@ -88,14 +105,6 @@ class TestNeverEndARun:
         assert run.global_step == 4
 
     def test_nor_do_histograms(self, tmp_path, monkeypatch):
-        from fits import blobs, regression
-
-        from metalit.data import BatchDataModule, SplitsDataModule
-        from metalit.hypergradients import Implicit
-        from metalit.inner import Newton
-        from metalit.modules import BilevelLearner, SupervisedLearner
-        from metalit.problems import Ridge
-
         def fails(*_):
             raise OSError("disk full")
 
@@ -142,15 +151,13 @@ class TestNamesOfTheUser:
         learner.scaling = source.scaling()
         figure = draw_fits(learner, data.pictured("val", 2), source, (0, 1), NAMES[:2])
         pixels(figure)
-        shown = figure.axes[0].yaxis.label
+        shown = figure._supylabel
         assert shown._preprocess_math(shown.get_text()) == (literal(Y, 40).replace(r"\$", "$"), False)
         assert figure.axes[1].title._preprocess_math(figure.axes[1].title.get_text()) == ("$\\nosuch$", False)
         assert not list(recwarn)
 
     @pytest.mark.parametrize("name", [*NAMES, X, Y, "a\\$b", "", "\x00\x07"])
     def test_any_of_them_is_one_line_of_plain_text(self, name):
-        from matplotlib.figure import Figure
-
         figure = Figure()
         text = figure.text(0, 0, literal(name, 200))
         pixels(figure)
@@ -183,8 +190,8 @@ class TestPredictions:
     def test_of_many_tasks_say_how_many_are_drawn(self, tmp_path):
         figure = self.predicted(tmp_path, [f"t{number}" for number in range(40)])
         assert len(figure.axes) == 12
-        assert "the first 12 of 40 tasks" in figure._supxlabel.get_text()
-        assert self.predicted(tmp_path, ["one", "two"])._supxlabel is None
+        assert figure.get_suptitle() == "the first 12 of 40 tasks"
+        assert not self.predicted(tmp_path, ["one", "two"]).get_suptitle()
 
     def test_that_are_not_finite_are_an_error_and_no_file(self, tmp_path):
         data = self.asked(tmp_path, ["a [/b]"])
@@ -213,3 +220,135 @@ class TestPredictions:
         assert "RuntimeError" in told_once(lambda: run.predict(regressor(), data), "not drawn")
         assert list(pd.read_csv(tmp_path / "points_predicted.csv")["task"].unique()) == NAMES
         assert "picture" not in capsys.readouterr().out
+
+
+class Known:
+    """Stands for a learner whose fits are known, ``[tasks, steps, queries, 1]``."""
+
+    def __init__(self, fits):
+        self.fits, self.eval_steps = fits, fits.shape[1] - 1
+        self.scaling = Scaling.identity(1, 1)
+
+    def query_predictions(self, tasks):
+        return self.fits
+
+
+def fitted(*fits, inputs=1):
+    """The axes of one task, y from 0 to 1, whose fits after 0, 1, … steps are constants or rise from one to another."""
+    x = torch.linspace(0, 1, 5).reshape(1, 5, 1)
+    points = Points(x.expand(1, 5, inputs), x)
+    values = torch.stack([torch.linspace(*(fit if isinstance(fit, tuple) else (fit, fit)), 5) for fit in fits])
+    source = SimpleNamespace(columns=Columns("task", ["a", "b"][:inputs], ["c"]), noisy=False)
+    task = Task(points, points, torch.zeros(1, dtype=torch.long))
+    figure = draw_fits(Known(values.reshape(1, -1, 5, 1)), task, source, range(len(fits)), ["Chad"])
+    pixels(figure)
+    return figure.axes[0]
+
+
+class TestFits:
+    @pytest.mark.parametrize("inputs", [1, 2])
+    def test_before_adapting_is_within_the_limits(self, inputs):
+        low, high = fitted((-7.0, 5.0), 0.5, inputs=inputs).get_ylim()
+        assert low < -7.0
+        assert high > 5.0
+
+    @pytest.mark.parametrize("inputs", [1, 2])
+    @pytest.mark.parametrize("value", [1e30, -1e30, np.inf, np.nan])
+    def test_one_that_diverges_does_not_squeeze_the_others(self, value, inputs):
+        low, high = fitted(0.5, value, inputs=inputs).get_ylim()
+        assert -1 < low < 0
+        assert 1 < high < 2
+
+    def test_a_constant_truth_that_is_met_has_room(self):
+        axes = fitted(0.0)
+        axes.set_ylim(*_limits(torch.full((3,), 5e8), {}))
+        assert axes.get_ylim()[0] < 5e8 < axes.get_ylim()[1]
+
+    def test_the_true_values_have_limits_of_their_own(self):
+        low, high = fitted((-7.0, 5.0), inputs=2).get_xlim()
+        assert -0.5 < low < 0
+        assert 1 < high < 1.5
+
+    def test_have_titles_and_look_different(self):
+        axes = fitted(*range(6))
+        assert axes.get_title() == "Chad"
+        looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+        colours = {line.get_color() for line in axes.lines}
+        assert len(looks) == len(colours) == len(axes.lines) == 1 + 6 + 1
+
+    def test_tasks_are_drawn_once_under_their_names(self, tmp_path, monkeypatch):
+        seen = []
+        monkeypatch.setattr("metalit.callbacks.figures.draw_fits", lambda *given: seen.append(given[-1]))
+        source = curves(tmp_path)
+        data = TaskDataModule(source, *[Episodes(2, 2)] * 3)
+        trainer(tmp_path, callbacks=[FitFigures(4)]).test(regressor(), data, verbose=False)
+        assert seen == [[source.name("test", 0), source.name("test", 1)]]
+
+
+class TestTensorBoard:
+    def test_opens_on_the_losses_and_has_no_card_of_a_single_dot(self, metalit, tmp_path):
+        metalit("fit", "configs/curves_gapminder.yaml")
+        metalit("test", "configs/curves_gapminder.yaml")
+        found = EventAccumulator(str(tmp_path / "lightning_logs/curves_gapminder/version_0"), {"tensors": 0})
+        found.Reload()
+        tags = found.Tags()
+        cards = sorted(tags["scalars"] + tags["images"])
+        assert cards[:5] == [
+            *("loss/train", "loss/val"),
+            *("pictures/errors_test", "pictures/fits_test", "pictures/fits_val"),
+        ]
+        assert not [card for card in cards if "test" in card and "pictures" not in card]
+        assert [event.value for event in found.Scalars("loss/val")] == [
+            event.value for event in found.Scalars("val/loss")
+        ]
+        # wider than high, as its cards are
+        picture = found.Images("pictures/fits_val")[0]
+        assert picture.width > 1.5 * picture.height
+        text = found.Tensors("errors/test/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| inner steps | loss | \\|error\\| in lifeExp |" in text
+        assert "| a polynomial for each support set |" in text
+
+    def test_names_in_its_tables_are_no_markdown(self, tmp_path):
+        logger = TensorBoardLogger(tmp_path, "run", 0)
+        write_table(logger, "table", ["a|b_c_", "x"], [["<b>*", "1"]], 3, ["one `line`\nof two", "after"])
+        logger.experiment.flush()
+        (event,) = events(tmp_path).Tensors("table/text_summary")
+        text = event.tensor_proto.string_val[0].decode()
+        assert text == "one \\`line\\` of two\n\n| a\\|b\\_c\\_ | x |\n| --- | --- |\n| \\<b\\>\\* | 1 |\n\nafter"
+
+    def test_has_the_scores_of_others_as_a_table(self, metalit, tmp_path):
+        metalit("fit", "configs/sgd_digits.yaml")
+        metalit("test", "configs/sgd_digits.yaml")
+        found = EventAccumulator(str(tmp_path / "lightning_logs/sgd_digits/version_0"), {"tensors": 0})
+        found.Reload()
+        assert not [tag for tag in found.Tags()["scalars"] if tag.startswith("test/")]
+        assert "| learned |" in found.Tensors("scores/test/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+class TestErrors:
+    def judged(self, losses, baseline):
+        tasks = torch.arange(len(losses))
+        learner = Judged("learner", {LOSS: losses}, tasks)
+        return [learner, Judged("a [b] $ line", {LOSS: baseline}, tasks)]
+
+    def test_are_a_curve_in_a_band_beside_lines(self):
+        losses = torch.tensor([[4.0, 2.0, 1.0], [6.0, 2.0, 3.0]])
+        figure = draw_errors(self.judged(losses, torch.tensor([[3.0], [5.0]])))
+        pixels(figure)
+        (axes,) = figure.axes
+        curve, line = axes.lines
+        np.testing.assert_allclose(curve.get_ydata(), [5.0, 2.0, 2.0])
+        assert list(line.get_ydata()) == [4.0, 4.0]
+        band = axes.collections[0].get_paths()[0].vertices
+        assert band[:, 1].max() == pytest.approx(5.0 + 1.96)
+        assert axes.get_ylim()[1] > 5.0 + 1.96
+
+    @pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
+    def test_where_steps_diverge_the_rest_is_to_be_seen(self, value):
+        losses = torch.tensor([[4.0, 2.0, value], [6.0, 2.0, value]])
+        figure = draw_errors(self.judged(losses, torch.tensor([[3.0], [5.0]])))
+        pixels(figure)
+        assert figure.axes[0].get_ylim() == (0, pytest.approx(1.05 * 6.96))
+
+    def test_of_one_task(self):
+        pixels(draw_errors(self.judged(torch.tensor([[4.0, 2.0]]), torch.tensor([[3.0]]))))

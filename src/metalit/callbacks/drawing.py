@@ -1,9 +1,10 @@
 """What all pictures share: names of the user's in them, their pixels, and that none of them ever ends a run."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -12,8 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 160  # with 10 points on 5 inches: 11 pixels where a card of TensorBoard is 400 pixels wide
+# a card of TensorBoard shows some 400 × 210 pixels: letters of 10 points are 10 pixels high there
+_WIDTH, _HEIGHT, _ROW, _DPI = 5.5, 3.0, 1.35, 160
 _LONGEST = 40  # letters of a name
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # of Okabe and Ito: apart for the colour-blind too
 
 
 class Sketching:
@@ -63,11 +66,34 @@ def pixels(figure: "Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def panels(count: int) -> "tuple[Figure, list[Axes]]":
-    """A figure of ``count`` panels, two by two, so that the writing is legible where there is little room."""
+def panels(count: int, across: int = 2) -> "tuple[Figure, list[Axes]]":
+    """A figure of ``count`` panels, few in a row, so that the writing is legible in a card of TensorBoard."""
     from matplotlib.figure import Figure
 
-    across = min(2, count)
+    across = min(across, count)
     down = -(-count // across)
-    figure = Figure(figsize=(5.0, 2.5 * down + 0.5 if across > 1 else 4.0), layout="constrained")
-    return figure, [figure.add_subplot(down, across, place + 1) for place in range(count)]
+    figure = Figure(figsize=(_WIDTH, max(_HEIGHT, _ROW * down + 0.3)), layout="constrained")
+    places = [figure.add_subplot(down, across, place + 1) for place in range(count)]
+    for axes in places:
+        axes.tick_params(labelsize=8, pad=2)
+    return figure, places
+
+
+def labelled(figure: "Figure", places: "Sequence[Axes]", x: str, y: str, legend: Literal["right", "top"]) -> None:
+    """Say once for all panels what they show."""
+    if len(places) == 1:
+        places[0].set(xlabel=x, ylabel=y)
+    else:
+        figure.supxlabel(x, fontsize=10)
+        figure.supylabel(y, fontsize=10)
+    handles, labels = places[0].get_legend_handles_labels()
+    place = "outside right upper" if legend == "right" else "outside upper center"
+    figure.legend(handles, labels, loc=place, frameon=False, fontsize=9, handlelength=1.8, labelspacing=0.3)
+
+
+def save_picture(picture: np.ndarray, file: Path) -> None:
+    """Write pixels to a PNG file."""
+    from matplotlib.image import imsave
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    imsave(file, picture)

@@ -1,14 +1,15 @@
 """Pictures of the fits: the truth, the support points, and the fit after some inner steps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from metalit.callbacks.drawing import Sketching, literal, panels, pixels
+from metalit.callbacks.drawing import COLOURS, Sketching, labelled, literal, panels, pixels, save_picture
+from metalit.callbacks.tensorboard import tensorboards
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
@@ -21,14 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST = 20  # pictures of a run: each takes about a third of a second
-# apart in colour, also for the colour-blind (Okabe and Ito), in brightness and in dashes
-_STYLES = (
-    {"color": "#e69f00", "linestyle": "-."},
-    {"color": "#009e73", "linestyle": "--"},
-    {"color": "#0072b2", "linestyle": "-"},
-    {"color": "#cc79a7", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
-    {"color": "#56b4e9", "linestyle": (0, (8, 2))},
-)
+_DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _BEFORE = {"color": "0.25", "linestyle": ":"}
 _MARKS = ".x+1*v"  # where there are no lines
 
@@ -75,14 +69,10 @@ class FitFigures(Callback):
             figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
             if figure is None:
                 return
-            from matplotlib.image import imsave
-
             picture = pixels(figure)
-            (folder / "figures").mkdir(exist_ok=True)
-            imsave(folder / "figures" / f"{split}.png", picture)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"fits/{split}", picture, learner.outer_step, dataformats="HWC")
+            save_picture(picture, folder / "figures" / f"{split}.png")
+            for logger in tensorboards(trainer):
+                logger.experiment.add_image(f"pictures/fits_{split}", picture, learner.outer_step, dataformats="HWC")
 
 
 class _Fits(NamedTuple):
@@ -124,15 +114,13 @@ def draw_fits(
     figure, places = panels(len(tasks.support.x))
     for index, axes in enumerate(places):
         fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)))
-        axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24))
+        axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24), fontsize=10, pad=3)
         if len(columns.x) == 1:
             _draw_curves(axes, fits, "." if source.noisy else "-")
-            axes.set(xlabel=x, ylabel=y)
         else:
             _draw_predicted(axes, fits)
-            axes.set(xlabel=f"true {y}", ylabel=f"predicted {y}")
-    handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3 if len(places) > 1 else 2))
+    x, y = (x, y) if len(columns.x) == 1 else (f"true {y}", f"predicted {y}")
+    labelled(figure, places, x, y, "right")
     return figure
 
 
@@ -152,11 +140,14 @@ def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
     # the support points are points of the truth too
     x, y = (torch.cat(parts) for parts in zip(fits.support, fits.query, strict=True))
     order = x[:, 0].argsort()
-    axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=4, label="truth")
+    axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=3.5, label="truth")
     order = fits.query[0][:, 0].argsort()
-    for (step, fit), style in zip(fits.predicted.items(), _styles(fits), strict=True):
-        axes.plot(fits.query[0][order, 0], fit[order], linewidth=1.6, label=_label(step), **style)
-    axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=8, label="support", zorder=3)
+    for number, ((step, fit), style) in enumerate(zip(fits.predicted.items(), _styles(fits), strict=True)):
+        # earlier fits above later ones, whose plain line shows between their dashes
+        axes.plot(
+            fits.query[0][order, 0], fit[order], linewidth=1.4, label=_label(step), zorder=2.9 - 0.1 * number, **style
+        )
+    axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=6, label="support", zorder=3)
     axes.set_ylim(_limits(y, fits.predicted))
 
 
@@ -171,9 +162,11 @@ def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
     axes.axline((middle, middle), slope=1, color="0.75", label="truth", zorder=0)
 
 
-def _styles(fits: _Fits) -> list[dict]:
-    later = (_STYLES[number % len(_STYLES)] for number in range(len(fits.predicted)))
-    return [_BEFORE if step == 0 else next(later) for step in fits.predicted]
+def _styles(fits: _Fits) -> list[dict[str, Any]]:
+    """Apart by colour and by dashes; the last fit, which counts, is a plain line."""
+    styles = cycle({"color": colour, "linestyle": dashes} for colour, dashes in zip(COLOURS, _DASHES, strict=True))
+    last_first = [_BEFORE if step == 0 else next(styles) for step in reversed(fits.predicted)]
+    return last_first[::-1]
 
 
 def _limits(truth: Tensor, predicted: dict[int, Tensor]) -> tuple[float, float]:

@@ -20,6 +20,9 @@ class Measure(NamedTuple):
     heading: str
 
 
+LOSS = Measure("loss", "loss")
+
+
 class Judged(NamedTuple):
     """What one predictor did."""
 

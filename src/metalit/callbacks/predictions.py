@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from metalit.callbacks.drawing import Sketching, literal, panels, pixels
+from metalit.callbacks.drawing import Sketching, labelled, literal, panels, pixels, save_picture
 from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
 from metalit.errors import InputError
@@ -63,9 +63,7 @@ class PredictionWriter(Callback):
         print(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
         print(f"predictions: {target}")
         with self._sketching():
-            from matplotlib.image import imsave
-
-            imsave(target.with_suffix(".png"), pixels(draw_predictions(asked, columns, self._answers)))
+            save_picture(pixels(draw_predictions(asked, columns, self._answers)), target.with_suffix(".png"))
             print(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
 
     def _check_finite(self) -> None:
@@ -85,19 +83,17 @@ def _part(answers: Sequence[_Answer]) -> str:
 def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer]) -> "Figure":
     """Draw the fits, one panel for each task: over the input if there is one, else over the line of the file."""
     figure, places = panels(min(len(answers), _PANELS))
+    single = len(columns.x) == 1
     for axes, (name, values, curve) in zip(places, answers, strict=False):
         rows, shots = asked.rows[name], asked.shots[name]
-        single = len(columns.x) == 1
         place = asked.x[rows, 0] if single else asked.frame.index[rows].to_numpy()
         if single:
             span = np.linspace(place.min(), place.max(), len(curve))
             axes.plot(span, curve[:, 0], color="tab:blue", linewidth=1.5, label="adapted")
         axes.plot(place[shots:], values[shots:, 0], "o", color="tab:blue", markersize=5, label="predicted")
-        axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=8, label="support")
-        axes.set_title(literal(name))
-        axes.set(xlabel=literal(columns.x[0]) if single else "line of the file", ylabel=literal(columns.y[0]))
-    if part := _part(answers).strip(" ()"):
-        figure.supxlabel(part)
-    handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=6, label="support")
+        axes.set_title(literal(name, 24), fontsize=10, pad=3)
+    figure.suptitle(_part(answers).strip(" ()"), fontsize=10)
+    x = literal(columns.x[0]) if single else "line of the file"
+    labelled(figure, places, x, literal(columns.y[0]), "right")
     return figure

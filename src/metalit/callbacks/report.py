@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from rich.table import Table
 from torch import Tensor
 from torchmetrics.aggregation import CatMetric
 
-from metalit.callbacks.judged import LEARNER, Judged, Measure, draws_of, means_frame, tasks_frame
+from metalit.callbacks.drawing import Sketching, pixels, save_picture
+from metalit.callbacks.errors import draw_errors
+from metalit.callbacks.judged import LEARNER, LOSS, Judged, Measure, draws_of, means_frame, tasks_frame
 from metalit.callbacks.screen import show, table
+from metalit.callbacks.tensorboard import tensorboards, write_table
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.modules.interval import mean_with_interval
@@ -31,6 +33,7 @@ class Report(Callback):
     def __init__(self) -> None:
         self._losses: dict[str, CatMetric] = {}
         self._errors: dict[str, CatMetric] = {}
+        self._sketching = Sketching("the picture of the errors")
 
     def on_test_start(self, trainer: Trainer, learner: MetaLearner) -> None:
         """Start afresh."""
@@ -79,23 +82,31 @@ class Report(Callback):
         outputs = data.tasks.columns.y if self._errors else []
         measures = {LEARNER: {_MEASURES[name]: values for name, values in found.measures().items()}}
         # reshaped, because torchmetrics squeezes a single value
-        measures |= {name: {_LOSS: metric.compute().reshape(-1, 1)} for name, metric in self._losses.items()}
+        measures |= {name: {LOSS: metric.compute().reshape(-1, 1)} for name, metric in self._losses.items()}
         for name, metric in self._errors.items():
-            errors = metric.compute().reshape(*measures[name][_LOSS].shape, -1)
+            errors = metric.compute().reshape(*measures[name][LOSS].shape, -1)
             measures[name] |= {_absolute(output): errors[..., place] for place, output in enumerate(outputs)}
         judged = [Judged(name, values, found.tasks) for name, values in measures.items()]
         if not trainer.is_global_zero:
             return
-        if folder := run_folder(trainer):
+        folder = run_folder(trainer)
+        if folder:
             means_frame(judged).to_csv(folder / f"{split}.csv", index=False)
             source = data.tasks if isinstance(data, TaskDataModule) else None
             tasks_frame(judged, source, split).to_csv(folder / f"{split}_tasks.csv", index=False)
-        comparisons = [_comparison(judged[0], baseline) for baseline in judged[1:]]
-        show([_protocol(data, found.tasks, split), _table(judged), *comparisons])
+        lines = [_protocol(data, found.tasks, split), *(_comparison(judged[0], baseline) for baseline in judged[1:])]
+        headings, *rows = _cells(judged)
+        with self._sketching():
+            picture = pixels(draw_errors(judged))
+            if folder:
+                save_picture(picture, folder / "figures" / f"{split}_errors.png")
+            for logger in tensorboards(trainer):
+                logger.experiment.add_image(f"pictures/errors_{split}", picture, learner.outer_step, dataformats="HWC")
+                write_table(logger, f"errors/{split}", headings, [*rows[0], *rows[1]], learner.outer_step, lines)
+        show([lines[0], table(headings, *rows), *lines[1:]])
 
 
-_LOSS = Measure("loss", "loss")
-_MEASURES = {"loss": _LOSS, "accuracy": Measure("accuracy", "accuracy")}
+_MEASURES = {"loss": LOSS, "accuracy": Measure("accuracy", "accuracy")}
 
 
 def _absolute(output: str) -> Measure:
@@ -128,19 +139,20 @@ def _protocol(data: Any, tasks: Tensor, split: Split) -> str:
     return f"{count} {split} tasks{draws}{sizes}; mean ± 95 % interval {over}"
 
 
-def _table(judged: Sequence[Judged]) -> Table:
+def _cells(judged: Sequence[Judged]) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Of the table: its headings, the learner's rows, the baselines' rows."""
     learner, *baselines = (
         [[predictor.label(step), *map(str, intervals)] for step, intervals in enumerate(predictor.means())]
         for predictor in judged
     )
     headings = [measure.heading for measure in judged[0].values]
-    return table(["inner steps", *headings], learner, [row for rows in baselines for row in rows])
+    return ["inner steps", *headings], learner, [row for rows in baselines for row in rows]
 
 
 def _comparison(learner: Judged, baseline: Judged) -> str:
     """Both saw the same tasks: task by task, their difference is far surer than the two means are."""
-    measure = next((measure for measure in baseline.values if measure != _LOSS), _LOSS)
+    measure = next((measure for measure in baseline.values if measure != LOSS), LOSS)
     difference = baseline.values[measure][:, -1] - learner.values[measure][:, -1]
-    steps = learner.values[_LOSS].shape[1] - 1
+    steps = learner.values[LOSS].shape[1] - 1
     interval = mean_with_interval(difference, learner.tasks)
     return f"{baseline.name}: {measure.heading} less the learner's after {steps} inner steps, task by task: {interval}"

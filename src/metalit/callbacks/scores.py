@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 from torch import Tensor
 
 from metalit.callbacks.drawing import Sketching
 from metalit.callbacks.screen import show, table
+from metalit.callbacks.tensorboard import tensorboards, write_table
 from metalit.data.base import Split
 from metalit.modules.bilevel import BilevelLearner
 from metalit.modules.ranks import items_of_ranks
@@ -40,7 +40,7 @@ class ScoreTable(Callback):
             self._told = _report(trainer, learner, "val")
         elif isinstance(learner, BilevelLearner) and not trainer.sanity_checking:
             with self._sketching():
-                for logger in _tensorboards(trainer):
+                for logger in tensorboards(trainer):
                     for name, value in leaves(learner.constants()):
                         logger.experiment.add_histogram(f"outer/{name}", value, learner.outer_step)
 
@@ -76,15 +76,19 @@ def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str 
     scores: Scores = getattr(learner, "scores", {})
     if not (scores and trainer.is_global_zero):
         return []
+    headings, rows = _cells(scores)
     if folder := run_folder(trainer):
         pd.DataFrame.from_dict(scores, orient="index").to_csv(folder / f"{split}.csv", index_label="row")
-    return [f"scores on {split}{when}", _table(scores)]
+    for logger in tensorboards(trainer):
+        write_table(logger, f"scores/{split}", headings, rows, learner.outer_step)
+    return [f"scores on {split}{when}", table(headings, rows)]
 
 
-def _table(scores: Scores) -> Table:
+def _cells(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of the table."""
     columns = list(dict.fromkeys(name for row in scores.values() for name in row))
     shown = {row: [f"{found[name]:.4g}" if name in found else "" for name in columns] for row, found in scores.items()}
-    return table(["", *columns], [[row, *cells] for row, cells in shown.items()])
+    return ["", *columns], [[row, *cells] for row, cells in shown.items()]
 
 
 def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: list[str] | None) -> list[str]:
@@ -102,7 +106,3 @@ def _write(folder: Path, results: Mapping[str, Mapping[str, Tensor]], names: lis
         frame.to_csv(folder / f"{file}.csv", index_label="row")
         lines.append(f"{file + ':':<16} {folder / f'{file}.csv'}")
     return lines
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero]

@@ -1,0 +1,59 @@
+"""A picture of the errors by inner step: the learner's as a curve in its interval, those of baselines as lines."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from metalit.callbacks.drawing import COLOURS, labelled, literal, panels
+from metalit.callbacks.judged import Judged, Measure
+from metalit.modules.interval import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANELS = 4  # the numbers of more measures are in the table
+
+
+def draw_errors(judged: Sequence[Judged]) -> "Figure":
+    """Draw the means over tasks after each number of inner steps, one panel for each measure.
+
+    The limits hold the learner before adapting and the baselines; where inner steps diverge, the curve leaves them.
+
+    Args:
+        judged: the learner, then the baselines.
+    """
+    figure, places = panels(min(len(judged[0].values), _PANELS))
+    for axes, measure in zip(places, judged[0].values, strict=False):
+        _draw_measure(axes, judged, measure)
+    labelled(figure, places, "inner steps", "", "top")
+    return figure
+
+
+def _draw_measure(axes: "Axes", judged: Sequence[Judged], measure: Measure) -> None:
+    by_step, *baselines = (
+        [row[list(predictor.values).index(measure)] for row in predictor.means()]
+        for predictor in judged
+        if measure in predictor.values
+    )
+    names = [predictor.name for predictor in judged if measure in predictor.values]
+    colours = cycle(COLOURS)
+    axes.plot([each.mean for each in by_step], marker="o", color=(colour := next(colours)), label=names[0], zorder=3)
+    axes.fill_between(range(len(by_step)), *_band(by_step), color=colour, alpha=0.2, linewidth=0)
+    for name, (interval,), colour, dashes in zip(names[1:], baselines, colours, cycle(("--", "-.", ":")), strict=False):
+        axes.axhline(interval.mean, color=colour, linestyle=dashes, label=literal(name))
+        axes.fill_between([0, len(by_step) - 1], *_band([interval] * 2), color=colour, alpha=0.1, linewidth=0)
+    held = [*by_step[:1], *(interval for (interval,) in baselines)]
+    highest = max((high for _, high in zip(*_band(held), strict=True) if isfinite(high)), default=0.0)
+    if highest > 0:
+        axes.set_ylim(0, 1.05 * highest)
+    axes.set_title(literal(measure.heading, 32), fontsize=10, pad=3)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _band(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    # the interval of a single task is not known
+    widths = [each.half_width if isfinite(each.half_width) else 0.0 for each in intervals]
+    ends = list(zip(intervals, widths, strict=True))
+    return [each.mean - width for each, width in ends], [each.mean + width for each, width in ends]
