@@ -116,7 +116,7 @@ class TestScoreTable:
     def test_what_is_not_finite_has_no_table(self, tmp_path, capsys):
         torch.manual_seed(0)
         module = BilevelLearner(LowRank(3, 4), SGD(), Direct(), optimizer=partial(torch.optim.SGD, lr=3e38))
-        run = trainer(tmp_path, 1, val_check_interval=10, check_val_every_n_epoch=None, callbacks=[ScoreTable()])
+        run = trainer(tmp_path, 1, callbacks=[ScoreTable()])
         with pytest.raises(NonFiniteError, match="at outer step 1"):
             run.fit(module, MatrixDataModule(rows=3, columns=4))
         assert "scores on val" not in capsys.readouterr().out

@@ -109,17 +109,18 @@ def draw_fits(
         return None
     steps = [step for step in steps if step <= learner.eval_steps]
     predictions = learner.query_predictions(tasks)[:, steps].double().cpu()
-    columns = source.columns
+    # a column of words makes several inputs
+    columns, single = source.columns, tasks.query.x.shape[-1] == 1
     x, y = literal(columns.x[0]), literal(columns.y[0])
     figure, places = panels(len(tasks.support.x))
     for index, axes in enumerate(places):
         fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)))
         axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24), fontsize=10, pad=3)
-        if len(columns.x) == 1:
+        if single:
             _draw_curves(axes, fits, "." if source.noisy else "-")
         else:
             _draw_predicted(axes, fits)
-    x, y = (x, y) if len(columns.x) == 1 else (f"true {y}", f"predicted {y}")
+    x, y = (x, y) if single else (f"true {y}", f"predicted {y}")
     labelled(figure, places, x, y, "right")
     return figure
 

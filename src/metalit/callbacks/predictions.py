@@ -83,7 +83,7 @@ def _part(answers: Sequence[_Answer]) -> str:
 def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer]) -> "Figure":
     """Draw the fits, one panel for each task: over the input if there is one, else over the line of the file."""
     figure, places = panels(min(len(answers), _PANELS))
-    single = len(columns.x) == 1
+    single = asked.x.shape[1] == 1
     for axes, (name, values, curve) in zip(places, answers, strict=False):
         rows, shots = asked.rows[name], asked.shots[name]
         place = asked.x[rows, 0] if single else asked.frame.index[rows].to_numpy()
