@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from metalit.__main__ import main
-from metalit.provenance import Difference, differences, given_keys, on_purpose, run_of, weight
+from metalit.errors import InputError
+from metalit.provenance import Difference, check, differences, given_keys, on_purpose, run_of, weight
 
 MAML = "configs/sine_maml.yaml"
 SHORT = ("--trainer.max_steps=2", "--trainer.val_check_interval=1.0")
@@ -57,6 +58,17 @@ def test_of_another_class_the_class_alone_is_told():
     assert str(found) == "data.tasks=Curves, and the checkpoint was trained with Sine"
     (found,) = differences(kept, {"data": {"class_path": "m.B", "init_args": {"tasks": spec("n.Sine", x=3)}}})
     assert found.key == "data"
+
+
+def test_a_configuration_of_any_kind_is_compared():
+    for odd in ({"class_path": 5, "init_args": [1]}, {"class_path": "n.Net", "init_args": "x"}, [{}], {1: 2}, "x"):
+        found = list(differences({"model": {"_class_path": "m.A", 1: 2, "net": odd}}, {"model": spec("m.A", net=None)}))
+        assert [each.key for each in found] == ["model.net"]
+    deep = {}
+    for _ in range(10**5):
+        deep = {"a": deep}
+    with pytest.raises(InputError, match="nested too deeply"):
+        list(check("it", {"model": deep}, {"model": deep}, "test", []))
 
 
 @pytest.mark.parametrize(

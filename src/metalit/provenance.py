@@ -60,8 +60,10 @@ def _object(value: Any) -> tuple["_Class | None", Mapping[str, Any]]:
     if not isinstance(value, Mapping) or not value.keys() & {"class_path", "_class_path"}:
         return None, {}
     if "class_path" in value:
-        return _Class(value["class_path"]), {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
-    return _Class(value["_class_path"]), {name: part for name, part in value.items() if not name.startswith("_")}
+        parts = (value.get("init_args"), value.get("dict_kwargs"))  # as a checkpoint holds them: of any kind
+        given = {name: part for some in parts if isinstance(some, Mapping) for name, part in some.items()}
+        return _Class(value["class_path"]), given
+    return _Class(value["_class_path"]), {name: part for name, part in value.items() if str(name)[:1] != "_"}
 
 
 class _Class(str):
@@ -122,11 +124,15 @@ def check(
         InputError: some change the answer, and were not asked for.
     """
     refused = []
-    for each in differences(kept, now):
-        found = weight(each, stage)
-        if found == "refused" and not on_purpose(each.key, args):
+    try:
+        found = list(differences(kept, now))
+    except RecursionError:
+        raise InputError(f"{owner}: its configuration is nested too deeply to be one; use another checkpoint") from None
+    for each in found:
+        matters = weight(each, stage)
+        if matters == "refused" and not on_purpose(each.key, args):
             refused.append(each)
-        elif found != "nothing":
+        elif matters != "nothing":
             yield str(each)
     if refused:
         yield from map(str, refused[1:])

@@ -128,6 +128,8 @@ def test_other_files(tmp_path):
         ("loops", {"fit_loop": []}),
         ("loops", {"fit_loop": {"epoch_progress": 3}}),
         ("optimizer_states", []),
+        ("MixedPrecision", [1]),
+        ("outer_settings", {"classes": []}),
         ("optimizer_states", [{"state": [], "param_groups": [{"params": [0, 1]}]}]),
     ],
 )
@@ -138,6 +140,27 @@ def test_parts_of_another_kind_are_refused_before_training(name, value, small, t
     with pytest.raises(InputError, match=f"ckpt_path.*{name}") as error:
         run.fit(learner, BatchDataModule(regression(), batch_size=8), ckpt_path=str(tmp_path / "it.ckpt"))
     assert "\n" not in str(error.value)
+
+
+def test_states_of_other_shapes_are_refused(small, tmp_path):
+    other = copy.deepcopy(small)
+    other["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(7)
+    torch.save(other, tmp_path / "it.ckpt")
+    run = trainer(tmp_path, steps=3, logger=False, callbacks=[], enable_checkpointing=False, val_check_interval=1.0)
+    with pytest.raises(InputError, match="the checkpoint's optimizer_states is not what training saves"):
+        run.fit(
+            SupervisedLearner(nn.Linear(3, 1)),
+            BatchDataModule(regression(), batch_size=8),
+            ckpt_path=str(tmp_path / "it.ckpt"),
+        )
+
+
+def test_another_precision_is_told(small, tmp_path):
+    torch.save(small, tmp_path / "it.ckpt")
+    run = trainer(tmp_path, logger=False, callbacks=[], enable_checkpointing=False, precision="64-true")
+    data = BatchDataModule(regression(), batch_size=8)
+    with pytest.warns(UserWarning, match=r"trainer.precision='64-true', and the checkpoint was trained in '32-true'"):
+        run.validate(SupervisedLearner(nn.Linear(3, 1)), data, ckpt_path=str(tmp_path / "it.ckpt"), verbose=False)
 
 
 def test_an_address_is_read_as_safely_as_a_file(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ _OTHERS = {
         "lr_schedulers": list,
     },
     **{"hyper_parameters": dict, "datamodule_hyper_parameters": dict, "scaling": dict, "inner": dict},
+    **{"MixedPrecision": dict, "precision": str},
 }
 _FOLDER = 0x10  # MS-DOS's
 _CODE = re.compile(r"(?:GLOBAL|Unsupported class) (?P<name>[\w.]+)")

@@ -433,6 +433,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save what is not finite, and keep what the optimiser was made with."""
         self.check_finite()
+        checkpoint["precision"] = str(self.trainer.precision)
         if self.trainer.state.fn == "fit":
             used = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
             checkpoint["outer_settings"] = self._settings.state(*used, self.clip_norm)
@@ -460,6 +461,11 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         if self._trainer is not None:
             check_state(self.trainer, checkpoint)
             self._settings.load(checkpoint)
+            trained = checkpoint.get("precision", self.trainer.precision)
+            if trained != self.trainer.precision:
+                rank_zero_warn(
+                    f"trainer.precision={self.trainer.precision!r}, and the checkpoint was trained in {trained!r}"
+                )
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)
 

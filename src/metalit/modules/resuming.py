@@ -151,6 +151,15 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
             f"model.lr_by_name: the run that the checkpoint continues had parameters in groups {told[0]}, now they are "
             f"{told[1]}; {_NEW_RUN}"
         )
+    if type(optimizer).__module__.startswith("torch.optim."):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not all(
+            number in range(len(parameters)) and (value.dim() == 0 or _fits(value, parameters[number]))
+            for number, values in state["state"].items()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        ):
+            raise _broken("optimizer_states")
     settings = {"params", "name", "initial_lr", *_scheduled(kept[0])}
     differ = sorted((kept[0].keys() ^ optimizer.param_groups[0].keys()) - settings)
     if differ:
@@ -158,6 +167,12 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
             f"model.optimizer: the checkpoint's optimizer_states are of another one than {type(optimizer).__name__}: "
             f"{differ[0]} is of one of them alone; {_NEW_RUN}"
         )
+
+
+def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether it has the parameter's shape, or holds the mean over some of its dimensions, as Adafactor does."""
+    pairs = zip(value.shape, parameter.shape, strict=False)
+    return value.dim() == parameter.dim() and all(size in (1, whole) for size, whole in pairs)
 
 
 def _scheduled(group: dict[str, Any]) -> Sequence[str]:
