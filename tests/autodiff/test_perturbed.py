@@ -597,3 +597,36 @@ def test_the_notebooks_two_layers():
     found = perturbed_gradient(module, lambda network: (network(X) - Y).abs().sum(), alpha)
     exact(list(found.gradient.values()), list(naive))
     exact(found.gradient["1.bias"], (out - Y).sign().sum().detach().reshape(1))
+
+
+def test_gradients_of_sparse_embeddings_are_dense():
+    module = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
+    x = torch.tensor([[0, 2], [2, 4]])
+    found = perturbed_gradient(module, lambda network: network(x).square().sum(), SAM(0.1))
+    dense = copy.deepcopy(module)
+    dense[0].sparse = False
+    assert_close(found, perturbed_gradient(dense, lambda network: network(x).square().sum(), SAM(0.1)))
+
+
+class Rotates(nn.Module):
+    """A complex, a double and a single parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+        self.scale, self.bias = nn.Parameter(torch.ones(2).double()), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return ((x * self.turn).abs() * self.scale).float() + self.bias
+
+
+def test_parameters_of_several_types_keep_theirs():
+    module, loss = Rotates(), lambda network: network(X + 1).square().mean()
+    for perturbation in (SAM(0.1), AdaptiveSAM(0.1), {}):
+        found = perturbed_gradient(module, loss, perturbation)
+        exact(found[:2], on_a_copy(module, loss, found.perturbation))
+        for name, parameter in module.named_parameters():
+            assert found.gradient[name].dtype == parameter.dtype
+    with pytest.raises(InputError, match="WeightNoise: 'turn' is complex"):
+        perturbed_gradient(module, loss, WeightNoise(0.1), key=KEY)
+    perturbed_gradient(module, loss, WeightNoise(0.1, names=["scale", "bias"]), key=KEY)

@@ -1,6 +1,7 @@
 """After a step of the supervised learner, a network is as after a forward pass of torch's own loop, bit for bit."""
 
 import copy
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -261,3 +262,30 @@ def test_both_passes_see_the_same_inputs_and_the_data_stays(tmp_path):
     assert torch.equal(data.tensors[0], before)
     assert all(torch.equal(x, before[:12]) for x in seen[:-1])
     assert len(seen) >= 2 * 2 + 1
+
+
+class Random(nn.Module):
+    """Draws from every generator that there is, and from one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = torch.Generator()
+
+    def forward(self, x):
+        x = x * (1 + torch.rand_like(x)) + random.random() + torch.rand(4, generator=self.own)
+        return F.alpha_dropout(x, 0.3, self.training) if self.training else x
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_whatever_a_network_draws_follows_seed_and_step(chunk, tmp_path):
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), Random(), nn.Linear(4, 2))
+        torch.manual_seed(seed)
+        random.seed(seed)
+        module = learner(network, perturbation=SAM(0.1), rows_per_chunk=chunk, seed=3)
+        bare(tmp_path, 3, num_sanity_val_steps=0).fit(module, loader())
+        assert torch.initial_seed() == seed
+        ends.append(network.state_dict())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)

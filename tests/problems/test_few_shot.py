@@ -4,7 +4,8 @@ import pytest
 import torch
 from cases import draw, linear, regression_tasks, task_at
 from torch import nn
-from torch.func import grad
+from torch.func import grad, vmap
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from metalit.adapt import adapt, outer_variable
@@ -360,3 +361,15 @@ def test_a_network_or_a_loss_that_returns_no_tensor_is_told():
 
 def test_one_pattern_need_not_be_in_a_list():
     assert FewShot(linear(2, 1), adapt="weight").adapted == ["weight"]
+
+
+def test_ignored_classes_count_nowhere():
+    torch.manual_seed(0)
+    scores, y = torch.randn(2, 5, 3), torch.randint(0, 3, (2, 5))
+    y[0, :2], y[1, 4] = -100, -100
+    problem = FewShot(torch.nn.Linear(1, 3))
+    found = vmap(lambda scores, y: problem.judge(scores, Points(torch.zeros(5, 1), y)))(scores, y)
+    assert_close(found, torch.stack([F.cross_entropy(*pair) for pair in zip(scores, y, strict=True)]))
+    mask = torch.arange(5) != 0
+    masked = problem.judge(scores[1], Points(torch.zeros(5, 1), y[1], mask))
+    assert_close(masked, F.cross_entropy(scores[1][1:], y[1][1:]))

@@ -38,7 +38,8 @@ class WeightNoise(Perturbation):
         names: shell patterns of the parameters that get noise.
 
     Raises:
-        InputError: a scale that is negative or not finite; on a call, no key, or a pattern that matches nothing.
+        InputError: a scale that is negative or not finite; on a call, no key, a pattern that matches nothing, or a
+            complex parameter.
 
     >>> noise = WeightNoise(0.1, names="*.weight")
     >>> parameters = {"out.weight": torch.zeros(2), "out.bias": torch.zeros(1)}
@@ -56,6 +57,8 @@ class WeightNoise(Perturbation):
         if key is None:
             raise InputError("key: None, but WeightNoise draws from a key of metalit.keys; give key=torch.tensor(0)")
         chosen = matching(parameters, self.names)
+        if bad := [name for name in chosen if parameters[name].is_complex()]:
+            raise InputError(f"WeightNoise: {bad[0]!r} is complex, and noise is drawn for real numbers; leave it out")
         # numbered among all names, so that a choice of names does not change the draws
         places = {name: index for index, name in enumerate(parameters)}
         draws = {name: normal(fold(key, places[name]), *parameters[name].shape) for name in chosen}

@@ -126,7 +126,13 @@ def _gradient(
     if all(slope is None for slope in found):
         raise InputError(_INDEPENDENT)
     pairs = zip(free.items(), found, strict=True)
-    return value.detach(), {name: torch.zeros_like(at) if slope is None else slope for (name, at), slope in pairs}
+    return value.detach(), {name: _dense(slope, at) for (name, at), slope in pairs}
+
+
+def _dense(slope: Tensor | None, like: Tensor) -> Tensor:
+    if slope is None:
+        return torch.zeros_like(like)
+    return slope if slope.layout is torch.strided else slope.to_dense()
 
 
 def _cloned(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -98,6 +98,7 @@ _IN_PLACE = (
 )
 _REFUSED = {
     "randomness error mode": _OTHER_DRAWS,
+    "rrelu_with_noise": _OTHER_DRAWS,
     "data-dependent control flow": (
         "fn: it decides by the value of a tensor (if, while, .item()), which cannot be vectorised over rows; use "
         "torch.where"

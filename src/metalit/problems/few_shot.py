@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metalit.autodiff import call, draws, sees_other_rows
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
+from metalit.judging import real_rows
 from metalit.keys import fold
 from metalit.losses import check_loss, row_losses
 from metalit.problem import FewShotProblem, Points, Task
@@ -87,12 +88,12 @@ class FewShot(FewShotProblem):
         return call(self.network, {**outer, **inner}, x)
 
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
-        """The mean of the row losses over the real rows."""
+        """The mean of the row losses over the real rows: no padding, nor what the criterion ignores."""
         rows = row_losses(self.loss, prediction, points.y)
-        if points.mask is None:
+        real = real_rows(self.loss, points.y, points.mask)
+        if real is None:
             return rows.mean()
-        weights = points.mask.to(rows.dtype)
-        return (rows * weights).sum() / weights.sum()
+        return rows.where(real, 0.0).sum() / real.sum().clamp(min=1)
 
     def _mean_loss(self, parameters: dict[str, Tensor], points: Points, key: Tensor, draw: int) -> Tensor:
         if points.mask is not None and sees_other_rows(self.network):
