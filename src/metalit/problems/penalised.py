@@ -12,6 +12,7 @@ from metalit.problems.rows import Batch, RowsProblem, check_size
 from metalit.tree import Tree
 
 _GRID = (-6.0, -4.0, -2.0, 0.0)  # log-penalties of the baselines that penalise all features alike
+_LARGEST = 80.0  # its exponential is finite in single precision
 
 
 class _Penalised(RowsProblem):
@@ -38,8 +39,11 @@ class _Penalised(RowsProblem):
         super().__init__(batch, outer_batch)
         if features < 1:
             raise InputError(f"{type(self).__name__}: features={features} must be at least 1")
-        if not math.isfinite(log_penalty):
-            raise InputError(f"{type(self).__name__}: log_penalty={log_penalty} must be finite, such as -2")
+        if not -math.inf < log_penalty <= _LARGEST:
+            raise InputError(
+                f"{type(self).__name__}: log_penalty={log_penalty} must be finite, and {_LARGEST} at most, such as -2: "
+                "its exponential is the penalty"
+            )
         self.features = features
         self.intercept = intercept
         self.log_penalty = nn.Parameter(self.written("log_penalty", [log_penalty] * features))
