@@ -282,10 +282,10 @@ def test_whatever_a_network_draws_follows_seed_and_step(chunk, tmp_path):
     for seed in (0, 1):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(4, 4), Random(), nn.Linear(4, 2))
+        module, data = learner(network, perturbation=SAM(0.1), rows_per_chunk=chunk, seed=3), loader()
         torch.manual_seed(seed)
         random.seed(seed)
-        module = learner(network, perturbation=SAM(0.1), rows_per_chunk=chunk, seed=3)
-        bare(tmp_path, 3, num_sanity_val_steps=0).fit(module, loader())
+        bare(tmp_path, 3, num_sanity_val_steps=0).fit(module, data)
         assert torch.initial_seed() == seed
         ends.append(network.state_dict())
     torch.testing.assert_close(*ends, rtol=0, atol=0)
