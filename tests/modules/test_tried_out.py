@@ -4,14 +4,15 @@ import warnings
 
 import pytest
 import torch
-from fits import parameters, regression, trainer
+from fits import last, parameters, regression, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from metalit.data import BatchDataModule, Episodes, Sine, TaskDataModule
 from metalit.errors import InputError
-from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
+from metalit.hypergradients import FirstOrder, Implicit, Unrolled, over_tasks
 from metalit.inner import SGD, Newton
+from metalit.linsolve import CG, Dense
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problem import Points, Problem, Task
@@ -226,3 +227,44 @@ def test_images_and_classes_are_adapted_to(tmp_path):
         module.adapt(points[0].x.numpy(), points[0].y)
     with pytest.raises(InputError, match=r"^adapt: x has shape \(\); it must be \[points, columns\]"):
         adapted(torch.tensor(1.0))
+
+
+class Scales(Problem):
+    """An inner variable of two types, both of which solve their share of ½‖w − φ‖²."""
+
+    def __init__(self):
+        super().__init__()
+        self.phi = nn.Parameter(torch.ones(2, dtype=torch.float64) / 3)
+        self.rho = nn.Parameter(torch.ones(2) / 3)
+
+    def init(self, outer, task):
+        return {"wide": torch.zeros(2, dtype=torch.float64), "narrow": torch.zeros(2)}
+
+    def inner_loss(self, inner, outer, task, step):
+        return 0.5 * sum((inner[n] - outer[p]).square().sum() for n, p in (("wide", "phi"), ("narrow", "rho")))
+
+    def outer_loss(self, inner, outer, task):
+        return (inner["wide"] - 1).square().sum() + (inner["narrow"] - 1).square().sum()
+
+
+@pytest.mark.parametrize("hypergradient", [Unrolled(1), Implicit(1, Dense()), Implicit(1, CG())])
+@pytest.mark.parametrize("optimizer", [SGD(0.5), Newton()], ids=["SGD", "Newton"])
+def test_an_inner_variable_of_several_types_keeps_them_through_solvers_and_warm_starts(
+    hypergradient, optimizer, tmp_path
+):
+    problem = Scales()
+    own = {"problem": problem.outer(), "optimizer": {}}
+    estimate = hypergradient(problem, optimizer, own, None)
+    types = {"wide": torch.float64, "narrow": torch.float32}
+    assert {name: value.dtype for name, value in estimate.inner.items()} == types
+    assert {name: value.dtype for name, value in estimate.gradient["problem"].items()} == {
+        "phi": torch.float64,
+        "rho": torch.float32,
+    }
+    module = BilevelLearner(problem, optimizer, hypergradient, warm_start=True)
+    trainer(tmp_path).fit(module)
+    assert {name: value.dtype for name, value in module.inner.items()} == types
+    assert not torch.equal(module.inner["wide"], module.inner["wide"].float().double())
+    again = BilevelLearner(Scales(), optimizer, hypergradient, warm_start=True)
+    trainer(tmp_path, steps=6, val_check_interval=1).fit(again, ckpt_path=last(tmp_path))
+    assert {name: value.dtype for name, value in again.solve(None).items()} == types

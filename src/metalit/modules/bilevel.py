@@ -161,8 +161,9 @@ class BilevelLearner(TwoLevelLearner):
             )
         if self._own is None:
             first = self.trainer.global_rank * share
-            self._own = tree_map(lambda value: value[first : first + share], self._all)
-        return self.cast(self._own)
+            part = tree_map(lambda value: value[first : first + share], self._all)
+            self._own = _like(part, self._initial(tasks))  # which may be of another precision
+        return self._own
 
     def _initial(self, tasks: Any) -> Tree:
         own = self.constants()["problem"]
@@ -246,7 +247,7 @@ class BilevelLearner(TwoLevelLearner):
                 f"model.warm_start: training left the inner variables of {_count(held)} task(s), and a batch of more "
                 "is judged; set model.eval_steps, to judge each from its init"
             )
-        return self.cast(tree_map(lambda value: value[index], held))
+        return _like(tree_map(lambda value: value[index], held), self.problem.init(outer["problem"], task))
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
         steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
@@ -315,6 +316,10 @@ class BilevelLearner(TwoLevelLearner):
 
 def _count(tasks: Any) -> int:
     return len(next(leaf for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor)))
+
+
+def _like(inner: Tree, other: Tree) -> Tree:
+    return tree_map(lambda value, like: value.to(like), inner, other)
 
 
 def _take(tasks: Any, index: int) -> Any:
