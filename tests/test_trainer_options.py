@@ -39,6 +39,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny import DATA, LEARNERS
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -46,7 +47,7 @@ from metalit.callbacks import BestCheckpoint, LastCheckpoint
 from metalit.errors import InputError
 from metalit.hypergradients import JTg, Unrolled
 from metalit.inner import SGD
-from metalit.modules import BilevelLearner, MetaLearner
+from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot, ThetaPhi
 
@@ -149,7 +150,7 @@ CALLBACKS = [
     (RichModelSummary, SAME),
     (RichProgressBar, SAME),
     (SpikeDetection, "SpikeDetection cannot work"),
-    (lambda: StochasticWeightAveraging(0.1), "StochasticWeightAveraging cannot work.*EMAWeightAveraging"),
+    (lambda: StochasticWeightAveraging(0.1), "StochasticWeightAveraging.* counts epochs.*EMAWeightAveraging"),
     (lambda: ThroughputMonitor(batch_size_fn=lambda batch: 1), SAME),
     (lambda: Timer(timedelta(hours=1)), SAME),
     (lambda: Timer(timedelta(hours=1), interval="epoch"), "interval='epoch' counts epochs"),
@@ -345,6 +346,46 @@ def test_what_counts_epochs_works_where_there_are_some(name, cut, tmp_path):
     assert seen == validated
     if name == "every_n_epochs":
         assert len(list(tmp_path.rglob("*.ckpt"))) == 2
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_weights_are_averaged_over_epochs(cut, tmp_path):
+    class Watch(Callback):
+        def on_train_epoch_start(self, run, module):
+            seen.append(parameters(module))
+            rates.append(run.optimizers[0].param_groups[0]["lr"])
+
+    seen, rates = [], []
+    average = StochasticWeightAveraging(0.5, swa_epoch_start=2, annealing_epochs=2, annealing_strategy="linear")
+    limits = {"max_steps": 8, "limit_train_batches": 2} if cut else {"max_steps": -1}
+    run = bare(tmp_path, callbacks=[average, Watch()], max_epochs=4, val_check_interval=1.0, **limits)
+    module = LEARNERS["supervised"](optimizer=partial(torch.optim.SGD, lr=0.1))
+    rows = TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
+    run.fit(module, **({"datamodule": DATA["supervised"]()} if cut else {"train_dataloaders": DataLoader(rows, 4)}))
+    assert run.global_step == 8
+    for name, value in parameters(module).items():
+        torch.testing.assert_close(value, sum(epoch[name] for epoch in seen[1:]) / 3)
+    assert rates == pytest.approx([0.1, 0.1, 0.3, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "told"),
+    [
+        ([nn.Linear(4, 4), nn.BatchNorm1d(4)], {"max_epochs": 2}, "once more over the data for BatchNorm"),
+        ([nn.Linear(4, 3)], {"max_steps": 4}, r"swa_epoch_start=0\.8 is a share of trainer\.max_epochs"),
+        (
+            [nn.Linear(4, 3)],
+            {"max_steps": 3, "max_epochs": 2},
+            r"max_steps=3 ends before .*at least trainer\.max_steps=4",
+        ),
+    ],
+)
+def test_weights_that_would_never_be_averaged(network, options, told, tmp_path):
+    run = bare(tmp_path, callbacks=[StochasticWeightAveraging(0.5)], **{"max_steps": -1, **options})
+    rows = TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
+    with pytest.raises(InputError, match=told):
+        run.fit(SupervisedLearner(nn.Sequential(*network)), DataLoader(rows, batch_size=4))
+    assert run.global_step == 0
 
 
 def test_a_loader_of_ones_own_without_an_end_has_no_epochs(tmp_path):

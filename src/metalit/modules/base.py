@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.optim.swa_utils import SWALR
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
@@ -239,7 +240,13 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
 
     def _schedule(self) -> None:
         scheduler = self.lr_schedulers()
-        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau | SWALR):
+            scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        """Step the scheduler of StochasticWeightAveraging, which takes the place of any other."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, SWALR):
             scheduler.step()
 
     def _report(self, scalars: dict[str, float]) -> None:

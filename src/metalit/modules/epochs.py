@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     Timer,
 )
 
@@ -83,11 +84,26 @@ def _counts_epochs(callback: Callback, trainer: Trainer) -> Iterator[tuple[str, 
         yield "logging_interval='epoch'", "set logging_interval: step"
     if isinstance(callback, EMAWeightAveraging) and callback.update_starting_at_epoch is not None:
         yield f"update_starting_at_epoch={callback.update_starting_at_epoch}", "give update_starting_at_step"
+    if isinstance(callback, StochasticWeightAveraging):
+        yield "it", "use WeightAveraging or EMAWeightAveraging"
     if isinstance(callback, BaseFinetuning):
         yield "it", "unfreeze at a step, in a callback's on_train_batch_start"
 
 
 def check_epochs_of_loader(trainer: Trainer) -> None:
-    """Check likewise when the loader is made, which alone knows whether it has an end."""
+    """Check likewise when the loader is made, which alone knows whether it has an end.
+
+    Raises:
+        InputError: what :func:`check_endless` raises; a StochasticWeightAveraging whose last epoch never comes.
+    """
     if trainer.num_training_batches == math.inf:
         check_endless(trainer)
+        return
+    epochs, needed = trainer.fit_loop.max_epochs, trainer.fit_loop.max_epochs * trainer.num_training_batches
+    averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)
+    if averages and 0 < trainer.max_steps < needed:
+        raise InputError(
+            f"trainer.max_steps={trainer.max_steps} ends before StochasticWeightAveraging does, after "
+            f"trainer.max_epochs={epochs} of {trainer.num_training_batches} batches; give at least "
+            f"trainer.max_steps={needed}"
+        )

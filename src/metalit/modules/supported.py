@@ -27,8 +27,6 @@ from metalit.modules.epochs import check_endless, is_endless
 
 _CHUNKS = "model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk) saves memory and changes no result"
 _REFUSED = {
-    StochasticWeightAveraging: "its last epoch belongs to Lightning's automatic optimisation; use WeightAveraging or "
-    "EMAWeightAveraging",
     GradientAccumulationScheduler: f"an outer step takes all its tasks at once; {_CHUNKS}",
     BatchSizeFinder: f"how many tasks or rows an outer step takes is part of what is learned; {_CHUNKS}",
     LearningRateFinder: "it needs Lightning's automatic optimisation; try rates in short runs, by model.optimizer",
@@ -58,13 +56,14 @@ def check_trainer(module: LightningModule) -> None:
         return
     _check_options(trainer)
     _check_hooks(trainer, module)
+    if is_endless(trainer):
+        check_endless(trainer)
     for callback in trainer.callbacks:
         _check_callback(callback)
         _check_waits(callback, trainer)
+        _check_average(callback, module)
         if getattr(module, "fused_steps", 1) > 1:
             _check_counter(callback, module.fused_steps)
-    if is_endless(trainer):
-        check_endless(trainer)
 
 
 def _check_precision(trainer: Trainer) -> None:
@@ -129,6 +128,19 @@ def _check_waits(callback: Callback, trainer: Trainer) -> None:
         raise InputError(
             f"callbacks: {type(callback).__name__} would never see monitor={callback.monitor!r}, as "
             "trainer.limit_val_batches=0 validates nothing; leave one of them out"
+        )
+
+
+def _check_average(callback: Callback, module: LightningModule) -> None:
+    if not isinstance(callback, StochasticWeightAveraging):
+        return
+    name, way_out = f"callbacks: {type(callback).__name__}", "use WeightAveraging or EMAWeightAveraging"
+    if callback.pl_module_contains_batch_norm(module):
+        raise InputError(f"{name} passes once more over the data for BatchNorm, by Lightning's own steps; {way_out}")
+    if module.trainer.fit_loop.max_epochs == -1 and isinstance(callback._swa_epoch_start, float):
+        share = callback._swa_epoch_start
+        raise InputError(
+            f"{name}.swa_epoch_start={share} is a share of trainer.max_epochs; give that, or an epoch, or {way_out}"
         )
 
 
