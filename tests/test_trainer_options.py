@@ -38,6 +38,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from tiny import DATA, LEARNERS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -48,6 +49,7 @@ from metalit.errors import InputError
 from metalit.hypergradients import JTg, Unrolled
 from metalit.inner import SGD
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
+from metalit.modules.supported import check_trainer
 from metalit.networks import MLP
 from metalit.problems import FewShot, ThetaPhi
 
@@ -241,6 +243,44 @@ def test_callbacks_of_ones_own_that_are_called_rarely_are_named(callback, fused,
     found = told_once(lambda: run.fit(LEARNERS["meta"](fused_steps=fused), DATA["meta"]()), "is called once")
     assert callback.__name__ in found
     assert told in found
+
+
+def test_hooks_of_a_learner_of_ones_own_that_are_called_rarely_are_named(tmp_path):
+    class Mine(MetaLearner):
+        def on_train_batch_end(self, *_):
+            pass
+
+    module = Mine(FewShot(MLP([1, 2, 1])), SGD(0.1), Unrolled(1), fused_steps=2)
+    run = bare(tmp_path, STEPS, log_every_n_steps=2, val_check_interval=2)
+    assert told_once(lambda: run.fit(module, DATA["meta"]()), "is called once").startswith("Mine.on_train_batch_end")
+
+
+def test_what_callbacks_log_lies_at_the_same_steps_beside_fused_steps(tmp_path):
+    def logged(fused):
+        values = iter(range(100))
+        log = LambdaCallback(
+            on_train_batch_end=lambda run, module, *_: module.log("mine", float(module.global_step)),
+            on_validation_epoch_end=lambda run, module: module.log("val/mine", float(next(values))),
+        )
+        logger = CSVLogger(tmp_path, version=fused)
+        run = bare(tmp_path, 8, callbacks=[log], logger=logger, log_every_n_steps=4, val_check_interval=4)
+        run.fit(LEARNERS["meta"](fused_steps=fused), DATA["meta"]())
+        logger.save()
+        frame = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
+        return {name: frame[["step", name]].dropna().to_numpy().tolist() for name in ("mine", "val/mine")}
+
+    assert logged(4) == logged(1)
+    assert [step for step, _ in logged(2)["mine"]] == [3, 7]
+
+
+def test_synchronised_batch_statistics(tmp_path):
+    module = LEARNERS["meta"]()
+    run = bare(tmp_path, sync_batchnorm=True, strategy="ddp", devices=2)
+    run.strategy.connect(module)
+    run.state.fn = TrainerFn.FITTING
+    module.trainer = run
+    with pytest.raises(InputError, match="sync_batchnorm=True"):
+        check_trainer(module)
 
 
 def test_a_hook_of_the_learner_that_is_never_called(tmp_path):

@@ -198,24 +198,25 @@ def overrides(owner: Any, base: type, name: str) -> bool:
 
 
 def warn_of_rare_calls(module: LightningModule) -> None:
-    """Say which hooks of the user's own callbacks are called less often than their names say."""
+    """Say which hooks of the user's own are called less often than their names say."""
     trainer, fused = module.trainer, getattr(module, "fused_steps", 1)
     endless = is_endless(trainer)
-    for callback in trainer.callbacks:
-        if fused > 1 and (name := next(_own(callback, "on_train_batch_start", "on_train_batch_end"), None)):
+    for owner in (*trainer.callbacks, module):
+        if fused > 1 and (name := next(_own(owner, "on_train_batch_start", "on_train_batch_end"), None)):
             rank_zero_warn(
-                f"{type(callback).__name__}.{name} is called once for model.fused_steps={fused} outer steps; "
+                f"{type(owner).__name__}.{name} is called once for model.fused_steps={fused} outer steps; "
                 "model.fused_steps: 1 calls it for each"
             )
-        if endless and (name := next(_own(callback, "on_train_epoch_start", "on_train_epoch_end"), None)):
+        if endless and (name := next(_own(owner, "on_train_epoch_start", "on_train_epoch_end"), None)):
             rank_zero_warn(
-                f"{type(callback).__name__}.{name} is called once in all: the training data has no end, and so no "
+                f"{type(owner).__name__}.{name} is called once in all: the training data has no end, and so no "
                 "epochs; on_validation_end is called after each validation"
             )
 
 
-def _own(callback: Callback, *names: str) -> Iterator[str]:
+def _own(owner: Callback | LightningModule, *names: str) -> Iterator[str]:
+    base = Callback if isinstance(owner, Callback) else LightningModule
     for name in names:
-        written_in = getattr(getattr(callback, name), "__module__", None) or ""
-        if overrides(callback, Callback, name) and not written_in.startswith(("lightning.", "metalit.")):
+        written_in = getattr(getattr(owner, name), "__module__", None) or ""
+        if overrides(owner, base, name) and not written_in.startswith(("lightning.", "metalit.")):
             yield name

@@ -227,6 +227,8 @@ class TwoLevelLearner(OuterLearner):
         """
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
         start = self._checked(tasks, steps)
+        # by which Lightning draws what callbacks log
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped += steps - 1
         taken = self._steps_in_a_row(tasks, steps, start) if self._fuses() else None
         return self._step_by_step(tasks, steps, start) if taken is None else taken
 
