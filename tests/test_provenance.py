@@ -137,7 +137,8 @@ def test_another_setting_than_trained_is_refused_unless_it_is_said(metalit, poin
         status, output = metalit(subcommand, MAML, *SHORT, *options)
         assert status == 2, subcommand
         assert told in output.strip().splitlines()[-1]
-        assert "--model.inner_optimizer.lr=0.01" in output.strip().splitlines()[-1]
+        assert "--model.inner_optimizer.lr=0.02 as trained" in output.strip().splitlines()[-1]
+        assert "--model.inner_optimizer.lr=0.01 on purpose" in output.strip().splitlines()[-1]
     assert not (tmp_path / "points_predicted.csv").exists()
     status, output = metalit("test", MAML, *SHORT, "--model.inner_optimizer.lr=0.01", "--data.test.tasks=4")
     assert status == 0, output
@@ -188,6 +189,15 @@ def test_a_runs_own_config_names_its_experiment(metalit, tmp_path):
     assert Path(yaml.safe_load(Path(resumed).read_text())["ckpt_path"]).name == "last.ckpt"
     assert f"testing {run.with_name('version_1') / 'checkpoints/best.ckpt'}" in metalit("test", resumed, tiny=False)[1]
     assert [path.name for path in run.parent.parent.iterdir()] == ["sine_maml"]
+
+
+def test_on_slurm_a_checkpoint_that_nobody_named_is_not_taken(metalit, tmp_path, monkeypatch):
+    for name, value in {"NTASKS": 1, "JOB_NAME": "train", "JOB_ID": 17, "PROCID": 0, "LOCALID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    (tmp_path / "hpc_ckpt_3.ckpt").touch()
+    status, output = metalit("fit", MAML, *SHORT)
+    assert status == 2
+    assert "hpc_ckpt_3.ckpt' by itself" in output.strip().splitlines()[-1]
 
 
 def test_a_checkpoint_that_python_saved_has_nothing_to_compare(metalit, tmp_path):

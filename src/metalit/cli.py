@@ -53,7 +53,7 @@ from metalit.modules.base import OuterLearner
 from metalit.modules.ranks import check_nodes
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
-from metalit.provenance import check, given_keys, named_configs, on_purpose, run_of, with_own_config
+from metalit.provenance import check, check_left_over, given_keys, named_configs, on_purpose, run_of, with_own_config
 from metalit.runs import (
     RunFolder,
     RunLogger,
@@ -179,6 +179,8 @@ class MetalitCLI(LightningCLI):
         if asked is None and self.subcommand != "fit":
             asked = "best"
         self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
+        if self.checkpoint is None:
+            check_left_over(config.trainer.default_root_dir)
         kept = read_checkpoint(self.checkpoint) if self.checkpoint else {"global_step": 0}
         self.checkpoint_step = kept["global_step"]
         self._compare(kept)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
 from metalit.errors import InputError
 from metalit.runs import find_checkpoint
 
@@ -139,8 +141,24 @@ def check(
         first = refused[0]
         more = f" ({len(refused) - 1} more above)" if len(refused) > 1 else ""
         way = "give the run's own config.yaml" if stage == "fit" else "leave --config out, which takes the run's own"
-        shown = repr(first.now) if isinstance(first.now, _Class) else first.now
-        raise InputError(f"{owner}: {first}{more}; {way}, or say it on purpose: --{first.key}={shown}")
+        trained, now = (f"--{first.key}={'null' if value is None else value}" for value in first[1:])
+        raise InputError(
+            f"{owner}: {first}{more}; {way}, or say which on the command line: {trained} as trained, {now} on purpose"
+        )
+
+
+def check_left_over(root: str | None) -> None:
+    """Check that Lightning, on SLURM, will not go on from a checkpoint that nobody has named.
+
+    Raises:
+        InputError: there is one in the folder where it looks.
+    """
+    left = sorted(Path(root or ".").glob("hpc_ckpt_*.ckpt")) if SLURMEnvironment.detect() else []
+    if left:
+        raise InputError(
+            f"trainer.default_root_dir: Lightning would go on from {str(left[-1])!r} by itself, as this is a job of "
+            "SLURM; move it away, or name it with --ckpt_path"
+        )
 
 
 def on_purpose(key: str, args: Sequence[str]) -> bool:
