@@ -337,15 +337,27 @@ class Attention(nn.MultiheadAttention):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), FunctionalDropout(6, 6), Attention(6, 2, dropout=0.5)],
+    [nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), nn.RReLU(), Attention(6, 2, dropout=0.5)],
     ids=lambda layer: type(layer).__name__,
 )
-def test_draws_that_cannot_follow_a_key_are_refused(layer):
+@pytest.mark.filterwarnings("ignore:tasks are evaluated one after the other")
+def test_draws_of_other_layers_follow_the_key_task_by_task(layer):
     def run(_, key):
-        return call(layer, {}, torch.ones(4, 6), key=key if draws(layer) else None)
+        return call(layer, {}, torch.linspace(-1, 1, 24).reshape(4, 6), key=key)
 
+    before = torch.get_rng_state()
+    found = for_each_task(run, {}, torch.arange(3))
+    torch.rand(2)
+    assert not torch.equal(found[0], found[1])
+    assert all(torch.equal(found[number], run({}, torch.tensor(number))) for number in range(3))
+    torch.set_rng_state(before)
+
+
+def test_draws_that_cannot_follow_a_key_are_refused():
+    layer = FunctionalDropout(6, 6)
+    assert not draws(layer)
     with pytest.raises(InputError, match="draws random numbers that would not follow the task"):
-        for_each_task(run, {}, torch.arange(3))
+        for_each_task(lambda _, key: call(layer, {}, torch.ones(4, 6)), {}, torch.arange(3))
 
 
 def test_instance_norm_with_running_statistics_is_refused():

@@ -1,7 +1,9 @@
 """Networks and losses of the user's that fail, or cannot do all that is asked, are told of before training."""
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from fits import last, parameters, regression, trainer
@@ -96,6 +98,14 @@ FAULTS = {
     ),
     "arguments": (Bent(nn.Bilinear(4, 4, 4)), r"network: layer 'fault'.*|fails with TypeError: .*missing 1 required"),
     "no second derivative": (Bent(Fault(lambda x: torch.cdist(x, torch.eye(4)))), r"second derivative of cdist"),
+    "Python's dice": (
+        Bent(Fault(lambda x: x * random.random())),
+        "draws from the generators of Python or numpy",
+    ),
+    "numpy's dice": (
+        Bent(Fault(lambda x: x * np.random.rand())),
+        "draws from the generators of Python or numpy",
+    ),
     "a class too many": (
         nn.Sequential(Fault(torch.Tensor.long), nn.Embedding(2, 1), nn.Flatten()),
         r"network: layer '1' \(Embedding\) fails with IndexError: index out of range",

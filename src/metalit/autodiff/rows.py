@@ -64,7 +64,7 @@ def for_each_row(
     # without a row, one of zeros tells the shapes
     given = inputs if count else tuple(part.new_zeros(1, *part.shape[1:]) for part in inputs)
     keys = () if key is None else (fold(key, torch.arange(len(given[0]), device=key.device)),)
-    each = _one_after_the_other if _is_recurrent(fn) else partial(vmap, chunk_size=chunk_size)
+    each = _one_after_the_other if _has_no_rule(fn) else partial(vmap, chunk_size=chunk_size)
     with refusals(), untouched(fn), sdpa_kernel(SDPBackend.MATH):
         # fused attention has neither a batching rule nor second derivatives
         found = _watched(each(row), key)(*given, *keys)
@@ -123,12 +123,14 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def _is_recurrent(fn: Function) -> bool:
-    return isinstance(fn, nn.Module) and any(isinstance(layer, nn.RNNBase) for layer in fn.modules())
+def _has_no_rule(fn: Function) -> bool:
+    layers = list(fn.modules()) if isinstance(fn, nn.Module) else []
+    quiet = any(isinstance(layer, nn.RReLU) and not layer.training for layer in layers)
+    return quiet or any(isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in layers)
 
 
 def _one_after_the_other(row: Callable[..., Tree]) -> Callable[..., Tree]:
-    """``vmap`` as a loop: torch's recurrent layers have no batching rule."""
+    """``vmap`` as a loop: torch's recurrent layers, and RReLU in evaluation, have no batching rule."""
 
     def rows(*batches: Tensor) -> Tree:
         found = [row(*parts) for parts in zip(*batches, strict=True)]

@@ -19,9 +19,10 @@ from metalit.errors import InputError
 from metalit.problem import Problem
 from metalit.scaled import Scaled
 
+_RANDOMNESS = "randomness error mode"
 _DRAWS = (
     "problem: it, or its network, draws random numbers that would not follow the task; use metalit.keys with the "
-    "task's key, and in a network the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d"
+    "task's key, and in a network the layers of torch.nn that draw, such as torch.nn.Dropout"
 )
 
 
@@ -50,7 +51,8 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, pro
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a network may do that a batched tensor cannot
-            _raise_if_clear(error)
+            if _RANDOMNESS not in str(error):  # of one task, it may follow its key
+                _raise_if_clear(error)
             if get_proxy_mode() is not None:  # it is traced, and may fail for that reason alone
                 raise
             found = _one_after_the_other(fn, outer, tasks, problem)
@@ -102,7 +104,7 @@ def _recurrent(problem: Problem) -> str:
 
 def _raise_if_clear(error: Exception) -> None:
     """Raise an :class:`InputError` if it is known what an error means."""
-    if "randomness error mode" in str(error):
+    if _RANDOMNESS in str(error):
         raise InputError(_DRAWS) from error
     if "saved tensor hooks" in str(error):
         raise InputError(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.autodiff.blame import told
+from metalit.autodiff.draws import Elsewhere
 from metalit.data.stream import Fused
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
@@ -155,9 +156,15 @@ class TwoLevelLearner(OuterLearner):
         """Find out what only a whole outer step shows: derivatives that are missing, tasks that go one by one alone."""
         try:
             outer = self.constants()
-            found = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
+            with Elsewhere() as elsewhere:
+                found = over_tasks(self.hypergradient, self.problem, self.inner_optimizer, outer, tasks, start)
         except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
             return
+        if elsewhere.drawn:
+            raise InputError(
+                "model.problem: it, or its network, draws from the generators of Python or numpy, so nothing could be "
+                "resumed or repeated; draw by metalit.keys from the task's key"
+            )
         if self._damped_by and not bool(torch.isfinite(packed(found.loss, found.gradient)).all()):
             raise InputError(f"model: the outer loss or its gradient is not finite from the start. {self._singular}")
         if self.problem.vectorised is False and self._estimates.compiled is not None:
