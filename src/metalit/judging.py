@@ -34,8 +34,8 @@ def real_rows(loss: nn.Module | None, target: Tensor, mask: Tensor | None) -> Te
 def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor | None:
     """The share of right answers in each row, ``[rows]``; None where it is not known how a prediction answers.
 
-    Several columns are scores of as many classes. One column is the logit of class 1 under ``BCEWithLogitsLoss``, and
-    its probability under ``BCELoss``.
+    Several columns are scores of as many classes. One column answers 0 or 1, whichever the criterion finds the smaller
+    loss for: a logit by its sign, a probability by whether it is above one half.
 
     Args:
         loss: the criterion.
@@ -49,11 +49,9 @@ def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
         return None
     skipped = ignored(loss, target)
     if prediction.dim() == 1 or prediction.shape[1:].numel() == 1:
-        edges = {nn.BCEWithLogitsLoss: 0.0, nn.BCELoss: 0.5}
-        edge = next((edge for kind, edge in edges.items() if isinstance(loss, kind)), None)
-        if edge is None or target.numel() != len(target):
+        answers, target, classes = _of_two(loss, prediction, target), target.flatten(), 2
+        if answers is None or len(target) != len(answers):
             return None
-        answers, target, classes = (prediction.flatten() > edge).long(), target.flatten(), 2
     else:
         places, classes = (prediction.shape[0], *prediction.shape[2:]), prediction.shape[1]
         if target.shape not in (places, (*places, 1)):
@@ -68,3 +66,18 @@ def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
     )
     count = (~skipped).reshape(right.shape).sum(1).clamp(min=1)
     return right.sum(1) / count
+
+
+def _of_two(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor | None:
+    """The class with the smaller loss in each row, ``[rows]``; None where the criterion does not say."""
+    if loss is None:
+        return None
+    for like in (target, prediction):  # criteria of real numbers want targets of the predictions' shape and type
+        try:
+            zero, one = (loss(prediction, torch.full_like(like, number)) for number in (0, 1))
+        except (IndexError, RuntimeError, ValueError):
+            continue
+        if zero.dim() and len(zero) == len(target):
+            zero, one = (values.reshape(len(target), -1).mean(1) for values in (zero, one))
+            return (one < zero).long()
+    return None

@@ -138,14 +138,16 @@ class Unknown(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(13,), (13, 1)])
-def test_one_column_of_a_known_kind_is_the_logit_or_probability_of_class_1(shape, tmp_path):
+def test_one_column_answers_what_the_criterion_finds_the_smaller_loss_for(shape, tmp_path):
     x, y = table(2)
     network = nn.Linear(4, 1)
     right = float(((network(x)[:, 0] > 0).long() == y).double().mean())
     assert 0 < right < 1
     data = loader(x, y.reshape(shape))
     assert scored(tmp_path, network, data, Binary(reduction="none"))["accuracy"] == pytest.approx(right)
-    assert list(scored(tmp_path, network, data, Unknown())) == ["loss"]
+    nearer = float(((network(x)[:, 0] > 0.5).long() == y).double().mean())
+    assert nearer != right
+    assert scored(tmp_path, network, data, Unknown())["accuracy"] == pytest.approx(nearer)
     probability = torch.sigmoid(network(x).detach())
     assert float(right_rows(nn.BCELoss(reduction="none"), probability, y).mean()) == pytest.approx(right)
 
