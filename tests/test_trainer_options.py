@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from fits import bare, parameters, same, told_once
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer, callbacks
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BaseFinetuning,
     BatchSizeFinder,
     DeviceStatsMonitor,
@@ -125,6 +126,7 @@ OPTIONS = {
     ],
 }
 CALLBACKS = [
+    (BackboneFinetuning, "BackboneFinetuning: it counts epochs"),
     (BatchSizeFinder, "BatchSizeFinder cannot work"),
     (BestCheckpoint, SAME),
     (lambda: DeviceStatsMonitor(cpu_stats=False), SAME),
@@ -198,6 +200,11 @@ def check(outcome, kind, folder, options, **learner):
 def test_every_argument_of_the_trainer_is_in_the_list():
     given = {"callbacks", "default_root_dir", "enable_checkpointing", "model_registry", "num_nodes"}
     assert set(inspect.signature(Trainer).parameters) == {*OPTIONS, *given}
+
+
+def test_every_callback_of_lightning_is_in_the_list():
+    bases = {"BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar"}
+    assert {type(make()).__name__ for make, _ in CALLBACKS} | bases >= set(callbacks.__all__)
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
