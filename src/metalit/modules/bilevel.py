@@ -130,6 +130,11 @@ class BilevelLearner(TwoLevelLearner):
 
     # ---- training
 
+    @property
+    def _advice(self) -> str:
+        """Starting where the last step ended helps too."""
+        return super()._advice + ("" if self.warm_start else ", or set model.warm_start")
+
     def training_step(self, tasks: Any, batch_idx: int) -> None:
         """Take one outer step, or as many as are fused."""
         inner = self.steps_on(self.cast(tasks))

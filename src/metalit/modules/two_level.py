@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._pytree import tree_map as pytree_map
 
@@ -21,8 +21,9 @@ from metalit.hypergradients.base import Hypergradient, over_tasks
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, say
-from metalit.modules.estimates import Estimates, Found, packed
-from metalit.modules.fused import AdamSteps
+from metalit.modules.complaints import Complaints
+from metalit.modules.estimates import Estimates, Found, Leaves, packed
+from metalit.modules.fused import AdamSteps, Taken
 from metalit.modules.learned import ParameterTree, alike, brought, updated
 from metalit.modules.ranks import compile_patience
 from metalit.modules.supported import check_counts
@@ -96,7 +97,8 @@ class TwoLevelLearner(OuterLearner):
         self._row: AdamSteps | None = None
         self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._tried = False
-        self._told: set[str] = set()
+        self.complaints = Complaints(hypergradient)
+        self._unjudged: tuple[Any, Tensor] | None = None
 
     def outer(self) -> Outer:
         """``{"problem": …, "optimizer": …}``"""
@@ -116,7 +118,8 @@ class TwoLevelLearner(OuterLearner):
         """Try everything out anew."""
         super().on_fit_start()
         self._tried = False
-        self._told = set()
+        self.complaints.forget()
+        self._unjudged = None
 
     def try_out(self, tasks: Any, start: Tree | None = None) -> None:
         """Check problem, inner optimiser and hypergradient on the first tasks that come, before anything is trained.
@@ -128,15 +131,16 @@ class TwoLevelLearner(OuterLearner):
         if self._tried:
             return
         self._tried = True
-        few, begun = (
-            pytree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, t) for t in (tasks, start)
-        )
+        few, begun = _few(tasks), _few(start)
         task, first = (pytree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, t) for t in (few, begun))
         with self.told(tasks):
             self.problem.check(task)
             if self.trainer.state.fn == "fit":
                 self.hypergradient.check(self.problem, self.inner_optimizer, self.constants(), task, first)
                 self._try_a_step(few, begun)
+                # a warm start is not solved yet, and need not be
+                if begun is None and self.complaints.are_asked_early(self.trainer.log_every_n_steps):
+                    self._judge(few, begun)
 
     def _check_still_fits(self, task: Any, start: Tree | None) -> None:
         """Check that what was made for the inner variable fits it still, when others are trainable than before."""
@@ -251,8 +255,7 @@ class TwoLevelLearner(OuterLearner):
         found, logged = self.step_outer(
             partial(estimate, [*each[-1], *tree_flatten(start)[0]]), lambda found: diagnose(found.found())
         )
-        if logged:
-            self._complain(logged)
+        self._complain(logged, tree_unflatten(each[-1], form), found)
         return found.found().inner
 
     def _fuses(self) -> bool:
@@ -281,8 +284,7 @@ class TwoLevelLearner(OuterLearner):
             optimizer._on_after_step()
         self._schedule()
         self._report(logged)
-        if logged:
-            self._complain(logged)
+        self._complain(logged, _part(tasks, steps, steps - 1), taken)
         return taken.found.inner
 
     def posed(self, scale: Tensor | None) -> Problem:
@@ -298,17 +300,53 @@ class TwoLevelLearner(OuterLearner):
     def _unscaled(self, outer: Outer, tasks: Any, start: Tree | None) -> Found:
         return self._estimate((outer, None), tasks, start)
 
-    def _complain(self, logged: dict[str, float]) -> None:
-        complaints = self.hypergradient.complaints(logged)
-        if logged["grad_norm"] == 0:
-            complaints["zero"] = (
-                "the outer gradient is exactly 0: where the inner loop starts, the inner gradient does not depend on "
-                "the outer variable (zero weights under a penalty?); take more inner steps, or set model.warm_start"
-            )
-        for kind, complaint in complaints.items():
-            if kind not in self._told:
-                self._told.add(kind)
-                rank_zero_warn(f"outer step {self.global_step}: {complaint}")
+    # ---- what an outer step tells against itself, where a log is due, at the first step and at the end
+
+    @property
+    def _advice(self) -> str:
+        return "take more inner steps"
+
+    def _complain(self, logged: dict[str, float], tasks: Any, made: Leaves | Taken) -> None:
+        if not logged:
+            self._unjudged = tasks, made.packed if isinstance(made, Leaves) else made.found.packed
+            return
+        self._unjudged = None
+        inner = (made.found() if isinstance(made, Leaves) else made.found).inner
+        self.complaints.tell(self.global_step, logged, partial(self._slope, tasks, inner), self._advice)
+
+    def on_train_end(self) -> None:
+        """Judge the last outer step, of which no log was due."""
+        super().on_train_end()
+        if self._unjudged is None:
+            return
+        (tasks, made), self._unjudged = self._unjudged, None
+        if self.complaints.judges or not bool(made[1:-1].any()):
+            start = self.start(tasks)
+            with self.trainer.precision_plugin.train_step_context():
+                self._judge(*(_few(tree) for tree in (tasks, start)))
+
+    def _judge(self, tasks: Any, start: Tree | None) -> None:
+        """Tell what an outer step on a few tasks would."""
+        outer, scale = self.constants(), self.scale
+        made = self._estimate((outer, scale), tasks, start)
+        if bool(made.packed[-1]):
+            return
+        slopes = made.packed[1:-1] if scale is None else made.packed[1:-1] / scale
+        known = outer, unflatten(slopes, outer)["problem"], scale
+        values = self._diagnosis(known, tasks, (made.inner, start)).metrics | made.metrics
+        values |= {"loss": made.packed[0], "grad_norm": slopes.norm()}
+        metrics = {name: float(value) for name, value in values.items()}
+        self.complaints.tell(self.global_step, metrics, partial(self._slope, tasks, made.inner), self._advice)
+
+    def _slope(self, tasks: Any, inner: Tree) -> float:
+        """The norm of ∂outer_loss/∂θ over tasks."""
+        outer = self.constants()
+
+        def one(outer: Outer, given: tuple[Any, Tree]) -> Tensor:
+            task, inner = given
+            return norm(grad(lambda inner: self.problem.outer_loss(inner, outer["problem"], task))(inner))
+
+        return float(for_each_task(one, outer, (tasks, inner), self.problem).norm())
 
     def diagnose(self, made: Found, outer: Outer, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
         """What is worth knowing of an outer step beside its loss, as means over the tasks."""
@@ -394,6 +432,10 @@ class TwoLevelLearner(OuterLearner):
 
 def _taken(tasks: Any, where: int | slice) -> Any:
     return pytree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def _few(tree: Any) -> Any:
+    return pytree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _part(tasks: Any, steps: int, number: int) -> Any:

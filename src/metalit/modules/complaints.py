@@ -1,0 +1,69 @@
+"""What an outer step tells against itself: each kind is told once in a fit."""
+
+from collections.abc import Callable, Mapping
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from metalit.hypergradients.base import Hypergradient
+
+_SOON = 10  # steps after which a log comes early enough
+
+
+class Complaints:
+    """Warns of what the metrics of an outer step tell against the hypergradient.
+
+    Args:
+        hypergradient: the estimator.
+    """
+
+    def __init__(self, hypergradient: Hypergradient) -> None:
+        self.hypergradient = hypergradient
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new fit."""
+        self._told: set[str] = set()
+
+    def are_asked_early(self, log_every: int) -> bool:
+        """Whether the first log comes too late, if it ever does."""
+        return self.judges and not 0 < log_every <= _SOON
+
+    @property
+    def judges(self) -> bool:
+        """Whether the estimator has complaints of its own."""
+        return type(self.hypergradient).complaints is not Hypergradient.complaints
+
+    def tell(self, step: int, metrics: Mapping[str, float], slope: Callable[[], float], advice: str) -> None:
+        """Warn.
+
+        Args:
+            step: the outer step.
+            metrics: its means over tasks, with its ``loss`` and ``grad_norm``, the norm of the outer gradient.
+            slope: finds the norm of ∂outer_loss/∂θ there.
+            advice: what may be done where the inner steps carry no derivative.
+        """
+        found = self.hypergradient.complaints(metrics) if self.judges else {}
+        if metrics["grad_norm"] == 0 and "zero" not in self._told and not metrics.get("indefinite", 0) > 0:
+            found["zero"] = f"the outer gradient is exactly 0: {self._why_zero(metrics['loss'], slope, advice)}"
+        for kind, complaint in found.items():
+            if kind not in self._told:
+                self._told.add(kind)
+                rank_zero_warn(f"outer step {step}: {complaint}")
+
+    def _why_zero(self, loss: float, slope: Callable[[], float], advice: str) -> str:
+        carries = type(self.hypergradient).carries
+        if self.hypergradient.steps == 0:
+            return "the outer loss has no slope where the outer variable stands, which may be its optimum"
+        if "outer_loss" not in carries and loss == 0:  # the loss is that of the inner gradient
+            return "where the inner loop starts, the inner gradient is 0 too: the inner problem is solved there"
+        if "outer_loss" in carries and slope() == 0:
+            return (
+                "the outer loss has no slope at the inner variable that was found, which may fit it exactly: nothing "
+                "is left to learn there"
+            )
+        implicit = "outer_loss" in carries and "init" not in carries
+        where = "at the inner variable that was found" if implicit else "where the inner loop starts"
+        return (
+            f"{where}, the inner gradient does not depend on the outer variable (zero weights under a penalty?); "
+            f"{advice}"
+        )
