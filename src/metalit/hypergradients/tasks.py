@@ -106,6 +106,11 @@ def _raise_if_clear(error: Exception) -> None:
     """Raise an :class:`InputError` if it is known what an error means."""
     if _RANDOMNESS in str(error):
         raise InputError(_DRAWS) from error
+    if "setup_context" in str(error):
+        raise InputError(
+            "problem: a torch.autograd.Function of its own, or of its network, needs a forward without ctx and a "
+            "setup_context, and generate_vmap_rule = True"
+        ) from error
     if "saved tensor hooks" in str(error):
         raise InputError(
             "problem: torch.utils.checkpoint cannot be differentiated here; leave it out: hypergradient Recomputed and "
