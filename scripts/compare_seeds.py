@@ -36,14 +36,24 @@ def scores(config: Path, seed: int, options: Sequence[str]) -> Scores:
     seeds = [f"--seed_everything={seed}", *(f"--data.{name}={seed}" for name in SEEDS.get(data, ()))]
     for subcommand in ("fit", "test"):
         command = [sys.executable, "-m", "metalit", subcommand, "--config", str(config), "--experiment", experiment]
-        done = subprocess.run([*command, *seeds, *options], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-    tested = next(line for line in done.stdout.splitlines() if line.startswith("testing "))
+        printed = _run([*command, *seeds, *options], f"{config.stem}, seed {seed}")
+    tested = next(line for line in printed if line.startswith("testing "))
     version = Path(tested.removeprefix("testing ")).parent.parent
     with (version / "test.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     return {row.pop("row"): {name: float(value) for name, value in row.items() if value} for row in rows}
+
+
+def _run(command: Sequence[str], label: str) -> list[str]:
+    """Run a command, and return its lines; how far it is, it tells on stderr as it goes."""
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        for line in running.stdout:
+            lines.append(line.rstrip("\n"))
+            print(f"{label}: {lines[-1]}", file=sys.stderr, flush=True)
+    if running.returncode:
+        sys.exit(f"{label}: {' '.join(command)} ended with status {running.returncode}")
+    return lines
 
 
 def summary(values: Sequence[float]) -> str:

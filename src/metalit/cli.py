@@ -30,6 +30,7 @@ from metalit.callbacks import (
     Report,
     SampleGradientNorms,
     ScoreTable,
+    SignsOfLife,
     StopOnSignal,
 )
 from metalit.callbacks.signals import ignore_signals, leave_signals, requeue
@@ -231,7 +232,7 @@ class MetalitCLI(LightningCLI):
         elif config.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             # first, because the others print below it once it has ended
-            callbacks = [*([Progress()] if sys.stdout.isatty() else []), *callbacks]
+            callbacks = [Progress() if sys.stdout.isatty() else SignsOfLife(), *callbacks]
         kwargs["callbacks"] = [self.run, *own, *callbacks]
         if config.barebones:
             kwargs |= self._bare()

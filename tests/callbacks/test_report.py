@@ -152,7 +152,7 @@ class TestClasses:
 
         scores = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])[None, None]  # says 0, 1, 0, 1
         y, mask = torch.tensor([[0, 0, -100, 0]]), torch.tensor([[True, True, True, False]])
-        assert accuracies(scores, Points(scores[0, 0], y)).item() == pytest.approx(1 / 3)
-        assert accuracies(scores, Points(scores[0, 0], y, mask)).item() == 0.5
+        assert accuracies(None, scores, Points(scores[0, 0], y)).item() == pytest.approx(1 / 3)
+        assert accuracies(None, scores, Points(scores[0, 0], y, mask)).item() == 0.5
         # one score is none for each of two classes
-        assert accuracies(scores[..., :1], Points(scores[0, 0], y)) is None
+        assert accuracies(None, scores[..., :1], Points(scores[0, 0], y)) is None

@@ -8,6 +8,7 @@ from metalit.callbacks.report import Report
 from metalit.callbacks.sample_gradients import SampleGradientNorms
 from metalit.callbacks.scores import ScoreTable
 from metalit.callbacks.signals import StopOnSignal
+from metalit.callbacks.signs import SignsOfLife
 
 __all__ = [
     "BestCheckpoint",
@@ -18,5 +19,6 @@ __all__ = [
     "Report",
     "SampleGradientNorms",
     "ScoreTable",
+    "SignsOfLife",
     "StopOnSignal",
 ]

@@ -9,6 +9,7 @@ from torchmetrics.aggregation import CatMetric
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import EvalStream
+from metalit.judging import real_rows, right_rows
 from metalit.modules.interval import Interval, mean_with_interval
 from metalit.problem import Points
 
@@ -69,14 +70,16 @@ def indices(loader: Any, batch: int) -> Tensor | None:
     return loader.chunks[batch] if isinstance(loader, EvalStream) else None
 
 
-def accuracies(predictions: Tensor, query: Points) -> Tensor | None:
-    """The share of rows whose class has the highest of ``[tasks, steps, rows, classes]`` scores, ``[tasks, steps]``.
+def accuracies(loss: nn.Module | None, predictions: Tensor, query: Points) -> Tensor | None:
+    """The share of right answers, ``[tasks, steps]``, of ``[tasks, steps, rows, classes]`` predictions.
 
-    None where there are no such scores. Rows of negative classes, which torch's criteria ignore, do not count.
+    None where it is not known how a prediction answers; see :func:`~metalit.judging.right_rows`.
     """
-    if query.y.is_floating_point() or query.y.dim() != 2 or predictions.dim() != 4 or predictions.shape[-1] < 2:
+    y, mask = query.y.flatten(0, 1), None if query.mask is None else query.mask.flatten()
+    right = [right_rows(loss, prediction.flatten(0, 1), y) for prediction in predictions.unbind(1)]
+    if any(values is None for values in right):
         return None
-    right = (predictions.argmax(-1) == query.y.unsqueeze(1)).double()
-    counts = query.y >= 0 if query.mask is None else query.mask & (query.y >= 0)
-    weights = counts.unsqueeze(1).double()
-    return (right * weights).sum(-1) / weights.sum(-1)
+    counts = real_rows(loss, y, mask)
+    weights = torch.ones_like(right[0]) if counts is None else counts.to(right[0].dtype)
+    weights = weights.reshape(len(query.y), -1)
+    return torch.stack([(values.view_as(weights) * weights).sum(1) / weights.sum(1) for values in right], 1)

@@ -328,8 +328,9 @@ class MetaLearner(TwoLevelLearner):
         return self.evaluation.losses
 
     def _evaluate(self, tasks: Task, index: Tensor | None) -> None:
-        classes = not tasks.query.y.is_floating_point()
-        right = accuracies(self.query_predictions(tasks), tasks.query) if classes else None
+        right = None
+        if not tasks.query.y.is_floating_point():
+            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
         self.evaluation.add(index, self.query_losses(tasks), right)
 
     def _tasks_of(self, batch: Any, number: int) -> Task | Fused:

@@ -1,0 +1,111 @@
+"""Signs of life in a plain log: where there is no terminal, a line now and then tells how far a run is."""
+
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+
+from metalit.patience import is_waiting
+
+_SECONDS = 8.0
+_DOING = {
+    RunningStage.SANITY_CHECKING: "trying the validation out",
+    RunningStage.VALIDATING: "validating",
+    RunningStage.TESTING: "testing",
+    RunningStage.PREDICTING: "predicting",
+}
+
+
+class SignsOfLife(Callback):
+    """Prints a line every few seconds: the step, the rate, the time left, the last validation's scores.
+
+    A thread does, since a step or a validation may itself take long. While something compiles, which has signs of its
+    own, it is silent.
+
+    Args:
+        seconds: the time between two lines.
+    """
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self.seconds = seconds
+        self._over: threading.Event | None = None
+        self._batch = 0
+        self._scores: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin."""
+        self._end()
+        if trainer.is_global_zero:
+            self._over, self._batch, self._scores = threading.Event(), 0, {}
+            threading.Thread(target=self._watch, args=(trainer, self._over), daemon=True).start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End."""
+        self._end()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count batches anew."""
+        self._batch = 0
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Count."""
+        self._batch += 1
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """Count."""
+        self._batch += 1
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Count."""
+        self._batch += 1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the scores that a progress bar would show: here, since another thread must not ask for them."""
+        if not trainer.sanity_checking:
+            shown = trainer.progress_bar_metrics
+            self._scores = {name: float(shown[name]) for name in shown if name.startswith("val/")}
+
+    def _end(self) -> None:
+        if self._over is not None:
+            self._over.set()
+
+    def _watch(self, trainer: Trainer, over: threading.Event) -> None:
+        step, told = trainer.global_step, monotonic()
+        while not over.wait(self.seconds):
+            before, at, step, told = step, told, trainer.global_step, monotonic()
+            if not is_waiting():
+                print(f"metalit: {', '.join(self._said(trainer, (step - before) / (told - at)))}", flush=True)
+
+    def _said(self, trainer: Trainer, rate: float) -> Iterator[str]:
+        fits, most = trainer.state.fn == "fit", trainer.max_steps
+        if fits:
+            yield f"step {trainer.global_step}{f' of {most}' if most > 0 else ''}"
+        doing = _DOING.get(trainer.state.stage)
+        if doing:
+            yield f"{doing}: {self._batch} batch(es) done"
+        elif fits and rate > 0:
+            yield f"{rate:.3g} steps/s"
+            if most > 0:
+                yield f"{_duration((most - trainer.global_step) / rate)} left"
+        elif fits:
+            yield "still at it"
+        yield from (f"{name} {value:.4g}" for name, value in self._scores.items())
+
+
+def _duration(seconds: float) -> str:
+    """How long, as a person would say it.
+
+    >>> _duration(7.6), _duration(600.0), _duration(8000.0)
+    ('8 s', '10 min', '2 h 13 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

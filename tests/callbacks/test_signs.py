@@ -1,0 +1,126 @@
+"""Signs of life where there is no terminal."""
+
+import re
+import runpy
+import subprocess
+import sys
+import threading
+
+import pytest
+from fits import trainer
+from lightning.pytorch import Callback
+
+from metalit.callbacks import SignsOfLife
+from metalit.callbacks.signs import _duration
+from metalit.data import Episodes, Sine, TaskDataModule
+from metalit.hypergradients import Unrolled
+from metalit.inner import SGD
+from metalit.modules import MetaLearner
+from metalit.networks import MLP
+from metalit.patience import patiently
+from metalit.problems import FewShot
+
+
+def small():
+    module = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
+    return module, TaskDataModule(Sine(), Episodes(4, 5, 5), Episodes(4, 5, 5), Episodes(8, 5, 5))
+
+
+class Slow(Callback):
+    """Holds up a run, after each of the hooks that are named, until two lines more are printed; keeps those."""
+
+    def __init__(self, monkeypatch, *hooks):
+        self.lines, self.printed = [], threading.Semaphore(0)
+        monkeypatch.setattr("builtins.print", self.keep)
+        for hook in hooks:
+            setattr(self, hook, self.wait)
+
+    def wait(self, *_):
+        while self.printed.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert self.printed.acquire(timeout=60)
+
+    def keep(self, line, **_):
+        self.lines.append(line)
+        self.printed.release()
+
+
+def told(lines, pattern):
+    return [line for line in lines if re.fullmatch(pattern, line)]
+
+
+def test_tell_step_rate_time_left_and_the_last_validation(tmp_path, monkeypatch):
+    module, data = small()
+    slow = Slow(monkeypatch, "on_train_batch_start", "on_validation_batch_end")
+    run = trainer(tmp_path, 4, callbacks=[SignsOfLife(0.01), slow])
+    run.fit(module, data)
+    assert all(line.startswith("metalit: ") for line in slow.lines)
+    assert told(slow.lines, r"metalit: step 1 of 4, [\d.e+]+ steps/s, \d+ s left")
+    assert told(slow.lines, r"metalit: step 1 of 4, still at it")
+    assert told(slow.lines, r"metalit: step 2 of 4, validating: \d batch\(es\) done")
+    assert told(slow.lines, r"metalit: step 3 of 4, .*, val/loss [\d.]+")
+
+
+def test_tell_of_a_long_test_and_end_with_it(tmp_path, monkeypatch):
+    module, data = small()
+    slow = Slow(monkeypatch, "on_test_batch_end")
+    signs = SignsOfLife(0.01)
+    trainer(tmp_path, callbacks=[signs, slow]).test(module, data, verbose=False)
+    assert told(slow.lines, r"metalit: testing: 1 batch\(es\) done")
+    assert signs._over.is_set()
+
+
+def test_end_with_a_run_that_fails(tmp_path):
+    module, data = small()
+
+    class Fails(Callback):
+        def on_train_batch_start(self, *_):
+            raise KeyError
+
+    signs = SignsOfLife()
+    with pytest.raises(KeyError):
+        trainer(tmp_path, callbacks=[signs, Fails()]).fit(module, data)
+    assert signs._over.is_set()
+
+
+def test_are_silent_while_a_compiler_has_signs_of_its_own(tmp_path, monkeypatch):
+    module, _ = small()
+    run = trainer(tmp_path)
+    signs, looked = SignsOfLife(0.001), threading.Semaphore(0)
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda line, **_: lines.append(line))
+    monkeypatch.setattr("metalit.callbacks.signs.is_waiting", lambda: looked.release() or True)
+    signs.setup(run, module, "fit")
+    patiently(lambda: [looked.acquire(timeout=60) for _ in range(3)], 60, print)
+    signs.teardown(run, module, "fit")
+    assert lines == []
+
+
+def test_durations_are_as_a_person_says_them():
+    assert [_duration(seconds) for seconds in (0.4, 89, 91, 5400, 86400)] == [
+        "0 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "24 h 0 min",
+    ]
+
+
+def test_a_command_of_the_script_that_compares_seeds_is_followed(capfd):
+    follow = runpy.run_path("scripts/compare_seeds.py")["_run"]
+    assert follow([sys.executable, "-c", "print(1); print(2)"], "ridge, seed 3") == ["1", "2"]
+    assert capfd.readouterr() == ("", "ridge, seed 3: 1\nridge, seed 3: 2\n")
+    with pytest.raises(SystemExit, match=r"seed 3: .* ended with status 5"):
+        follow([sys.executable, "-c", "raise SystemExit(5)"], "ridge, seed 3")
+
+
+@pytest.mark.long
+def test_seeds_are_compared_with_signs(tmp_path):
+    options = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", f"--trainer.default_root_dir={tmp_path}"]
+    command = [sys.executable, "scripts/compare_seeds.py", "configs/sgd_digits.yaml", "--seeds", "2", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sgd_digits, seed 1: training sgd_digits_seed1" in done.stderr
+    assert "test scores over 2 seeds" in done.stdout
+    assert "seed 1:" not in done.stdout
