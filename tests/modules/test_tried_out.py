@@ -84,7 +84,7 @@ class Fault(nn.Module):
 FAULTS = {
     "too wide": (
         nn.Linear(2, 1),
-        r"network cannot take inputs of shape \(1,\), 1 column\(s\) of x: mat1 and",
+        r"network cannot take inputs of shape \(5, 1\), 1 column\(s\) of x: mat1 and",
     ),
     "deep inside": (
         nn.Sequential(nn.Linear(1, 4), nn.Sequential(nn.Tanh(), nn.Linear(3, 1))),
@@ -151,7 +151,7 @@ def test_a_network_that_fails_on_a_loader_of_the_user_s_is_told_likewise(tmp_pat
     points = Points(torch.zeros(8, 5, 3), torch.zeros(8, 5, 1))
     tasks = DataLoader([0, 1], 1, collate_fn=lambda _: Task(points, points, torch.arange(8)))
     module = MetaLearner(FewShot(MLP([2, 4, 1])), SGD(0.1), FirstOrder(1))
-    with pytest.raises(InputError, match=r"^model.problem.network cannot take inputs of shape \(3,\), 3 column\(s\)"):
+    with pytest.raises(InputError, match=r"^model.problem.network cannot take inputs of shape \(5, 3\), 3 column\(s\)"):
         trainer(tmp_path).fit(module, tasks)
 
 
@@ -278,3 +278,26 @@ def test_an_inner_variable_of_several_types_keeps_them_through_solvers_and_warm_
     again = BilevelLearner(Scales(), optimizer, hypergradient, warm_start=True)
     trainer(tmp_path, steps=6, val_check_interval=1).fit(again, ckpt_path=last(tmp_path))
     assert {name: value.dtype for name, value in again.solve(None).items()} == types
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "told"),
+    [
+        (nn.Linear(2, 1), None, r"^model cannot take inputs of shape \(4, 3\), 3 column\(s\) of x: mat1"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 1)),
+            None,
+            r"^model: layer 'network\.1' \(Linear\) fails with",
+        ),
+        (
+            nn.Linear(3, 1),
+            nn.CrossEntropyLoss(reduction="none", weight=torch.ones(3)),
+            r"^model: layer 'loss' \(",
+        ),
+        (nn.GRU(3, 1), None, r"^network: it returned a tuple"),
+    ],
+)
+def test_a_supervised_network_or_loss_that_fails_is_told_likewise(network, loss, told, tmp_path):
+    rows = list(zip(torch.randn(8, 3), torch.randn(8, 1), strict=True))
+    with pytest.raises(InputError, match=told):
+        trainer(tmp_path).fit(SupervisedLearner(network, loss), DataLoader(rows, 4))

@@ -69,7 +69,7 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
     line = first_line(error)
     if x is not None and _ABOUT_SHAPES.search(line) and not _gets_through_a_layer(module, x):
         columns = f", {x.shape[-1]} column(s) of x" if x.dim() > 1 else ""
-        return f"{owner} cannot take inputs of shape {tuple(x.shape[1:])}{columns}: {line}"
+        return f"{owner} cannot take inputs of shape {tuple(x.shape)}{columns}: {line}"
     place = culprit(error, module)
     if line.startswith("Expected more than 1"):
         return (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metalit.adapt import Outer
 from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients, sees_other_rows
+from metalit.autodiff.blame import told
 from metalit.autodiff.draws import drawing_by
 from metalit.autodiff.functional import evaluated
 from metalit.autodiff.perturbed import gradient_in_training
@@ -147,7 +148,8 @@ class SupervisedLearner(OuterLearner):
 
     def _pass(self, known: dict[str, Any], given: tuple[Points, Tensor]) -> Tensor:
         """Loss and gradient at the known weights; changes the network as a forward pass does, where a state is kept."""
-        return self._estimates(known | {"scale": self.scale}, given, None).packed
+        with told("model", self, given[0].x):
+            return self._estimates(known | {"scale": self.scale}, given, None).packed
 
     def _real(self, points: Points) -> tuple[Tensor, int] | None:
         """How many rows count, as a mean over the ranks, and how many rows there are; None where all do."""
@@ -195,14 +197,9 @@ class SupervisedLearner(OuterLearner):
         data = self.trainer.datamodule
         if isinstance(data, BatchDataModule):
             x, y = self.cast((data.points("train").x[:2], data.points("train").y[:2]))
-            try:
-                with torch.no_grad(), drawing_by(torch.tensor(self.seed), self.network):
-                    scores = evaluated(self.network, {}, (x,), as_torch=True)
-            except RuntimeError as error:
-                raise InputError(
-                    f"model.network cannot take inputs of shape {tuple(x.shape)}, {x.shape[-1]} column(s) of x: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+            draws = drawing_by(torch.tensor(self.seed), self.network)
+            with told("model.network", self.network, x), torch.no_grad(), draws:
+                scores = evaluated(self.network, {}, (x,), as_torch=True)
             classes = len(data.classes)
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             if not isinstance(scores, Tensor) or (classes and (scores.dim() < 2 or scores.shape[1] < classes)):
