@@ -16,11 +16,11 @@ FLOORS = {
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("modules", "callbacks", "runs", "provenance", "factories"), 5),
-    **dict.fromkeys(("arguments", "cli", "messages", "__main__"), 6),
+    **dict.fromkeys(("arguments", "cli", "messages", "widths", "__main__"), 6),
 }
 SAME_FLOOR = {
     *(("modules", "callbacks"), ("callbacks", "modules"), ("callbacks", "runs"), ("provenance", "runs")),
-    *(("cli", "arguments"), ("cli", "messages"), ("__main__", "cli")),
+    *(("cli", "arguments"), ("cli", "messages"), ("cli", "widths"), ("__main__", "cli")),
 }
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints"}
 

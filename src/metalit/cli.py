@@ -64,6 +64,7 @@ from metalit.runs import (
     has_checkpoint,
     version_folder,
 )
+from metalit.widths import fill_widths
 
 # importing them is what lets configs name them by their short names
 SHORT_NAMES = (
@@ -163,6 +164,7 @@ class MetalitCLI(LightningCLI):
         if config.trainer.fast_dev_run and "fused_steps" in config.model.init_args:
             # so many steps are tried, in less time than a compiler takes
             config.model.init_args.update(Namespace(fused_steps=1, compile=False))
+        fill_widths(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         configs, given = named_configs(self._args), given_keys(self._args)

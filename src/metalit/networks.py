@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -13,6 +14,7 @@ class MLP(nn.Sequential):
 
     Args:
         sizes: widths from the input to the output, at least two: ``[1, 40, 40, 1]`` is the network of Finn et al. 2017.
+            In a configuration, the first and the last may be ``auto``: as many as the data has inputs and outputs.
         activation: the name of an activation module of ``torch.nn``, put after every hidden layer.
         dropout: the rate of dropout after every hidden layer.
 
@@ -23,7 +25,12 @@ class MLP(nn.Sequential):
     ['hidden1.weight', 'hidden1.bias', 'out.weight', 'out.bias']
     """
 
-    def __init__(self, sizes: Sequence[int], activation: str = "ReLU", dropout: float = 0.0) -> None:
+    def __init__(self, sizes: Sequence[int | Literal["auto"]], activation: str = "ReLU", dropout: float = 0.0) -> None:
+        if "auto" in sizes:
+            raise InputError(
+                f"MLP: sizes={list(sizes)}: 'auto' is for the first and the last size in a configuration, where the "
+                "command line knows the data; give numbers"
+            )
         if len(sizes) < 2 or min(sizes) < 1:
             raise InputError(f"MLP: sizes={list(sizes)} must hold at least an input and an output width, all positive")
         make_activation = getattr(nn, activation, None)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from metalit.errors import InputError
 from metalit.locks import FolderLock
@@ -27,7 +28,8 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
     """Return the checkpoint that a user means.
 
     Args:
-        name: ``last`` or ``best`` for the newest version of the experiment that has one; else a path.
+        name: ``last`` or ``best`` for the newest version of the experiment that has one, and where none was ever
+            validated, so that there is no best one, the last one; else a path.
         experiment: the folder of the experiment.
 
     Raises:
@@ -38,7 +40,11 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
         if not path.is_file():
             raise InputError(f"ckpt_path={name!r}: there is no such file (looked in {Path.cwd()}); or say best or last")
         return path
-    found = _checkpoints(name, experiment)
+    found, last = _checkpoints(name, experiment), _checkpoints("last", experiment)
+    if last and max(last) > max(found, default=-1):
+        newest, taken = max(last), found[max(found)] if found else last[max(last)]
+        rank_zero_warn(f"version_{newest} has no best checkpoint, as nothing was validated: taking {taken}")
+        return taken
     if not found:
         raise InputError(
             f"ckpt_path={name}: no version in {str(experiment)!r} has a {name}.ckpt; train one first: metalit fit"

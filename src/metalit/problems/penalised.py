@@ -1,6 +1,7 @@
 """Linear models with a penalty for each feature, learned on validation rows: ridge and logistic regression."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class _Penalised(RowsProblem):
     """inner_loss = mean row loss + ½ Σⱼ exp(φⱼ) wⱼ², φ the log-penalty of each feature.
 
     Args:
-        features: the number of input columns.
+        features: the number of input columns; in a configuration, ``auto`` for as many as the data has.
         log_penalty: where every φⱼ starts.
         intercept: add a constant to the prediction, which is not penalised.
         batch, outer_batch: see :class:`~metalit.problems.rows.RowsProblem`.
@@ -30,13 +31,17 @@ class _Penalised(RowsProblem):
 
     def __init__(
         self,
-        features: int,
+        features: int | Literal["auto"],
         log_penalty: float = 0.0,
         intercept: bool = True,
         batch: Batch = "all",
         outer_batch: Batch = "all",
     ) -> None:
         super().__init__(batch, outer_batch)
+        if features == "auto":
+            raise InputError(
+                f"{type(self).__name__}: features='auto' is for a configuration; give the number of columns"
+            )
         if features < 1:
             raise InputError(f"{type(self).__name__}: features={features} must be at least 1")
         if not -math.inf < log_penalty <= _LARGEST:

@@ -1,0 +1,121 @@
+"""Networks get as many inputs and outputs as the data has, and a table of one's own needs but its file and columns."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from metalit.modules import MetaLearner, SupervisedLearner
+
+CURVES = Path("configs/curves_gapminder.yaml")
+FILE = "{file: data/gapminder.csv, task: country, x: [year], y: [lifeExp], test: 0.3}"
+PATIENTS = "patient;day;dose;sex;level;crp\n" + "".join(
+    f"p{task};{day},5;{10 * (1 + (task + day) % 3)};{'fm'[task % 2]};{100 + task + day};{task},25\n"
+    for task in range(10)
+    for day in range(5)
+)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A copy of the config of curves in which the file and the columns are one's own."""
+
+    def made(x, y, more=""):
+        (tmp_path / "table.csv").write_text(PATIENTS)
+        text = CURVES.read_text()
+        assert FILE in text
+        own = f"{{file: {tmp_path / 'table.csv'}, task: patient, x: {x}, y: {y}{more}}}"
+        (tmp_path / "mine.yaml").write_text(text.replace(FILE, own).replace("compile: true", "compile: false"))
+        return str(tmp_path / "mine.yaml")
+
+    return made
+
+
+def sizes_in(config):
+    return config["model"]["init_args"]["problem"]["init_args"]["network"]["init_args"]["sizes"]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "more", "sizes"),
+    [
+        ("[day, dose]", "[level, crp]", "", [2, 40, 40, 2]),
+        ("[day, sex]", "[level]", ", categories: {sex: [f, m]}", [3, 40, 40, 1]),
+    ],
+)
+def test_a_table_of_ones_own_needs_but_its_file_and_columns(mine, metalit, tmp_path, x, y, more, sizes):
+    config = mine(x, y, more)
+    status, output = metalit("fit", config, "--figures.tasks=0")
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / "mine" / "version_0"
+    assert sizes_in(yaml.safe_load((run / "config.yaml").read_text())) == sizes
+    learner = MetaLearner.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert learner.problem.network.hidden1.in_features == sizes[0]
+    assert learner.problem.network.out.out_features == sizes[-1]
+    points = tmp_path / "points.csv"
+    points.write_text("patient;day;dose;sex;level;crp\na;1,5;10;f;104;2,5\na;2,5;20;f;106;2\na;4;20;f;;\n")
+    status, output = metalit("predict", config, f"--data.predict_file={points}")
+    assert status == 0, output
+    assert "differ" not in output
+    assert len((tmp_path / "points_predicted.csv").read_text().splitlines()) == 4
+
+
+def test_other_widths_are_told_with_the_right_ones(mine, metalit, tmp_path):
+    config = mine("[day, dose]", "[level]")
+    status, output = metalit("fit", config, "--model.problem.network.sizes=[1, 8, 1]")
+    assert status == 2
+    assert output.count("\n") == 1
+    for fragment in ("model.problem.network.sizes=[1, 8, 1]", "2 input(s) ['day', 'dose']", "give [2, 8, 1]", "'auto'"):
+        assert fragment in output
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of three columns and a class, as the README puts it in place of scikit-learn's."""
+    torch.manual_seed(0)
+    rows = [f"{a},{b},{c},{'low' if a + b < c else 'high'}" for a, b, c in torch.randn(80, 3).tolist()]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,c,kind", *rows, ""]))
+    return ["--data.rows.class_path=CsvRows", f"--data.rows.file={tmp_path / 'rows.csv'}"]
+
+
+def test_a_classifier_of_rows_has_as_many_inputs_and_outputs_as_the_table(table, metalit, tmp_path):
+    status, output = metalit("fit", "configs/sgd_digits.yaml", *table, "--data.rows.y=kind", "--data.rows.classes=true")
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / "sgd_digits" / "version_0"
+    network = SupervisedLearner.load_from_checkpoint(run / "checkpoints" / "last.ckpt").network
+    assert (network.hidden1.in_features, network.out.out_features) == (3, 2)
+
+
+def test_penalties_are_as_many_as_the_columns_and_those_of_noise(table, metalit, tmp_path):
+    rows = [*table, "--data.rows.y=a", "--data.rows.x=[b, c]", "--data.noise_columns=4"]
+    status, output = metalit("fit", "configs/bilevel_ridge.yaml", *rows)
+    assert status == 0, output
+    run = tmp_path / "lightning_logs" / "bilevel_ridge" / "version_0"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"][
+        "problem.log_penalty"
+    ].shape == (6,)
+
+
+def test_data_without_columns_is_told(metalit):
+    status, output = metalit(
+        "fit", "configs/low_rank.yaml", "--model.problem={class_path: Ridge, init_args: {features: auto}}"
+    )
+    assert status == 2
+    assert "model.problem.features: 'auto' follows the columns of data.tasks or data.rows" in output
+
+
+def test_a_final_model_uses_all_tasks_and_its_last_checkpoint(mine, metalit, tmp_path):
+    config = mine("[day]", "[level]", ", val: 0, test: 0")
+    status, output = metalit("fit", config, "--figures.tasks=0")
+    assert status == 0, output
+    assert "no best checkpoint: the last one" in output
+    checkpoints = tmp_path / "lightning_logs" / "mine" / "version_0" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
+    (tmp_path / "points.csv").write_text("patient,day,level\na,1,104\na,2,106\na,4,\n")
+    status, output = metalit("predict", config, f"--data.predict_file={tmp_path / 'points.csv'}", "--ckpt_path=best")
+    assert status == 0, output
+    assert f"version_0 has no best checkpoint, as nothing was validated: taking {checkpoints / 'last.ckpt'}" in output
+    status, output = metalit("test", config)
+    assert status == 2
+    assert "no task is held out for test" in output
