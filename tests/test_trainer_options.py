@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
-from metalit.errors import InputError
+from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import JTg, Unrolled
 from metalit.inner import SGD
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
@@ -86,7 +86,9 @@ OPTIONS = {
     "accumulate_grad_batches": [(2, r"accumulate_grad_batches=2.*model\.tasks_per_chunk")],
     "barebones": [(True, SAME)],
     "benchmark": [(True, SAME)],
-    "check_val_every_n_epoch": [(2, "check_val_every_n_epoch=2 counts epochs"), (None, SAME)],
+    "check_val_every_n_epoch": [
+        *((2, "check_val_every_n_epoch=2 counts epochs"), (0, "check_val_every_n_epoch=0 must be"), (None, SAME)),
+    ],
     "detect_anomaly": [(True, SAME)],
     "deterministic": [(True, SAME), ("warn", SAME)],
     "devices": [(1, SAME)],
@@ -278,6 +280,14 @@ def test_what_callbacks_log_lies_at_the_same_steps_beside_fused_steps(tmp_path):
 
     assert logged(4) == logged(1)
     assert [step for step, _ in logged(2)["mine"]] == [3, 7]
+
+
+def test_a_run_that_diverges_beside_every_kind_of_checkpoint(tmp_path):
+    savers = [OnExceptionCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_on_exception=True)]
+    run = bare(tmp_path, STEPS, callbacks=savers, enable_checkpointing=True, log_every_n_steps=1)
+    with pytest.raises(NonFiniteError, match="No checkpoint had been saved yet"):
+        run.fit(LEARNERS["supervised"](optimizer=partial(torch.optim.SGD, lr=1e38)), DATA["supervised"]())
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_synchronised_batch_statistics(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from metalit.errors import NonFiniteError
@@ -58,7 +59,8 @@ RATES = "Lower the inner or the outer learning rate, or set model.clip_norm, suc
 
 def stopped(step: int, trainer: Trainer, way_out: str = RATES) -> NonFiniteError:
     """The error that ends the run, with the step, the last good checkpoint and the way out."""
-    saved = [Path(path) for callback in trainer.checkpoint_callbacks if (path := callback.best_model_path)]
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    saved = [Path(path) for saver in savers if (path := saver.best_model_path)]
     good = max((path for path in saved if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
     kept = f"The last good checkpoint is {good}" if good else "No checkpoint had been saved yet"
     return NonFiniteError(

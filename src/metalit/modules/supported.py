@@ -87,6 +87,11 @@ def _check_options(trainer: Trainer) -> None:
         )
     if trainer.val_check_interval == 0:
         raise InputError("trainer.val_check_interval=0 must be a number of steps, or a share of trainer.max_steps")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise InputError(
+            f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} must be at least 1; "
+            "trainer.limit_val_batches=0 validates nothing"
+        )
     if trainer.log_every_n_steps < 0:
         raise InputError(
             f"trainer.log_every_n_steps={trainer.log_every_n_steps} must be a number of steps, or 0 to log none"
