@@ -290,6 +290,25 @@ def test_a_run_that_diverges_beside_every_kind_of_checkpoint(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (EMAWeightAveraging, "EMAWeightAveraging hears one call"),
+        (lambda: Timer(timedelta(hours=1), interval="epoch"), "interval='epoch' counts epochs"),
+        (lambda: ModelCheckpoint(every_n_train_steps=1), "every_n_train_steps=1 must be a multiple"),
+    ],
+)
+def test_callbacks_that_a_learner_of_ones_own_brings(make, told, tmp_path):
+    class Mine(MetaLearner):
+        def configure_callbacks(self):
+            return [make()]
+
+    module = Mine(FewShot(MLP([1, 2, 1])), SGD(0.1), Unrolled(1), fused_steps=2)
+    run = bare(tmp_path, STEPS, log_every_n_steps=2, val_check_interval=2, enable_checkpointing=True)
+    with pytest.raises(InputError, match=told):
+        run.fit(module, DATA["meta"]())
+
+
 def test_synchronised_batch_statistics(tmp_path):
     module = LEARNERS["meta"]()
     run = bare(tmp_path, sync_batchnorm=True, strategy="ddp", devices=2)

@@ -107,8 +107,8 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
     def outer(self) -> Outer:
         """The outer variable: a tree of this module's parameters."""
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Bring no callback; this is the first that the Trainer calls, before anything is written.
+    def check_request(self) -> None:
+        """Check what the Trainer was told, and that there is data for it.
 
         Raises:
             InputError: what :func:`~metalit.modules.sources.check_source` and
@@ -116,15 +116,23 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         """
         check_source(self, self.takes)
         check_trainer(self)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring no callback; this is the first that the Trainer calls, before anything is written.
+
+        Raises:
+            InputError: what :meth:`check_request` raises.
+        """
+        self.check_request()
         return []
 
     def setup(self, stage: str) -> None:
         """Check that all ranks can be one; see :func:`~metalit.modules.ranks.check_ranks`.
 
         Raises:
-            InputError: they cannot; what :meth:`configure_callbacks` raises.
+            InputError: they cannot; what :meth:`check_request` raises.
         """
-        check_trainer(self)
+        self.check_request()  # again: there may be callbacks of a learner that is derived from this one
         check_ranks(self.trainer)
         self._settings.kept = None
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:

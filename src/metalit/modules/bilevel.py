@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -270,17 +269,16 @@ class BilevelLearner(TwoLevelLearner):
                 raise InputError(f"{owner}: {name!r} has shape {tuple(value.shape)}; it must be a scalar")
         return {name: float(value) for name, value in scores.items()}
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Check the Trainer first of all.
+    def check_request(self) -> None:
+        """Check what the Trainer was told.
 
         Raises:
-            InputError: it is to predict.
+            InputError: to predict.
         """
         if self.trainer.state.fn == "predict":
-            raise InputError(
-                f"predict adapts a MetaLearner to points, and a {type(self).__name__} does not adapt; use test"
-            )
-        return super().configure_callbacks()
+            name = type(self).__name__
+            raise InputError(f"predict adapts a MetaLearner to points, and a {name} does not adapt; use test")
+        super().check_request()
 
     def results(self, tasks: Any) -> Mapping[str, Mapping[str, Tensor]]:
         """The problem's ``results`` on the first task of a batch."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -381,22 +380,20 @@ class TwoLevelLearner(OuterLearner):
 
     # ---- several outer steps on one call of the Trainer
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Check the Trainer first of all.
+    def check_request(self) -> None:
+        """Check what the Trainer was told, and learn the inner optimiser's parameters of what adapts now.
 
         Raises:
             InputError: it was told a number of steps that is no multiple of ``fused_steps``, or to limit its calls.
         """
-        callbacks = super().configure_callbacks()
-        self._bring()
+        super().check_request()
         if self.trainer.state.fn == "fit" and self.fused_steps > 1:
             check_counts(self.trainer, self.fused_steps)
-        return callbacks
+        self._bring()
 
     def setup(self, stage: str) -> None:
         """Let the Trainer, which counts its calls, validate after as many outer steps as it was told."""
         super().setup(stage)
-        self._bring()
         self._asked_interval = self.trainer.val_check_interval
         if stage == "fit" and self.fused_steps > 1 and isinstance(self._asked_interval, int):
             self.trainer.val_check_interval = self._asked_interval // self.fused_steps
