@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from fits import given_checkpoint, regression, trainer
+from fits import given_checkpoint, last, regression, trainer
 from torch import nn
 
 from metalit.checkpoints import read_checkpoint
@@ -140,6 +140,24 @@ def test_parts_of_another_kind_are_refused_before_training(name, value, small, t
     with pytest.raises(InputError, match=f"ckpt_path.*{name}") as error:
         run.fit(learner, BatchDataModule(regression(), batch_size=8), ckpt_path=str(tmp_path / "it.ckpt"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])
+@pytest.mark.parametrize(
+    "path", ["local://{root}/mine", "{root}/run/version_0/checkpoints/../../../mine", "memory://x"]
+)
+def test_no_file_beyond_its_run_is_deleted(path, key, tmp_path):
+    learner, data = SupervisedLearner(nn.Linear(3, 1)), BatchDataModule(regression(), batch_size=8)
+    trainer(tmp_path, steps=2).fit(learner, data)
+    (tmp_path / "mine").mkdir()
+    path = path.format(root=tmp_path)
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        state[key] = {path: torch.tensor(9.0)} if key == "best_k_models" else path
+    torch.save(checkpoint, tmp_path / "it.ckpt")
+    with pytest.raises(InputError, match="which would be deleted when the next one is saved"):
+        trainer(tmp_path, steps=4).fit(learner, data, ckpt_path=str(tmp_path / "it.ckpt"))
+    assert (tmp_path / "mine").exists()
 
 
 def test_states_of_other_shapes_are_refused(small, tmp_path):

@@ -68,8 +68,10 @@ class LoadedSafely:
         values = {name: value for name, value in kept.items() if name not in ("_class_path", "_instantiator")}
         try:
             built = arguments(target, {name: value for name, value in values.items() if name not in given}, owner)
-        except RecursionError:
-            raise InputError(f"{owner}: the configuration in the checkpoint is nested too deeply to be one") from None
+        except InputError:
+            raise
+        except (AttributeError, RecursionError, TypeError, ValueError) as cause:
+            raise InputError(f"{owner}: the configuration in the checkpoint cannot be used: {cause}") from None
         built |= given
         _check_arguments(target, built, owner)
         # Lightning would build its own from these, older names of theirs included

@@ -1,6 +1,7 @@
 """What a run that is continued takes from its checkpoint, compared with what is configured now."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         kept = (checkpoint.get("callbacks") or {}).get(saver.state_key)
         if isinstance(saver, ModelCheckpoint) and kept and _differs(kept, saver.state_dict()) is not None:
             raise _broken(f"callbacks of {type(saver).__name__}")
+        if isinstance(saver, ModelCheckpoint) and kept:
+            _check_paths(kept, str(saver.dirpath))
+
+
+def _check_paths(state: dict[str, Any], folder: str) -> None:
+    """Check the files that ModelCheckpoint will delete once it has better ones: Lightning looks at their beginning."""
+    models = state.get("best_k_models")
+    named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+    for path in filter(None, [*named, *(models if isinstance(models, dict) else [models])]):
+        remote = not isinstance(path, str) or "://" in path or "::" in path
+        if (remote and not str(path).startswith(folder)) or ".." in Path(str(path)).parts:
+            raise InputError(
+                f"ckpt_path: the checkpoint names {path!r} as a checkpoint of its run, which would be deleted when the "
+                "next one is saved; use another checkpoint"
+            )
 
 
 def _broken(part: str) -> InputError:
