@@ -10,6 +10,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from metalit.errors import InputError
+
 
 class ExactSecondDerivatives(TorchFunctionMode):
     """Computes ``torch._weight_norm`` by ``g v/‖v‖``: on a CPU, torch 2.13 differentiates it wrongly a second time."""
@@ -31,10 +33,24 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def exact_for(layers: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-    """What makes the second derivatives of these layers exact; costs nothing where no layer needs it."""
+    """What makes the second derivatives of these layers exact; costs nothing where no layer needs it.
+
+    Raises:
+        InputError: a layer whose derivatives torch has wrong, and for which there is another.
+    """
+    layers = list(layers)
+    check_exact(layers)
     wanted = any(
         isinstance(layer, _WeightNorm)
         or any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values())
         for layer in layers
     )
     return ExactSecondDerivatives() if wanted else nullcontext()
+
+
+def check_exact(layers: Iterable[nn.Module]) -> None:
+    """Raise an :class:`InputError` for a layer whose derivatives torch has wrong, by a third and more."""
+    if any(isinstance(layer, nn.CrossMapLRN2d) for layer in layers):
+        raise InputError(
+            "network: torch differentiates CrossMapLRN2d wrongly; use LocalResponseNorm, which is the same"
+        )

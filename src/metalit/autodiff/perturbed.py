@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from metalit.autodiff.draws import drawing_by
+from metalit.autodiff.exact import check_exact
 from metalit.autodiff.functional import With
 from metalit.autodiff.names import of_module
 from metalit.autodiff.perturbations import Perturbation
@@ -102,6 +103,7 @@ def _gradient(
     own = {name: value for name, value in names.items() if value.requires_grad}
     if not own:
         raise InputError(f"module: {type(module).__name__} has no trainable parameter to differentiate by")
+    check_exact(module.modules())
     with torch.enable_grad(), drawing_by(None if key is None else fold(key, DROPOUT), module, rows):
         # as parameters, so that a module can assign them: w /= w.norm() does
         state = {name: nn.Parameter(at, name in own) if name in names else at for name, at in state.items()}

@@ -9,10 +9,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.draws import Elsewhere, drawing_by, draws, generators
+from metalit.autodiff.exact import ExactSecondDerivatives
 from metalit.autodiff.functional import With, evaluated
 from metalit.autodiff.names import matching, of_module
 from metalit.autodiff.reached import Bypass
@@ -65,8 +66,7 @@ def for_each_row(
     given = inputs if count else tuple(part.new_zeros(1, *part.shape[1:]) for part in inputs)
     keys = () if key is None else (fold(key, torch.arange(len(given[0]), device=key.device)),)
     each = _one_after_the_other if _has_no_rule(fn) else partial(vmap, chunk_size=chunk_size)
-    with refusals(), untouched(fn), sdpa_kernel(SDPBackend.MATH):
-        # fused attention has neither a batching rule nor second derivatives
+    with refusals(), untouched(fn), plain_attention():
         found = _watched(each(row), key)(*given, *keys)
     return found if count else tree_map(lambda value: value[:0], found)
 
@@ -231,7 +231,7 @@ def _of_function(
         row = tuple(part.clone() for part in row)  # which the function may write to
         inputs = row if loss is None else row[:-1]
         try:
-            with drawing_by(key, fn):
+            with drawing_by(key, fn), ExactSecondDerivatives():
                 output = _tensor(fn(*inputs, **state), "fn")
         except TypeError:
             _check_arguments(fn, inputs, state)

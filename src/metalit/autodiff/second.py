@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.func import grad, vjp
 
+from metalit.autodiff.exact import ExactSecondDerivatives
 from metalit.tree import Tree
 
 
@@ -24,5 +25,6 @@ def hessian_products(fn: Callable[[Tree, Tree], Tensor], inner: Tree, outer: Tre
     >>> hessian_products(f, torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
     (tensor([2., 4.]), tensor([16.,  2.]))
     """
-    _, pull_back = vjp(grad(fn), inner, outer)
-    return pull_back(vector)
+    with ExactSecondDerivatives():
+        _, pull_back = vjp(grad(fn), inner, outer)
+        return pull_back(vector)

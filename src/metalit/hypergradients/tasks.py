@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map as pytree_map
 from metalit.adapt import Outer
 from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.blame import culprit, first_line, without_second_derivative
+from metalit.autodiff.exact import exact_for
 from metalit.errors import InputError
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -38,7 +39,7 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, pro
     """
     if isinstance(problem, Scaled):
         problem = problem.problem
-    with plain_attention():
+    with plain_attention(), exact_for(problem.modules() if problem is not None else ()):
         if problem is not None and problem.vectorised is None:
             problem.vectorised = True
             if layer := _recurrent(problem):
