@@ -21,7 +21,7 @@ from metalit.problems import FewShot
 
 
 class Aliases(nn.Module):
-    """Layers under several names, nested ones too, a tied weight, a parametrization, and a buffer that is assigned."""
+    """Layers under several names, nested ones too, a tied weight, a parametrization, and what forward keeps."""
 
     def __init__(self):
         super().__init__()
@@ -32,10 +32,14 @@ class Aliases(nn.Module):
         self.tied = nn.Linear(3, 3, bias=False)
         self.tied.weight = self.own = nn.Parameter(torch.randn(3, 3))
         self.register_buffer("shift", torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+        self.cache = {}
+        self.kept = None
 
     def forward(self, x):
         x = self.three(self.block(self.two(x))) + self.again(self.tied(x)) @ self.own
         self.shift = self.shift + x.detach().mean(0)
+        self.kept = self.cache["x"] = x
         return x + self.shift
 
 
@@ -68,6 +72,8 @@ def check_as_before(module, before, values):
     for layer in module.modules():
         assert not any(isinstance(value, FakeTensor) for value in layer.__dict__.values())
     assert module.two is module.three is module.one
+    assert module.kept is None
+    assert module.cache == {}
 
 
 def fails(*_, **__):
@@ -95,6 +101,7 @@ def test_a_module_is_as_before(compiler, traced, monkeypatch):
 def test_a_module_is_as_before_where_it_cannot_be_traced(traced):
     class Decides(Aliases):
         def forward(self, x):
+            self.calls.add_(1)
             return super().forward(x) if float(self.two(x).sum()) < torch.inf else x
 
     module = Decides().requires_grad_(False)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from metalit.autodiff.untouched import untouched
+from metalit.autodiff.untouched import Kept, untouched
 from metalit.cache import keep_private
 from metalit.durations import expected, remember
 from metalit.patience import GivenUpError, patiently
@@ -131,14 +131,18 @@ class _Making:
         """Make it."""
         owner, begun, found = self.owner, monotonic(), _found_in_cache()
         folder = keep_private(owner.tell)
-        # what the compiler warns of is no fault of the user's; what fn itself warns of, it will again
-        with untouched(owner.host.held), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = CompiledProgram(owner.host, self.spec, self.values)
-            self.expected = expected(folder, program.size)
-            program.compile(self.values)
-        with untouched(owner.host.held):
+        kept = Kept(owner.host.held, values=True)
+        try:
+            # what the compiler warns of is no fault of the user's; what fn itself warns of, it will again
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = CompiledProgram(owner.host, self.spec, self.values)
+                self.expected = expected(folder, program.size)
+                program.compile(self.values)
+            kept.restore()
             apart = _apart(program(self.values), Program(owner.fn, self.spec)(self.values))
+        finally:
+            kept.restore()
         if apart:
             raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
         if _found_in_cache() == found:
