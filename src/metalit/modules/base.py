@@ -26,7 +26,7 @@ from metalit.modules.epochs import check_epochs_of_loader
 from metalit.modules.finite import RATES, FiniteWatch, stopped
 from metalit.modules.gradients import Gradients, check_types
 from metalit.modules.handed_back import HandedBack
-from metalit.modules.hyperparameters import log_given
+from metalit.modules.hyperparameters import best_so_far, log_given
 from metalit.modules.loss_scale import LossScale
 from metalit.modules.monitors import check_monitors
 from metalit.modules.optimizers import (
@@ -302,14 +302,13 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
 
         Args:
             scalars: values by name.
-            in_hparams: show them in TensorBoard's HPARAMS tab too, beside the hyperparameters of the run.
+            in_hparams: show the best of what is validated in TensorBoard's HPARAMS tab too, beside what the run was.
         """
         values = {name: float(value) for name, value in scalars.items()}
         for logger in self.trainer.loggers:
-            if in_hparams and isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(dict(logger.hparams), values, step=self.outer_step)
-            else:
-                logger.log_metrics(values, step=self.outer_step)
+            logger.log_metrics(values, step=self.outer_step)
+            if in_hparams and isinstance(logger, TensorBoardLogger) and (best := best_so_far(self.trainer, values)):
+                logger.log_hyperparams(dict(logger.hparams), best, step=self.outer_step)
 
     def log_evaluated(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
         """Log what an evaluation found: for callbacks, for the progress bar and for who called the Trainer.
