@@ -1,8 +1,11 @@
 """A run that goes on with another optimiser or scheduler than it began with is refused, or told what it keeps."""
 
+import warnings
+
 import pytest
 import torch
 from fits import bare, last, regression, trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from metalit.data import BatchDataModule
 from metalit.errors import InputError
@@ -62,6 +65,28 @@ def test_other_settings_are_told(before, now, told, tmp_path):
     kept = torch.load(path, weights_only=True)["outer_settings"]["values"]
     now_kept = torch.load(last(tmp_path), weights_only=True)["outer_settings"]["values"]
     assert now_kept == kept
+
+
+def _both(optimizer):
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=1)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, COSINE(optimizer)], [1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheduler": _both},
+        {"scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 4), "optimizer": PLAIN},
+        {"scheduler": lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss", threshold=1e9, patience=0)},
+        {"optimizer": torch.optim.Adafactor, "lr_by_name": {"*bias": 0.1}, "clip_norm": 1.0},
+        {"optimizer": lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9), "scheduler": STEPS},
+    ],
+)
+def test_the_same_settings_go_on_in_silence(options, tmp_path):
+    path = _of_a_run(tmp_path, options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*continue")
+        _go_on(tmp_path, options, path)
 
 
 def _of_a_run(tmp_path, options, named=True):

@@ -138,9 +138,9 @@ def settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]
             if name not in ("params", "name", "initial_lr") and not (name == "lr" and scheduler is not None):
                 settings[f"{where}.{name}"] = value
     if scheduler is not None:
-        for name, value in scheduler.state_dict().items():
-            if name not in _MOVES_BY_ITSELF and isinstance(value, int | float | str | list | tuple):
-                settings[f"scheduler.{name}"] = value
+        # of a scheduler that holds others, what they keep moves
+        kept = plain(scheduler.state_dict())
+        settings |= {f"scheduler.{name}": value for name, value in kept.items() if name not in _MOVES_BY_ITSELF}
     return settings
 
 

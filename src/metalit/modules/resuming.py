@@ -133,8 +133,10 @@ class OuterSettings:
             clip_norm: which is not restored.
         """
         kept = (self.kept or {}).get("outer_settings", {})
+        # as they are restored only where nothing else tells: schedulers change more than rates
+        restored = {} if self.kept is None else kept.get("values", present)
+        self._in_effect = self.configured | restored
         self.kept = None
-        self._in_effect = self.configured | present | kept.get("values", {})
         lines = [
             f"the checkpoint keeps {name}={now} from the run that it continues; {asked}, as now configured, is not "
             "used. To train on with new settings, load the weights into a new run"
