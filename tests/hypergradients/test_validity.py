@@ -328,3 +328,24 @@ def test_parameters_in_a_plain_list_are_told_of():
     points = Points(draw(5, 2), draw(5, 1))
     with pytest.warns(UserWarning, match=r"^FewShot: its init or losses use 2 parameter\(s\) that are not registered"):
         check(Unrolled(1), FewShot(Listed()), SGD(0.1), Task(points, points, torch.tensor(0)))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(1.0, "float"), ([1.0], "list"), (None, "NoneType")])
+def test_an_inner_variable_whose_leaves_are_no_tensors_is_told(value, kind):
+    class Given(Bowl):
+        def init(self, outer, task):
+            return {**outer, "rate": {"now": value}}
+
+    with pytest.raises(InputError, match=rf"^Given\.init returned a {kind} at 'rate\.now'; all leaves"):
+        check(Unrolled(1), Given(draw(3)), SGD(0.1), TASK)
+
+
+@pytest.mark.parametrize("where", ["init", "outer"])
+def test_complex_numbers_are_refused(where):
+    class Given(Bowl):
+        def init(self, outer, task):
+            return {"theta": outer["theta"].to(torch.complex128) if where == "init" else outer["theta"].real}
+
+    theta = draw(3) if where == "init" else draw(3).to(torch.complex128)
+    with pytest.raises(InputError, match=r"^problem: its (inner|outer) variable holds complex numbers \(theta is of"):
+        check(Unrolled(1), Given(theta), SGD(0.1), TASK)

@@ -38,6 +38,12 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, 
                 f"{type(problem).__name__}.init returned a {type(initial).__name__}; it must return a tensor or a "
                 "dictionary of tensors"
             )
+        for name, value in leaves(initial):
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"{type(problem).__name__}.init returned a {type(value).__name__} at {name!r}; all leaves of the "
+                    "inner variable must be tensors"
+                )
         check_real("its outer variable", outer["problem"])
         check_real("its inner variable", initial)
         inner = _free(initial)
