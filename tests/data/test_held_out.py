@@ -1,12 +1,21 @@
 """Which tasks are held out: by fraction, by name, in folds, or none."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from csv_files import curves_of, ragged_rows, sampled, told, written
+from fits import bare
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from metalit.data import Episodes, TaskDataModule
+from metalit.hypergradients import Unrolled
+from metalit.inner import SGD
+from metalit.modules import MetaLearner
+from metalit.networks import MLP
+from metalit.problems import FewShot
 
 NAMES = [f"t{task}" for task in range(10)]
 
@@ -84,6 +93,7 @@ def test_without_validation_tasks_the_last_checkpoint_counts(tmp_path):
     with pytest.warns(match="no best checkpoint: the last one"):
         data.setup("fit")
     assert list(data.val_dataloader()) == []
+    assert data.trainer.limit_val_batches == 0
     assert len(next(iter(data.train_dataloader())).key) == 4
     told(lambda: data.setup("validate"), "data.tasks.val", "nothing to validate")
     told(lambda: data.setup("test"), "data.tasks.test", "nothing to test")
@@ -94,3 +104,13 @@ def test_without_validation_tasks_baselines_are_chosen_on_training_tasks(tmp_pat
     tasks = sampled(curves, "test", 2, 4, None)
     for prediction in curves.baselines(tasks).values():
         assert torch.allclose(prediction, tasks.query.y, atol=1e-5)
+
+
+@pytest.mark.parametrize("waits", ["scheduler", "callback"])
+def test_what_waits_for_a_validation_is_refused_without_one(tmp_path, waits):
+    scheduler = partial(ReduceLROnPlateau, monitor="val/loss") if waits == "scheduler" else None
+    callbacks = [EarlyStopping("val/loss")] if waits == "callback" else []
+    learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.1), Unrolled(1), eval_steps=1, scheduler=scheduler)
+    data = data_of(tmp_path, val=0)
+    with pytest.warns(match="no best checkpoint"):
+        told(lambda: bare(tmp_path, callbacks=callbacks).fit(learner, data), "val/loss", "validat")

@@ -68,7 +68,7 @@ class Curves(TaskDistribution):
     split_seed: int = 0
     folds: int | None = None
     fold: int = 0
-    categories: dict[str, list[str]] = field(default_factory=dict)
+    categories: dict[str, list[str | int | float]] = field(default_factory=dict)
     skip_short: bool = False
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from metalit.errors import InputError
 from metalit.keys import fold as folded
 from metalit.keys import permutation
 
-HeldOut = float | str | Sequence[str]
+HeldOut = float | str | Sequence[str | int]
 
 
 class Partition(NamedTuple):

@@ -118,6 +118,8 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         if needed and self.tasks.count(needed) == 0:
             raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {stage}")
         if stage == "fit" and self.tasks.count("val") == 0:
+            if self.trainer:
+                self.trainer.limit_val_batches = 0  # so that what waits for a validation is refused
             tell(
                 "data.tasks.val: no task is held out for validation, so there is no best checkpoint: the last one is "
                 "what is learned (--ckpt_path last)"

@@ -164,6 +164,11 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
                     "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
                 )
+            if isinstance(scheduler, ReduceLROnPlateau) and self.trainer.limit_val_batches == 0:
+                raise InputError(
+                    f"model.scheduler: ReduceLROnPlateau waits for {scheduler.monitor!r}, and nothing is validated; "
+                    "hold tasks out for validation, or use another scheduler"
+                )
             # for LearningRateMonitor: it is stepped by hand
             configured["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
         self._settings.configured = settings(optimizer, scheduler) | rates
