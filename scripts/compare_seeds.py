@@ -20,6 +20,7 @@ from statistics import mean, stdev
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SEEDS = {
     "BatchDataModule": ["seed", "split_seed"],
@@ -77,13 +78,13 @@ def main() -> None:
     names = [name for name in best[0] if all(name in rows[0] for rows in found.values())]
     table = Table(title=f"test scores over {given.seeds} seeds, mean ± standard deviation", title_justify="left")
     for heading in ("", *names):
-        table.add_column(heading)
+        table.add_column(Text(heading))
     for label, rows in found.items():
-        table.add_row(label, *(summary([row[name] for row in rows]) for name in names))
+        table.add_row(Text(label), *(summary([row[name] for row in rows]) for name in names))
     table.add_section()
     for label, rows in others:
         pairs = list(zip(rows, best, strict=True))
-        table.add_row(f"{label} − {first}", *(summary([a[name] - b[name] for a, b in pairs]) for name in names))
+        table.add_row(Text(f"{label} − {first}"), *(summary([a[name] - b[name] for a, b in pairs]) for name in names))
     Console(width=160).print(table)
 
 

@@ -28,10 +28,11 @@ def test_every_file_that_is_named_exists():
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_runs(number, metalit, tmp_path, monkeypatch):
+def test_python_runs(number, metalit, tmp_path, monkeypatch, capfd):
     """In a folder where ``sine_maml`` has been trained for a few steps."""
     root = Path.cwd()
     assert metalit("fit", "configs/sine_maml.yaml")[0] == 0
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(root / "configs")
     exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {"__name__": "readme"})
+    assert "Epoch" not in "".join(capfd.readouterr())
