@@ -67,6 +67,14 @@ def test_other_settings_are_told(before, now, told, tmp_path):
     assert now_kept == kept
 
 
+def test_another_choice_of_what_trains_is_refused(tmp_path):
+    path = _of_a_run(tmp_path, {})
+    learner = SupervisedLearner(torch.nn.Linear(3, 1))
+    learner.network.bias.requires_grad_(False)
+    with pytest.raises(InputError, match=r"what may train \(requires_grad\) is not what it was: .* 2 of the rest, now"):
+        bare(tmp_path).fit(learner, BatchDataModule(regression(), batch_size=8), ckpt_path=path)
+
+
 def _both(optimizer):
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=1)
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, COSINE(optimizer)], [1])

@@ -165,8 +165,10 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
     )
     if had != has:
         told = ["; ".join(f"{count} of {name}" for name, count in groups) for groups in (had, has)]
+        alike = [name for name, _ in had] == [name for name, _ in has]
+        owner = "model: what may train (requires_grad) is not what it was" if alike else "model.lr_by_name"
         raise InputError(
-            f"model.lr_by_name: the run that the checkpoint continues had parameters in groups {told[0]}, now they are "
+            f"{owner}: the run that the checkpoint continues had parameters in groups {told[0]}, now they are "
             f"{told[1]}; {_NEW_RUN}"
         )
     if type(optimizer).__module__.startswith("torch.optim."):
