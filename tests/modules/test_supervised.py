@@ -699,3 +699,56 @@ def test_dropout_in_attention_is_drawn_from_the_seed(tmp_path):
     # parts of a batch draw apart, each from its own rows
     assert torch.equal(ends[2], ends[3])
     assert not torch.allclose(ends[2], ends[0])
+
+
+class Penalised(nn.Module):
+    """The squared error with a penalty on weights that it holds beside the network."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.parameters_of = parameters
+
+    def forward(self, prediction, target):
+        return F.mse_loss(prediction, target, reduction="none") + sum(p.square().sum() for p in self.parameters_of())
+
+
+def test_a_penalty_in_the_loss_is_part_of_the_gradient(tmp_path):
+    network, data = mlp(3, 1), BatchDataModule(regression(), batch_size=7)
+    by_network = Penalised(network.parameters)
+
+    def loss(prediction, target):
+        return F.mse_loss(prediction, target) + sum(p.square().sum() for p in copied.parameters())
+
+    module = SupervisedLearner(network, by_network, optimizer=partial(torch.optim.SGD, lr=0.1)).double()
+    copied = copy.deepcopy(module.network)
+    bare(tmp_path, 1, precision="64-true").fit(module, data)
+    points = batch(data, 0)
+    slopes = torch.autograd.grad(loss(copied(points.x), points.y), list(copied.parameters()))
+    for value, before, slope in zip(module.network.parameters(), copied.parameters(), slopes, strict=True):
+        torch.testing.assert_close(value, before - 0.1 * slope, **TIGHT)
+
+
+def test_a_loss_whose_gradient_would_be_lost_in_part_is_refused_before_training(tmp_path):
+    network = mlp(3, 1)
+    kept = list(network.parameters())
+    run = bare(tmp_path, 1)
+    with pytest.raises(InputError, match=r"loss: it reaches the module's 'out\.weight' by another way"):
+        run.fit(SupervisedLearner(network, Penalised(lambda: kept)), BatchDataModule(regression(), batch_size=7))
+    assert run.global_step == 0
+
+
+def test_one_logit_for_two_classes_where_the_criterion_takes_it(tmp_path):
+    class Binary(nn.BCEWithLogitsLoss):
+        def forward(self, prediction, target):
+            return super().forward(prediction[:, 0], target.double())
+
+    network, data = mlp(4, 1), BatchDataModule(blobs(classes=2), batch_size=16)
+    module = SupervisedLearner(network, Binary(reduction="none"), optimizer=partial(torch.optim.SGD, lr=0.1))
+    run = bare(tmp_path, 20, precision="64-true")
+    run.fit(module, data)
+    run.test(module, data, verbose=False)
+    points = data.points("test")
+    right = ((module(points.x.double())[:, 0] > 0) == (points.y == 1)).double().mean()
+    assert module.scores["learned"]["accuracy"] == pytest.approx(float(right))
+    with pytest.raises(InputError, match="one output for each of 2 classes"):
+        bare(tmp_path, 1).fit(SupervisedLearner(mlp(4, 1)), BatchDataModule(blobs(classes=2), batch_size=16))

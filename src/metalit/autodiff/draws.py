@@ -4,7 +4,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -47,12 +47,9 @@ def drawing_by(key: Tensor | None, module: object, rows: range | None = None) ->
     if key is None:
         yield
         return
-    with KeyedDropout(key, rows):
-        if is_batched(key):
-            yield
-            return
-        with _seeded(int(fold(key, rows.start if rows else 0)), module):
-            yield
+    seed = None if is_batched(key) else int(fold(key, rows.start if rows else 0))
+    with KeyedDropout(key, rows), nullcontext() if seed is None else _seeded(seed, module):
+        yield
 
 
 _DRAWS_ELSEWHERE = Known()  # by the generators of Python or numpy, which are slow to set

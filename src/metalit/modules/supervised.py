@@ -1,6 +1,6 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
-from functools import cache
+from functools import cache, partial
 from math import isnan
 from typing import Any
 
@@ -191,7 +191,8 @@ class SupervisedLearner(OuterLearner):
         """Try the network on two rows, before anything is trained.
 
         Raises:
-            InputError: it cannot take them, or lacks a score for each class; the loss cannot take what it says.
+            InputError: it cannot take them, or lacks a score for each class; the loss cannot take what it says, or has
+                no gradient by it, or not the whole one.
         """
         super().on_fit_start()
         data = self.trainer.datamodule
@@ -202,7 +203,9 @@ class SupervisedLearner(OuterLearner):
                 scores = evaluated(self.network, {}, (x,), as_torch=True)
             classes = len(data.classes)
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            if not isinstance(scores, Tensor) or (classes and (scores.dim() < 2 or scores.shape[1] < classes)):
+            # one logit may do for two classes, where a criterion of the user's says so
+            needed = classes - (classes == 2 and not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss | None))
+            if not isinstance(scores, Tensor) or (classes and (scores.dim() < 2 or scores.shape[1] < needed)):
                 raise InputError(
                     f"model.network returned {shape} for two rows; it must be a tensor [rows, outputs], one output for "
                     f"each of {classes} classes"
@@ -216,6 +219,12 @@ class SupervisedLearner(OuterLearner):
                     f"model.loss {type(self.loss).__name__} cannot take predictions {shape} and targets "
                     f"{tuple(y.shape)} of {y.dtype}: {str(error).splitlines()[0]}"
                 ) from error
+            if self.loss is not None and self.outer()["network"]:  # a loss of the user's may reach anything
+                with told("model.network", self.network):
+                    gradient_at(self.network, partial(self._mean_loss, x, y), key=torch.tensor(self.seed))
+
+    def _mean_loss(self, x: Tensor, y: Tensor, network: nn.Module) -> Tensor:
+        return row_losses(self.loss, network(x), y).mean()
 
     # ---- evaluation
 
