@@ -1,5 +1,6 @@
 """How long compiling takes: it is bounded, a signal ends it, what is waited for is told, and noise is not."""
 
+import logging
 import os
 import re
 import signal
@@ -166,8 +167,18 @@ def test_a_program_is_expected_to_take_what_the_last_one_of_its_size_took(tmp_pa
     remember(tmp_path / "none", 1, 1.0)
 
 
-def test_what_the_compiler_warns_of_is_not_the_users(monkeypatch):
-    compiler(monkeypatch, lambda: warnings.warn("lowering of x is deprecated", FutureWarning, stacklevel=1))
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_the_compiler_warns_of_is_not_the_users(asked, monkeypatch, caplog):
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    if asked:
+        monkeypatch.setenv("TORCH_LOGS", "+inductor")
+    log = logging.getLogger("compiler")
+
+    def noise():
+        warnings.warn("lowering of x is deprecated", FutureWarning, stacklevel=1)
+        log.warning("x is missing a shim")
+
+    compiler(monkeypatch, noise)
 
     def warns(x):
         warnings.warn("of the user's own", UserWarning, stacklevel=1)
@@ -177,3 +188,6 @@ def test_what_the_compiler_warns_of_is_not_the_users(monkeypatch):
         warnings.simplefilter("always")
         Compiled(warns, tell=lambda line: None)(torch.ones(2))
     assert {str(warning.message) for warning in caught} == {"of the user's own"}
+    log.warning("of the user's log")
+    logged = [record.message for record in caplog.records if record.name == "compiler"]
+    assert logged == ["x is missing a shim"] * asked + ["of the user's log"]

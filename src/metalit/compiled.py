@@ -5,9 +5,7 @@ included, and what it did is compiled as one program with no guards. So a networ
 as long as it does the same each time; and the call costs little more than the arithmetic.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -21,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metalit.autodiff.untouched import Kept, untouched
 from metalit.cache import keep_private
+from metalit.compiler import found_in_cache, import_compiler, quiet
 from metalit.durations import expected, remember
 from metalit.patience import GivenUpError, patiently
 
@@ -100,7 +99,7 @@ class Compiled:
         self.tell(f"compiling {self.name}; once done, the next start of this configuration finds it in the cache")
         begun, made = monotonic(), _Making(self, values, spec)
         try:
-            program = patiently(made, self.seconds, made.sign, _import_compiler)
+            program = patiently(made, self.seconds, made.sign, import_compiler)
         except torch.OutOfMemoryError:
             raise
         except GivenUpError as error:
@@ -129,13 +128,11 @@ class _Making:
 
     def __call__(self) -> "Program":
         """Make it."""
-        owner, begun, found = self.owner, monotonic(), _found_in_cache()
+        owner, begun, found = self.owner, monotonic(), found_in_cache()
         folder = keep_private(owner.tell)
         kept = Kept(owner.host.held, values=True)
         try:
-            # what the compiler warns of is no fault of the user's; what fn itself warns of, it will again
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 program = CompiledProgram(owner.host, self.spec, self.values)
                 self.expected = expected(folder, program.size)
                 program.compile(self.values)
@@ -145,7 +142,7 @@ class _Making:
             kept.restore()
         if apart:
             raise ArithmeticError(f"its results differ from those that are not compiled, {apart}")
-        if _found_in_cache() == found:
+        if found_in_cache() == found:
             remember(folder, program.size, monotonic() - begun)
         return program
 
@@ -297,19 +294,6 @@ class _Host(nn.Module):
 
     def forward(self, trees: Any) -> Any:
         return self.fn(*trees)
-
-
-def _import_compiler() -> None:
-    """Import the compiler, which is slow, and which another attempt could not repair were it ended half done."""
-    for part in ("_dynamo.utils", "_inductor.compile_fx", "_inductor.standalone_compile", "_inductor.async_compile"):
-        import_module(f"torch.{part}")
-    for part in ("cpp", "cpp_wrapper_cpu", "wrapper", "common"):
-        import_module(f"torch._inductor.codegen.{part}")
-
-
-def _found_in_cache() -> int:
-    counters = import_module("torch._dynamo.utils").counters
-    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def _form(value: Any) -> Any:
