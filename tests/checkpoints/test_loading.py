@@ -240,8 +240,9 @@ def test_values_become_what_their_arguments_are_declared_to_be():
     assert found["word"] == "os.system"
     with pytest.raises(InputError, match=r"it\.kind names .*Touches, which is no Module"):
         arguments(Takes, {"kind": f"{HERE}.Touches"}, "it")
-    with pytest.raises(InputError, match=r"it\.untyped names"):
-        arguments(Takes, {"untyped": spec(f"{HERE}.Touches")}, "it")
+    for path in (f"{HERE}.Touches", "metalit.cli.MetalitCLI", "metalit.data.Sine"):
+        with pytest.raises(InputError, match=r"it\.untyped names .*, which is no Module"):
+            arguments(Takes, {"untyped": spec(path)}, "it")
 
 
 def test_what_was_loaded_answers_as_what_was_trained(saved, tmp_path):

@@ -143,18 +143,17 @@ def _object(value: dict[str, Any], kinds: list[Any], where: str) -> Any:
         raise InputError(f"{where} is no class with its arguments: it holds {sorted(map(str, extra))} too")
     path = value["class_path"]
     cls = find_class(path, where)
+    factories = [kind for kind in kinds if _holds(kind, Callable)]
+    results = [result for kind in factories for result in members(get_args(kind)[1]) if isclass(result)]
+    made_later = bool(results) and issubclass(cls, tuple(results))
+    if not made_later:
+        loose = any(kind in (Any, object, Callable) for kind in kinds) or (factories and not results)
+        allowed = [kind for kind in kinds if isclass(kind) and kind is not object]
+        _check(cls, [*allowed, *results, *([nn.Module] if loose else [])], path, where)
     given = {}
     for part in ("init_args", "dict_kwargs"):
         given |= arguments(cls, value.get(part) or {}, where)
-    factories = [kind for kind in kinds if _holds(kind, Callable)]
-    results = [result for kind in factories for result in members(get_args(kind)[1]) if isclass(result)]
-    if results and issubclass(cls, tuple(results)):
-        return partial(cls, **given)
-    allowed = [kind for kind in kinds if isclass(kind) and kind is not object]
-    loose = any(kind in (Any, object, Callable) for kind in kinds) or (factories and not results)
-    own = [cls] if loose and cls.__module__.startswith("metalit.") else []
-    _check(cls, [*allowed, *results, *([nn.Module] if loose else []), *own], path, where)
-    return _made(cls, given, where)
+    return partial(cls, **given) if made_later else _made(cls, given, where)
 
 
 def _check(cls: type, allowed: list[type], path: str, where: str) -> None:
