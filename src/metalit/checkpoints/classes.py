@@ -148,7 +148,7 @@ def _object(value: dict[str, Any], kinds: list[Any], where: str) -> Any:
     made_later = bool(results) and issubclass(cls, tuple(results))
     if not made_later:
         loose = any(kind in (Any, object, Callable) for kind in kinds) or (factories and not results)
-        allowed = [kind for kind in kinds if isclass(kind) and kind is not object]
+        allowed = [kind for kind in kinds if isclass(kind) and kind not in (Any, object)]
         _check(cls, [*allowed, *results, *([nn.Module] if loose else [])], path, where)
     given = {}
     for part in ("init_args", "dict_kwargs"):
