@@ -301,3 +301,11 @@ def test_a_supervised_network_or_loss_that_fails_is_told_likewise(network, loss,
     rows = list(zip(torch.randn(8, 3), torch.randn(8, 1), strict=True))
     with pytest.raises(InputError, match=told):
         trainer(tmp_path).fit(SupervisedLearner(network, loss), DataLoader(rows, 4))
+
+
+def test_finding_the_cause_leaves_the_network_as_it_was(tmp_path):
+    network = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 4), nn.Linear(3, 1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer '2' \(Linear\) fails with RuntimeError"):
+        trainer(tmp_path).fit(MetaLearner(FewShot(network), SGD(0.1), Unrolled(1)), sine())
+    torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)

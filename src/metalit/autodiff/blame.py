@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from metalit.autodiff.functional import evaluated
 from metalit.errors import InputError, NonFiniteError, StoppedError
 
 _ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels", re.IGNORECASE)
@@ -88,7 +89,7 @@ def _of_types(module: nn.Module, x: Tensor) -> str:
 
 def _gets_through_a_layer(module: nn.Module, x: Tensor) -> bool:
     """Whether at least one layer with parameters of its own takes what it is given."""
-    passed = []
+    passed, network = [], getattr(module, "network", module)
 
     def note(layer: nn.Module, given: object, found: object) -> None:
         passed.extend(layer._parameters)
@@ -96,7 +97,7 @@ def _gets_through_a_layer(module: nn.Module, x: Tensor) -> bool:
     hook = register_module_forward_hook(note)
     try:
         with torch.no_grad():
-            module(x)
+            evaluated(network, {}, (x,))
     except Exception:  # the very error that is being explained
         pass
     finally:
