@@ -80,6 +80,7 @@ def test_a_configuration_of_any_kind_is_compared():
         ("model.problem.adapt", "refused", "refused", "refused", "refused"),
         ("model.perturbation.rho", "refused", "said", "said", "nothing"),
         ("model.compile", "nothing", "nothing", "nothing", "nothing"),
+        ("model.compile_seconds", "nothing", "nothing", "nothing", "nothing"),
         ("model.optimizer.lr", "nothing", "nothing", "nothing", "nothing"),
         ("data.tasks.x", "refused", "refused", "refused", "refused"),
         ("data.split_seed", "refused", "refused", "refused", "nothing"),

@@ -14,7 +14,10 @@ from metalit.runs import find_checkpoint
 Stage = Literal["fit", "validate", "test", "predict"]
 
 # how the same numbers are found, not which
-_HOW = {"compile", "fused_steps", "tasks_per_chunk", "rows_per_chunk", "predict_file", "predict_one_task"}
+_HOW = {
+    *("compile", "compile_seconds", "fused_steps", "tasks_per_chunk", "rows_per_chunk"),
+    *("predict_file", "predict_one_task"),
+}
 # the learner itself compares them with what it takes over (metalit.modules.resuming)
 _TAKEN_OVER = {"optimizer", "scheduler", "lr_by_name", "clip_norm"}
 _TRAINING = {"perturbation", "draws", "train", "batch_size"}
