@@ -144,10 +144,10 @@ def read_asked(
     if support.all():
         raise InputError(f"{owner}: no row asks for a prediction; leave {columns.y[0]!r} empty in the rows to predict")
     _tell_of_words(frame, columns, owner)
-    names = pd.Series("task", index=frame.index) if one_task else frame[columns.task]
+    owners, names = pd.factorize(np.full(len(frame), "task", dtype=object) if one_task else frame[columns.task])
+    found = np.split(np.argsort(owners, kind="stable"), np.cumsum(np.bincount(owners))[:-1])
     rows, shots = {}, {}
-    for name in names.unique():
-        positions = np.flatnonzero(names == name)
+    for name, positions in zip(names, found, strict=True):
         rows[name] = [*positions[support[positions]].tolist(), *positions[~support[positions]].tolist()]
         shots[name] = int(support[positions].sum())
         if not shots[name]:
