@@ -169,6 +169,33 @@ def test_sigterm_that_lightning_hears_is_told_by_the_exit_status(metalit, monkey
     assert stopped.value.code == 143
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_control_c_has_an_exit_status_of_its_own(metalit, monkeypatch, tmp_path, step):
+    (tmp_path / "keys.py").write_text(
+        "from lightning.pytorch import Callback\n\n\nclass Press(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        f"        if trainer.global_step == {step}:\n            raise KeyboardInterrupt\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            metalit("fit", MAML, "--trainer.callbacks+=keys.Press")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+
+
+def test_control_c_before_training_is_no_traceback(metalit, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metalit.cli.MetalitCLI", press)
+    status, output = metalit("fit", MAML)
+    assert status == 130
+    assert output == "metalit: interrupted\n"
+
+
 def test_a_misspelt_key_in_a_file(metalit, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(Path(MAML).read_text().replace("inner_optimizer:", "iner_optimizer:"))

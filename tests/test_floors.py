@@ -10,7 +10,7 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "cache", "patience", "durations"), 0),
-    **dict.fromkeys(("unrounded", "compiler"), 0),
+    **dict.fromkeys(("unrounded", "compiler", "disk", "parent"), 0),
     **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints"), 1),
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),

@@ -133,6 +133,24 @@ def test_no_rank_goes_on_alone_where_another_is_killed(tmp_path, who):
     assert not Path(f"/proc/{other}").exists()
 
 
+def test_a_rank_ends_with_the_first_one_before_they_have_met(tmp_path):
+    """Rank 0 is killed as soon as it has started rank 1, which still imports torch."""
+    process = start(tmp_path, *TWO, "--trainer.max_steps=1000000")
+    other = None
+    while other is None and process.poll() is None:
+        with suppress(IndexError, OSError):
+            other = child(process)
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 60
+    while Path(f"/proc/{other}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{other}").exists()
+    _, output = ended(process)
+    assert "metalit: rank 1: stopped: the process that started it is gone" in output
+
+
 @pytest.mark.long
 def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
     ddp = (

@@ -81,7 +81,7 @@ class TestNumbers:
 
     def opened(self, experiment, tmp_path):
         run = RunFolder(experiment)
-        with run.opened(bare(tmp_path), trains=True):
+        with run.opened(bare(tmp_path, callbacks=[run]), trains=False):
             pass
         return run.folder
 

@@ -28,11 +28,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from metalit.disk import explain
+from metalit.parent import end_with_first
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    2 for input that cannot be used, 1 for a loss that is NaN, 143 where SIGTERM stopped training, which is then saved.
+    2 for input that cannot be used, 1 for a loss that is NaN and for what the file system refuses, 130 for Ctrl-C, 143
+    where a signal stopped training, which is then saved.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -44,29 +48,35 @@ def main(args: Sequence[str] | None = None) -> int:
     # configs may name classes of modules in the working folder, as they may under `python -m metalit`
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
+    end_with_first()
     # imported late: help must not wait for torch
-    from metalit.cli import run
     from metalit.errors import InputError, NonFiniteError, StoppedError
 
+    status = 0
     try:
+        from metalit.cli import run
+
         run(args)
     except InputError as error:
-        _tell(f"error: {error}")
-        return 2
+        status = _tell(f"error: {error}", 2)
     except NonFiniteError as error:
-        _tell(f"stopped: {error}")
-        return 1
+        status = _tell(f"stopped: {error}", 1)
     except StoppedError:
-        return 143
-    return 0
+        status = 143
+    except OSError as error:
+        status = _tell(f"error: {explain(error)}", 1)
+    except KeyboardInterrupt:
+        status = _tell("interrupted", 130)
+    return status
 
 
-def _tell(line: str) -> None:
+def _tell(line: str, status: int) -> int:
     # in one piece, and with its number: several ranks may fail at once, for one reason or each for its own
     from lightning.fabric.utilities.rank_zero import _get_rank
 
     rank = _get_rank()
     sys.stderr.write(f"metalit: {f'rank {rank}: ' if rank else ''}{line}\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from metalit.arguments import check_values, origin, prepared
 from metalit.autodiff import Perturbation
 from metalit.callbacks import (
     BestCheckpoint,
+    Ending,
     FitFigures,
     LastCheckpoint,
     PredictionWriter,
@@ -52,6 +53,7 @@ from metalit.messages import explain, failed_constructor
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.modules.ranks import check_nodes
+from metalit.parent import mark_first
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
 from metalit.provenance import check, check_left_over, given_keys, named_configs, on_purpose, run_of, with_own_config
@@ -191,7 +193,7 @@ class MetalitCLI(LightningCLI):
         version = None
         if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
             version = version_folder(self.checkpoint, self.experiment)
-        self.run = RunFolder(self.experiment, version)
+        self.run, self.resumes = RunFolder(self.experiment, version), version is not None
 
     def _compare(self, kept: dict[str, Any]) -> None:
         """Tell how the configuration differs from what the checkpoint was trained with, or refuse it."""
@@ -222,9 +224,11 @@ class MetalitCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(self.run)
+        name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
+        self.save_config_kwargs["config_filename"] = name
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         own = [callback for callback in own if callback is not None]
-        callbacks: list[Callback] = [Report(), ScoreTable(), PredictionWriter()]
+        callbacks: list[Callback] = [Report(), ScoreTable(), PredictionWriter(), Ending()]
         if config.enable_checkpointing is False:
             self._without_checkpoints()
         else:
@@ -263,17 +267,14 @@ class MetalitCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
-        if self.checkpoint and self.checkpoint_step >= self.trainer.max_steps > 0:
-            _say(
-                f"nothing to train: {self.checkpoint} is at outer step {self.checkpoint_step}, "
-                f"and trainer.max_steps is {self.trainer.max_steps}"
-            )
-            return
         going_on = f", going on from {self.checkpoint} at step {self.checkpoint_step}" if self.checkpoint else ""
         self.run.greeting = f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}"
+        if not self.trainer._accelerator_connector.cluster_environment.creates_processes_externally:
+            mark_first()
         try:
             with self.run.opened(self.trainer, trains=True):
                 self.trainer.fit(**kwargs, weights_only=True)
+                self._tell_ending()
         except SIGTERMException:
             # in what comes before training: how Lightning ends then, as if all were well
             raise SystemExit(143) from None
@@ -282,7 +283,7 @@ class MetalitCLI(LightningCLI):
             last = self._callback(LastCheckpoint)
             way = "; the same command with --ckpt_path last goes on from the last checkpoint"
             _say(f"interrupted{way if last and last.best_model_path else ', before anything was saved'}")
-            raise
+            raise SystemExit(130) from None
         except StoppedError as stopped:
             ignore_signals()
             refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
@@ -304,6 +305,24 @@ class MetalitCLI(LightningCLI):
             _say(f"figures:         {self.run.folder / 'figures'}")
         if isinstance(self.trainer.logger, TensorBoardLogger):
             _say(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
+
+    def _tell_ending(self) -> None:
+        """Say why training ended; where there was none, do what the end of the run may not have come to."""
+        ending = self._callback(Ending)
+        if ending is None:
+            return
+        (why, way), step = ending.reason(self.trainer), self.trainer.global_step
+        if self.run.trained or not self.checkpoint:
+            # of processes that multiprocessing has started, nothing comes back
+            if step:
+                _say(f"training ended after outer step {step}: {why}")
+            return
+        if self.resumes and isinstance(self.model, BilevelLearner) and self.trainer.limit_val_batches:
+            self._callback(ScoreTable).ends_fit = True
+            self.trainer.validate(
+                self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True, verbose=False
+            )
+        _say(f"nothing to train: {self.checkpoint} is at outer step {step}, and {why}; to go on, {way}")
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation tasks; the table is the report's."""

@@ -3,6 +3,9 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from errno import ENOENT
+from os import stat_result
+from os.path import samestat
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,7 @@ class RunFolder(Callback):
 
     Attributes:
         folder: where it is; None before it is opened, and where nothing is written.
+        trained: whether an outer step was taken.
         greeting: what is printed, with the folder, once all checks are passed and training begins.
 
     Args:
@@ -125,6 +129,7 @@ class RunFolder(Callback):
         self.folder = experiment / version if version else None
         self.greeting = ""
         self._begun = False
+        self._place: stat_result | None = None
 
     @contextmanager
     def opened(self, trainer: Trainer, trains: bool) -> Iterator[None]:
@@ -133,7 +138,7 @@ class RunFolder(Callback):
         Raises:
             InputError: another run trains in it, or it cannot be made.
         """
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run or self not in trainer.callbacks or not trainer.is_global_zero:
             self.folder = None
             yield
             return
@@ -144,19 +149,24 @@ class RunFolder(Callback):
                 stack.callback(FolderLock(self.folder).release)
                 for left in self.folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
                     left.unlink()
+            self._place = self.folder.stat()
+            failed = True
             try:
                 yield
-            except BaseException:
-                if made and not self._trained():
+                failed = False
+            except OSError as error:
+                error.filename = error.filename or str(self.folder)
+                raise
+            finally:
+                if made and not self.trained and (failed or trains):
                     shutil.rmtree(self.folder, ignore_errors=True)
                     for parent in made:
                         with suppress(OSError):  # another run may use it by now
                             parent.rmdir()
-                elif trains and not self._trained():
+                elif failed and trains and not self.trained:
                     for path in sorted(set(self.folder.rglob("*")) - known, reverse=True):
                         with suppress(OSError):
                             path.rmdir() if path.is_dir() else path.unlink()
-                raise
 
     def _claim(self) -> list[Path]:
         """Make the next version of the experiment; returns the folders above it that had to be made too."""
@@ -181,8 +191,13 @@ class RunFolder(Callback):
                 "that can be written with --trainer.default_root_dir"
             ) from None
 
-    def _trained(self) -> bool:
-        return _BEGUN in (self.folder / ".lock").read_text() if (self.folder / ".lock").exists() else False
+    @property
+    def trained(self) -> bool:
+        """Whether an outer step was taken, in this process or in one that it started."""
+        try:
+            return self._begun or (self.folder is not None and _BEGUN in (self.folder / ".lock").read_text())
+        except OSError:
+            return False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let all ranks know the folder, and have checkpoints saved there, whatever the loggers are."""
@@ -199,6 +214,20 @@ class RunFolder(Callback):
             if trainer.is_global_zero:
                 print(f"{self.greeting}; logs: {self.folder}", flush=True)
             self.greeting = ""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See that the folder is still the one that was opened: another run may have its name by now.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        if self._place and trainer.is_global_zero:
+            try:
+                same = samestat(self.folder.stat(), self._place)
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise FileNotFoundError(ENOENT, "the folder of the run was removed while it trained", str(self.folder))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note that there is something to keep."""
@@ -244,7 +273,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``config_validate.yaml``."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == "validate" and self.config_filename == "config_validate.yaml":
             self.save_config(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,6 +288,7 @@ class SaveConfig(SaveConfigCallback):
         """Write the file, once and on rank 0."""
         folder = run_folder(trainer)
         if trainer.is_global_zero and folder and not self.already_saved:
-            file = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
-            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(
+                self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False
+            )
         self.already_saved = True

@@ -83,7 +83,15 @@ def test_a_signal_as_training_ends_is_not_lightnings(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_sigusr1_is_heard_in_a_job_of_slurm_alone(tmp_path, monkeypatch):
+def test_sigusr1_that_nobody_hears_stops_the_run_outside_of_slurm_too(tmp_path):
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    with pytest.raises(StoppedError, match="after outer step 2, saved in") as stopped:
+        fit(tmp_path, signals=[Send(signal.SIGUSR1, 2)])
+    assert not stopped.value.requeue
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_sigusr1_is_left_to_a_handler_of_the_users_but_in_a_job_of_slurm(tmp_path, monkeypatch):
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
     try:

@@ -1,6 +1,7 @@
 """What happens around training: checkpoints, pictures, progress, tables."""
 
 from metalit.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from metalit.callbacks.ending import Ending
 from metalit.callbacks.figures import FitFigures
 from metalit.callbacks.predictions import PredictionWriter
 from metalit.callbacks.progress import Progress
@@ -12,6 +13,7 @@ from metalit.callbacks.signs import SignsOfLife
 
 __all__ = [
     "BestCheckpoint",
+    "Ending",
     "FitFigures",
     "LastCheckpoint",
     "PredictionWriter",

@@ -31,5 +31,7 @@ class AtomicCheckpointIO(CheckedCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             begun.replace(path)
+        except OSError as error:  # which may not say where
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         finally:
             begun.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Checkpoints: the best learner by validation, and the last one, never more than a minute old."""
+"""Checkpoints: the best learner by validation, and the last one, saved at validations and every minute."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.callbacks.atomic import AtomicCheckpointIO
@@ -55,12 +55,15 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: the learner at the last validation, or later: at most ``seconds`` ago, by the clock of rank 0.
+    """``last.ckpt``: the learner at the last validation, or later, by the clock of rank 0.
+
+    It is saved after the first call of the Trainer, of ``fused_steps`` outer steps, that ends ``seconds`` after the
+    last save; if a validation is due then, after it. So it is at most ``seconds``, a call and a validation old.
 
     With :class:`~metalit.callbacks.StopOnSignal` it also saves where the run is told to stop.
 
     Args:
-        seconds: the time between two saves while no validation comes.
+        seconds: the time after which it is saved though no validation comes.
 
     Raises:
         InputError: negative seconds; when training starts: a :class:`BestCheckpoint` that comes after it, whose score
@@ -85,6 +88,8 @@ class LastCheckpoint(ModelCheckpoint):
                 )
             if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, CheckedCheckpointIO):
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            if not any(isinstance(callback, _SaveFirst) for callback in trainer.callbacks):
+                trainer.callbacks = [_SaveFirst(self), *trainer.callbacks]
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
@@ -103,7 +108,7 @@ class LastCheckpoint(ModelCheckpoint):
             # as Lightning decides it: by epochs, steps, shares, and whether there is anything to validate
             fit = trainer.fit_loop
             if not fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
-                self._save_now(trainer)
+                self.save_now(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Save, also over what was saved after the same step: it does not know the outcome."""
@@ -111,11 +116,8 @@ class LastCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = 0
         super().on_validation_end(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
-        """Save what was trained after the last validation."""
-        self._save_now(trainer)
-
-    def _save_now(self, trainer: Trainer) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Save, unless this step is saved already."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -125,3 +127,17 @@ class LastCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         self._saved_at = time.monotonic()
+
+
+class _SaveFirst(Callback):
+    """At the end of training, saves what was trained after the last validation before other callbacks touch it.
+
+    WeightAveraging puts averages in place of the weights then, from which a resumed run would go on.
+    """
+
+    def __init__(self, saver: LastCheckpoint) -> None:
+        self._saver = saver
+
+    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+        """Save."""
+        self._saver.save_now(trainer)

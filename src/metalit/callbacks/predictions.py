@@ -1,6 +1,7 @@
 """What the learner predicts for the user's own points, as a CSV file and a picture."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,23 @@ class PredictionWriter(Callback):
     The CSV is the user's table with a column ``<output>_predicted`` for each output: the adapted network's answer in
     every row, asked or given. The picture shows the first ``_PANELS`` tasks.
 
+    Files that an earlier prediction wrote are replaced, which is said.
+
     Raises:
-        InputError: a prediction that is not finite; nothing is written then.
+        InputError: a file of another content has the name; a prediction that is not finite; nothing is written then.
     """
 
     def __init__(self) -> None:
         self._answers: list[_Answer] = []
+        self._replaces = False
         self._sketching = Sketching("the picture of the predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
+        """Start afresh, and see that nothing of the user's is overwritten."""
         self._answers = []
+        data = trainer.datamodule
+        if trainer.is_global_zero and isinstance(data, TaskDataModule) and data.predict_file:
+            self._replaces = _replaces(_target(data), data)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: _Answer, *_: Any) -> None:
         """Collect."""
@@ -49,8 +56,7 @@ class PredictionWriter(Callback):
         if not (trainer.is_global_zero and isinstance(data, TaskDataModule)):
             return
         self._check_finite()
-        source = Path(str(data.predict_file))
-        target = source.with_name(f"{source.stem}_predicted.csv")
+        target = _target(data)
         asked, columns = data.asked, data.tasks.columns
         answers = np.full(asked.y.shape, np.nan)
         for name, values, _ in self._answers:
@@ -61,7 +67,7 @@ class PredictionWriter(Callback):
         # as the user's own: numbers are read in the locale that wrote them
         frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
         print(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
-        print(f"predictions: {target}")
+        print(f"predictions: {target}{' (replaced)' if self._replaces else ''}")
         with self._sketching():
             save_picture(pixels(draw_predictions(asked, columns, self._answers)), target.with_suffix(".png"))
             print(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
@@ -78,6 +84,27 @@ class PredictionWriter(Callback):
 
 def _part(answers: Sequence[_Answer]) -> str:
     return f" (the first {_PANELS} of {len(answers)} tasks)" if len(answers) > _PANELS else ""
+
+
+def _target(data: TaskDataModule) -> Path:
+    source = Path(str(data.predict_file))
+    return source.with_name(f"{source.stem}_predicted.csv")
+
+
+def _replaces(target: Path, data: TaskDataModule) -> bool:
+    """Whether there is an earlier prediction; its first line ends with the columns of predictions."""
+    picture = target.with_suffix(".png")
+    if not target.exists() and not picture.exists():
+        return False
+    ends = tuple(f"{output}_predicted{quote}" for output in data.tasks.columns.y[-1:] for quote in ("", '"'))
+    with suppress(OSError, UnicodeDecodeError), target.open(encoding="utf-8") as file:
+        if file.readline().rstrip().endswith(ends):
+            return True
+    there = target if target.exists() else picture
+    raise InputError(
+        f"data.predict_file: {there} is no earlier prediction of {', '.join(data.tasks.columns.y)}, and is not "
+        "overwritten; move it, or give the file of points another name"
+    )
 
 
 def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer]) -> "Figure":

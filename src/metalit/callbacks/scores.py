@@ -28,16 +28,23 @@ class ScoreTable(Callback):
     For a bilevel learner it does so at the end of a fit too, and writes the problem's results to ``results/``, the file
     ``features`` with the names of the input columns; each validation sends histograms of the outer variable to
     TensorBoard.
+
+    Attributes:
+        ends_fit: let ``validate`` do what the end of a fit does, for one that was killed before it had.
     """
 
     def __init__(self) -> None:
+        self.ends_fit = False
         self._told: list[str | Table] = []
         self._sketching = Sketching("histograms of the outer variable")
 
     def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
         """Keep what ``validate`` found; draw the outer variable in the validations of a fit."""
         if trainer.state.fn == "validate":
-            self._told = _report(trainer, learner, "val")
+            when = f" after {learner.outer_step} outer steps" if self.ends_fit else ""
+            self._told = _report(trainer, learner, "val", when)
+            if self.ends_fit:
+                self._told += _results(trainer, learner)
         elif isinstance(learner, BilevelLearner) and not trainer.sanity_checking:
             with self._sketching():
                 for logger in tensorboards(trainer):
@@ -59,16 +66,21 @@ class ScoreTable(Callback):
         with learner.evaluating(), torch.no_grad():
             tables = [table for tasks in batches for table in learner.judge(tasks, "val", True)]
             learner.scores = means(items_of_ranks(trainer, tables))
-            results = learner.results(next(iter(loader)))
         self._told = _report(trainer, learner, "val", f" after {learner.outer_step} outer steps")
-        folder = run_folder(trainer)
-        if folder and trainer.is_global_zero:
-            self._told += _write(folder / "results", results, getattr(trainer.datamodule, "columns", None))
+        self._told += _results(trainer, learner)
 
     def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
         """Print all that, below the progress bar, which is drawn until now."""
         show(self._told)
         self._told = []
+
+
+def _results(trainer: Trainer, learner: BilevelLearner) -> list[str]:
+    """Write the files of what was found, and return where."""
+    with learner.evaluating(), torch.no_grad():
+        results = learner.results(next(iter(trainer.val_dataloaders)))
+    folder = run_folder(trainer) if trainer.is_global_zero else None
+    return _write(folder / "results", results, getattr(trainer.datamodule, "columns", None)) if folder else []
 
 
 def _report(trainer: Trainer, learner: LightningModule, split: Split, when: str = "") -> list[str | Table]:

@@ -19,7 +19,10 @@ from metalit.patience import give_up, is_waiting
 
 
 class StopOnSignal(Callback):
-    """SIGTERM on any rank, or SLURM's SIGUSR1, ends the run at the end of the step that it comes in, or of the first.
+    """SIGTERM or SIGUSR1 on any rank ends the run at the end of the step that it comes in, or of the first.
+
+    SLURM's SIGUSR1 has the job put back into the queue too. Outside of SLURM, a handler that is not Python's default is
+    left to hear it.
 
     The handler takes a note and ends what is being compiled, and nothing else; the ranks agree with the next gradient
     (:class:`~metalit.modules.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
@@ -50,20 +53,22 @@ class StopOnSignal(Callback):
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
         self._received, self._stops, self._requeues = set(), False, False
-        self._before = {number: signal.getsignal(number) for number in _requeueing()}
+        before = signal.getsignal(signal.SIGUSR1)
+        self._before = {signal.SIGUSR1: before} if in_slurm() or before is signal.SIG_DFL else {}
         # not yet SIGTERM: nothing is trained that would have to be saved
-        self._listen(trainer, *_requeueing())
+        if in_slurm():
+            self._listen(trainer, *self._before)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Listen in place of Lightning."""
-        self._listen(trainer, signal.SIGTERM, *_requeueing())
+        self._listen(trainer, signal.SIGTERM, *self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Listen in place of Lightning, and say to the other ranks what was heard."""
-        self._listen(trainer, signal.SIGTERM, *_requeueing())
+        self._listen(trainer, signal.SIGTERM, *self._before)
         self._trainer, self._first = trainer, trainer.global_step
         pl_module.agreement.wish("stop", lambda: bool(self._received))
-        pl_module.agreement.wish("requeue", lambda: signal.SIGUSR1 in self._received)
+        pl_module.agreement.wish("requeue", lambda: in_slurm() and signal.SIGUSR1 in self._received)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
         """Ask whether to go on."""
@@ -104,8 +109,9 @@ class StopOnSignal(Callback):
         return StoppedError(trainer.global_step, begun, signal.SIGUSR1 in self._received)
 
 
-def _requeueing() -> list[int]:
-    return [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+def in_slurm() -> bool:
+    """Whether this is a job of SLURM."""
+    return "SLURM_JOB_ID" in os.environ
 
 
 def leave_signals(handlers: Mapping[int, Any]) -> None:
@@ -117,7 +123,7 @@ def leave_signals(handlers: Mapping[int, Any]) -> None:
 
 def ignore_signals() -> None:
     """From now on: one that comes late, to this rank or in haste, must not keep the job from being requeued."""
-    leave_signals(dict.fromkeys((signal.SIGTERM, *_requeueing()), signal.SIG_IGN))
+    leave_signals(dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN))
 
 
 def requeue() -> str | None:
