@@ -371,8 +371,6 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
         warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-        # no validation is what data.tasks.val=0 asks for, and it is told
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         # Lightning's own calls, none of the user's doing
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")

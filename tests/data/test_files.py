@@ -44,6 +44,11 @@ def test_the_separator_is_found(tmp_path, separator):
     assert [record[0] for record in records.cells[1:]] == ["a,b;c|d"] * 3
 
 
+def test_a_first_line_may_name_the_separator(tmp_path):
+    records = read_records(written(tmp_path, "sep=;\r\na,b;c\r\n1,5;2\r\n"), "file")
+    assert (records.cells, records.lines, records.separator) == ([["a,b", "c"], ["1,5", "2"]], [2, 3], ";")
+
+
 def test_decimal_commas_do_not_make_a_separator(tmp_path):
     text = "zeit, tage;wert\n" + "1,5;2,5\n" * 3
     assert read_records(written(tmp_path, text), "file").separator == ";"

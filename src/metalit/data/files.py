@@ -40,6 +40,7 @@ _MARKS = {
 }
 _NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_DECLARED = re.compile(r"sep=([,;\t|])[\r\n]")  # a first line of Excel's
 _LOOKED_AT = 20  # records that tell which separator it is
 
 
@@ -89,7 +90,8 @@ def read_records(file: str | Path, owner: str) -> Records:
         InputError: no such file, no text, or quotes that do not end.
     """
     text = read_text(file, owner)
-    separator = _separator(text)
+    declared = _DECLARED.match(text)
+    separator = declared[1] if declared else _separator(text)
     with _cells_of_any_length():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         cells, lines = [], []
@@ -102,7 +104,8 @@ def read_records(file: str | Path, owner: str) -> Records:
             raise InputError(
                 f"{owner}={shown(str(file))} is no CSV table: line {reader.line_num}: {cause}; mend the quotes"
             ) from None
-    return Records(cells, lines, separator)
+    first = 1 if declared else 0
+    return Records(cells[first:], lines[first:], separator)
 
 
 def read_text(file: str | Path, owner: str) -> str:
