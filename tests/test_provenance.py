@@ -155,7 +155,9 @@ def test_without_a_config_the_runs_own_is_taken_wherever_it_lies(points, tmp_pat
     shutil.move(tmp_path / "lightning_logs/sine_maml/version_0", moved)
     best = moved / "checkpoints/best.ckpt"
     assert main(["test", "--ckpt_path", str(best)]) == 0
-    assert "was trained with" not in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert f"metalit: with the configuration of the run, {moved / 'config.yaml'}" in output
+    assert "was trained with" not in output
     assert len((moved / "test_tasks.csv").read_text().splitlines()) == 3 + 1
     assert yaml.safe_load((moved / "config_test.yaml").read_text())["model"]["init_args"]["inner_optimizer"][
         "init_args"

@@ -91,7 +91,10 @@ class MetalitCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        self._args = args = with_own_config(args)
+        self._args = with_own_config(args)
+        if len(self._args) > len(args):
+            _say(f"metalit: with the configuration of the run, {named_configs(self._args)[0]}")
+        args = self._args
         # with subcommands, ${…} must hold below the subcommand's own root
         # and no value may name os, subprocess, pickle and the like: an empty list makes jsonargparse enforce its own
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=[])
