@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from metalit.autodiff import call, per_sample_gradients, per_sample_hessian, per_sample_jacobian
+from metalit.autodiff import call, gradient_at, per_sample_gradients, per_sample_hessian, per_sample_jacobian
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.networks import MLP
@@ -674,6 +674,18 @@ class Remembers(nn.Linear):
 def test_what_cannot_be_vectorised_over_rows_is_refused(module, told):
     rows = torch.ones(4, 2)
     refused(told, per_sample_gradients, module, rows.long() if "max_norm" in told else rows)
+
+
+def test_a_backward_hook_is_refused():
+    module = nn.Linear(2, 1)
+    module.register_full_backward_hook(lambda *_: None)
+    refused("a backward hook.*cannot be vectorised over rows", per_sample_gradients, module, X)
+
+
+def test_a_lazy_layer_is_refused():
+    refused("fn: LazyLinear has no values for weight yet", per_sample_gradients, nn.LazyLinear(1), X)
+    with pytest.raises(InputError, match="module: LazyLinear has no values for weight yet"):
+        gradient_at(nn.LazyLinear(1), lambda network: network(X).sum())
 
 
 def test_sparse_embeddings_have_the_gradients_of_dense_ones():

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from collections import defaultdict, deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,60 @@ class Counts(Base):
         self.kinds.add(len(self.kinds))
         self.box.calls += 1
         return super().forward(x) * self.seen * self.box.calls * len(self.sizes["rows"])
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 1
+
+
+class Odd(Base):
+    """In an object without a dictionary, an array of numpy, a default dictionary, a deque and a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.box, self.array, self.pair = Slotted(), np.ones(2), (torch.ones(2), [1])
+        self.counts, self.queue = defaultdict(int), deque([1], maxlen=2)
+
+    def forward(self, x):
+        self.box.calls += 1
+        self.array += 1
+        self.counts["calls"] += 1
+        self.queue.append(2 * self.queue[-1])
+        self.pair[0].mul_(2)
+        self.pair[1][0] += 1
+        factor = self.box.calls * self.counts["calls"] * self.queue[-1] * self.pair[1][0] * float(self.array.sum())
+        return super().forward(x) * factor * self.pair[0]
+
+
+class Views(Base):
+    """A buffer, another name of it, and a part of it that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("whole", torch.arange(4.0))
+        self.register_buffer("again", self.whole)
+        self.part = self.whole[1:3]
+
+    def forward(self, x):
+        self.whole.add_(1)
+        return super().forward(x) * self.part + self.again.sum()
+
+
+class Forgets(Base):
+    """Deletes an attribute and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.flag = 1
+        self.register_buffer("once", torch.ones(2))
+
+    def forward(self, x):
+        found = super().forward(x) * self.once * self.flag
+        del self.flag, self.once
+        return found
 
 
 class InPlace(Base):
@@ -147,6 +203,9 @@ class Words(nn.Module):
 KINDS = {
     "kept activation": Keeps,
     "counters": Counts,
+    "odd containers": Odd,
+    "views": Views,
+    "deletions": Forgets,
     "tensors": InPlace,
     "buffers": Buffers,
     "weights": Clamps,
@@ -201,7 +260,9 @@ def everything(network):
             found[path] = id(value), list(value)
             for name, part in value.items():
                 note(f"{path}.{name}", part)
-        elif isinstance(value, list):
+        elif isinstance(value, Slotted):
+            found[path] = id(value), value.calls
+        elif isinstance(value, list | tuple):
             found[path] = id(value), len(value)
             for place, part in enumerate(value):
                 note(f"{path}.{place}", part)
@@ -236,7 +297,10 @@ def test_the_module_and_the_inputs_are_left_as_they_were(kind, way):
     pickle.dumps(network.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["weights", "max_norm", "input", "buffers", "tensors", "spectral norm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["weights", "max_norm", "input", "views", "odd containers", "deletions", "buffers", "tensors", "spectral norm"],
+)
 def test_what_is_evaluated_is_what_torch_would_compute(kind):
     torch.manual_seed(0)
     network, x = KINDS[kind](), torch.randn(6, 4)

@@ -15,6 +15,7 @@ from metalit.autodiff.functional import With
 from metalit.autodiff.names import of_module
 from metalit.autodiff.perturbations import Perturbation
 from metalit.autodiff.untouched import Kept, untouched
+from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import fold
 
@@ -68,6 +69,7 @@ def gradient_at(
     >>> gradient_at(layer, lambda network: network(torch.tensor([2.0])).square().sum(), weights)
     (tensor(49.), {'weight': tensor([[28.]]), 'bias': tensor([14.])})
     """
+    check_network("module", module)
     given = of_module(module, parameters or {})
     with torch.inference_mode(False), untouched(module) as kept:
         # clones, as a forward pass may write to them

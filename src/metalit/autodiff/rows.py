@@ -18,6 +18,7 @@ from metalit.autodiff.functional import With, evaluated
 from metalit.autodiff.names import matching, of_module
 from metalit.autodiff.reached import Bypass
 from metalit.autodiff.untouched import untouched
+from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.tree import Tree, leaves, tree_map
@@ -106,6 +107,11 @@ _REFUSED = {
     "support dynamic shape": (
         "fn: a shape depends on values (x[mask], nonzero), which cannot be vectorised over rows; use torch.where"
     ),
+    "setup_context": (
+        "fn: a backward hook, or an autograd.Function without setup_context, cannot be vectorised over rows; leave it "
+        "out, or write setup_context"
+    ),
+    "mutate a captured Tensor": _IN_PLACE,
     "there exists a Tensor `other`": _IN_PLACE,
     "doesn't match the broadcast shape": _IN_PLACE,
 }
@@ -183,6 +189,7 @@ def _evaluation(
     """``evaluate(parameters, row, key)`` and the parameters at which the derivatives are taken."""
     if not isinstance(fn, nn.Module):
         return _of_function(fn, loss, dict(parameters or {}))
+    check_network("fn", fn)
     mixes = [layer for layer in fn.modules() if isinstance(layer, _BatchNorm)]
     if any(layer.training or layer.running_mean is None for layer in mixes):
         raise InputError(

@@ -32,6 +32,7 @@ class Kept:
         self._empty: list[Any] = []
         self._others: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Callable[[Any, Tensor], None], Any, Tensor]] = []
+        self._tuples: list[tuple[Callable[[Any, Any], None], Any, tuple[Any, ...]]] = []
         self._seen: set[int] = set()
         if isinstance(module, nn.Module):
             self._keep_layers(module)
@@ -48,14 +49,7 @@ class Kept:
             if value:
                 value.clear()
         for value, content in self._others:
-            if isinstance(value, torch.Generator):
-                value.set_state(content)
-            elif isinstance(value, set):
-                value.clear()
-                value.update(content)
-            else:
-                value.clear()
-                value.extend(content)
+            _put_back(value, content)
         for tensor, value in self._values:
             # tensors that share memory cannot be written to; they have not been, then
             if not torch.equal(tensor, value):
@@ -63,9 +57,12 @@ class Kept:
 
     def lend(self) -> dict[int, Tensor]:
         """Let the module hold clones of its tensors until they are put back, by the id of each; parameters aside."""
-        clones = {id(tensor): tensor.clone() for tensor in self._distinct()}
+        clones = _clones(self._distinct())
         for put, key, tensor in self._tensors:
             put(key, clones[id(tensor)])
+        for put, key, parts in self._tuples:
+            new = [clones.get(id(part), part) for part in parts]
+            put(key, parts._make(new) if hasattr(parts, "_make") else tuple(new))
         return clones
 
     def restore_parameters(self) -> None:
@@ -114,12 +111,14 @@ class Kept:
 
     def _keep(self, put: Callable[[Any, Any], None] | None, key: Any, value: Any) -> None:
         if isinstance(value, Tensor):
-            if put is not None and not isinstance(value, nn.Parameter):
-                self._tensors.append((put, key, value))
+            if not isinstance(value, nn.Parameter):
+                self._tensors.append((put or _nowhere, key, value))
         elif isinstance(value, nn.Module):
             self._keep_layers(value)  # one that is not registered
         elif id(value) not in self._seen:
             self._seen.add(id(value))
+            if isinstance(value, tuple) and put is not None:
+                self._tuples.append((put, key, value))
             self._keep_inside(value)
 
     def _keep_inside(self, value: Any) -> None:
@@ -137,6 +136,10 @@ class Kept:
             self._keep_each(None, enumerate(value))
         elif isinstance(value, torch.Generator):
             self._others.append((value, value.get_state()))
+        elif hasattr(value, "__array_interface__"):
+            self._others.append((value, value.copy()))
+        elif slots := _slots(value):
+            self._others.append((value, {name: getattr(value, name) for name in slots}))
         elif not isinstance(value, type) and type(state := getattr(value, "__dict__", None)) is dict:
             # an object of the user's: its own attributes, and nothing beyond
             self._dicts.append((state, state.copy()))
@@ -148,6 +151,47 @@ class Kept:
         for key, value in items:
             if type(value) not in _PLAIN:
                 self._keep(put, key, value)
+
+
+def _nowhere(key: Any, value: Any) -> None:
+    """A place in a tuple, which is put anew as a whole."""
+
+
+def _clones(tensors: list[Tensor]) -> dict[int, Tensor]:
+    """A clone of each by its id; those that share memory share it then too."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        memory = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+        groups.setdefault((memory, tensor.dtype), []).append(tensor)
+    found: dict[int, Tensor] = {}
+    for first, *others in groups.values():
+        if not others:
+            found[id(first)] = first.clone()
+            continue
+        whole = first.new_empty(0).set_(first.untyped_storage()).clone()
+        for part in (first, *others):
+            found[id(part)] = whole.as_strided(part.size(), part.stride(), part.storage_offset())
+    return found
+
+
+def _put_back(value: Any, content: Any) -> None:
+    if isinstance(value, torch.Generator):
+        value.set_state(content)
+    elif hasattr(value, "__array_interface__"):
+        value[...] = content
+    elif isinstance(content, dict):  # of an object without a dictionary
+        for name, part in content.items():
+            setattr(value, name, part)
+    else:
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(content)
+
+
+def _slots(value: Any) -> list[str]:
+    """The attributes of an object that has no dictionary of them."""
+    kinds = [] if isinstance(value, type) or hasattr(value, "__dict__") else type(value).__mro__
+    names = [name for kind in kinds for name in vars(kind).get("__slots__", ())]
+    return [name for name in names if hasattr(value, name)]
 
 
 @contextmanager
