@@ -292,7 +292,7 @@ def test_an_inner_variable_of_several_types_keeps_them_through_solvers_and_warm_
         (
             nn.Linear(3, 1),
             nn.CrossEntropyLoss(reduction="none", weight=torch.ones(3)),
-            r"^model: layer 'loss' \(",
+            r"^loss: it fails on what the network",
         ),
         (nn.GRU(3, 1), None, r"^network: it returned a tuple"),
     ],
@@ -309,3 +309,10 @@ def test_finding_the_cause_leaves_the_network_as_it_was(tmp_path):
     with pytest.raises(InputError, match=r"layer '2' \(Linear\) fails with RuntimeError"):
         trainer(tmp_path).fit(MetaLearner(FewShot(network), SGD(0.1), Unrolled(1)), sine())
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+
+
+def test_fewer_outputs_than_classes_are_told(tmp_path):
+    points = [Points(torch.randn(5, 2), torch.arange(5) % 3) for _ in range(4)]
+    module = MetaLearner(FewShot(nn.Linear(2, 2)), SGD(0.1), Unrolled(1))
+    with pytest.raises(InputError, match=r"^loss: it fails on what the network predicts with IndexError: Target 2"):
+        trainer(tmp_path).fit(module, DataLoader(list(zip(points, points, strict=True)), 2))

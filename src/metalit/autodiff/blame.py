@@ -68,6 +68,11 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
         x: the inputs, ``[rows, ...]``, that it was tried on, if they are known.
     """
     line = first_line(error)
+    if _in_the_loss(error):
+        return (
+            f"loss: it fails on what the network predicts with {type(error).__name__}: {line}; classes 0 … C − 1 need "
+            "C outputs, real targets as many as they have columns"
+        )
     if x is not None and _ABOUT_SHAPES.search(line) and not _gets_through_a_layer(module, x):
         columns = f", {x.shape[-1]} column(s) of x" if x.dim() > 1 else ""
         return f"{owner} cannot take inputs of shape {tuple(x.shape)}{columns}: {line}"
@@ -79,6 +84,14 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
         )
     told = _of_types(module, x) if x is not None and ("type" in line or "scalar" in line) else ""
     return f"{owner}{': ' + place if place else ''} fails with {type(error).__name__}: {line}{told}"
+
+
+def _in_the_loss(error: BaseException) -> bool:
+    trace, found = error.__traceback__, False
+    while trace is not None:
+        found = found or trace.tb_frame.f_code.co_name == "row_losses"
+        trace = trace.tb_next
+    return found
 
 
 def _of_types(module: nn.Module, x: Tensor) -> str:
