@@ -30,9 +30,13 @@ _UNCHECKED = {torch.ops.aten._linalg_check_errors.default: lambda *_, **__: None
 _OPTIONS = {
     # a program with a loop is kept in the cache as well: what it loops over is part of the graph, and so of its key
     "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__},
+}
+_ON_CPU = {
+    # the calls between kernels in C++ too: from Python they cost as much as small kernels
+    "cpp_wrapper": True,
     # a value that is used twice is written out twice, until it is of so many operations: a chain that doubles, as a
     # hash does, would otherwise be written out a thousand times
-    "realize_cpu_opcount_threshold": 20,
+    "realize_opcount_threshold": 20,
 }
 
 
@@ -252,8 +256,7 @@ class CompiledProgram(Program):
                 graph,
                 tensors,
                 dynamic_shapes="from_example_inputs",
-                # the calls between kernels in C++ too: from Python they cost as much as small kernels
-                options={"config_patches": _OPTIONS | {"cpp_wrapper": self.device == "cpu"}},
+                options={"config_patches": _OPTIONS | (_ON_CPU if self.device == "cpu" else {})},
             )
 
     def __call__(self, values: Values) -> list[Any]:
