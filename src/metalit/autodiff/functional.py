@@ -35,7 +35,8 @@ def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, k
     Raises:
         InputError: a name that is no parameter of the module; ``InstanceNorm`` with running statistics.
 
-    >>> layer = torch.nn.Linear(2, 1)
+    >>> import torch
+    >>> layer = nn.Linear(2, 1)
     >>> call(layer, {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.zeros(1)}, torch.tensor([3.0, 4.0]))
     tensor([11.])
     """
