@@ -23,6 +23,7 @@ and predict take the best one if none is named.
        metalit --version
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -64,7 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except StoppedError:
         status = 143
     except OSError as error:
-        status = _tell(f"error: {explain(error)}", 1)
+        # a name that is too long was given; what else a disk refuses may be no fault of the user's
+        status = _tell(f"error: {explain(error)}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         status = _tell("interrupted", 130)
     return status

@@ -2,6 +2,7 @@
 
 import errno
 
+_LONGEST = 200  # letters of a path in a message
 _WAYS = {
     errno.ENOSPC: "free some space; a run goes on from its last checkpoint with --ckpt_path last",
     errno.EDQUOT: "free some of your quota; a run goes on from its last checkpoint with --ckpt_path last",
@@ -21,7 +22,8 @@ def explain(error: OSError) -> str:
     >>> explain(OSError(errno.ENAMETOOLONG, "File name too long", "aaa"))
     'aaa: File name too long; use a shorter name or path'
     """
-    where = error.filename
+    where = str(error.filename or "")
+    where = where if len(where) <= _LONGEST else f"{where[:_LONGEST]}…"
     told = " ".join((error.strerror or str(error) or type(error).__name__).split())
     way = _WAYS.get(error.errno or 0)
     return "; ".join(filter(None, [f"{where}: {told}" if where else told, way]))
