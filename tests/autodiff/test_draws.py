@@ -10,6 +10,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from metalit.autodiff import SAM, call, draws, gradient_at, per_sample_gradients, perturbed_gradient
+from metalit.autodiff.perturbed import gradient_in_training
 from metalit.errors import InputError
 
 KEY = torch.tensor(3)
@@ -204,3 +205,34 @@ def test_layers_that_do_not_draw_are_known():
 def test_draws_under_vmap_that_no_key_reaches_are_torchs_error():
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda key: call(built("rand_like"), {}, torch.ones(2, 6), key=key))(torch.arange(3))
+
+
+class Late(nn.Module):
+    """Begins to drop when it is told to, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drops = nn.Linear(6, 6), False
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return F.dropout(self.layer(x), 0.5) if self.drops else self.layer(x)
+
+
+@pytest.mark.parametrize("at", [gradient_at, gradient_in_training])
+def test_a_network_that_begins_to_drop_later_drops_as_one_that_always_did(at):
+    torch.manual_seed(0)
+    always, late, x = Late(), Late(), torch.randn(4, 6)
+    late.load_state_dict(always.state_dict())
+
+    def found(network):
+        return at(network, lambda network: network(x).square().sum(), dict(network.named_parameters()), KEY)
+
+    found(late)
+    late.drops, always.drops = True, True
+    late.seen.zero_()
+    expected, got = found(always), found(late)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1]["layer.weight"], expected[1]["layer.weight"])
+    assert late.seen == always.seen == (0 if at is gradient_at else 1)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metalit.autodiff.watch import Known
-from metalit.keys import fold, uniform
+from metalit.keys import fold, folded, uniform
 
 
 def draws(module: nn.Module) -> bool:
@@ -36,28 +36,52 @@ def _layer_draws(layer: nn.Module) -> bool:
     return isinstance(layer, nn.RReLU) and layer.lower < layer.upper
 
 
+class DrewError(Exception):
+    """A module drew, that had drawn nothing before: what it found must be found anew, with masks from the key."""
+
+
 @contextmanager
-def drawing_by(key: Tensor | None, module: object, rows: range | None = None) -> Iterator[None]:
+def drawing_by(key: Tensor | None, module: object, rows: range | None = None, again: bool = False) -> Iterator[None]:
     """Let all that is random in ``module`` follow a key, of the rows with these numbers; without one, it draws freely.
 
     Dropout takes its masks from the key. Whatever else is drawn comes from the usual generators, those of torch, Python
     and numpy and those that the module holds, which begin at the key and are put back afterwards. Under ``vmap``, where
     a key is many, they cannot: torch refuses to draw there.
+
+    With ``again``, dropout is looked for in what has drawn before alone: to look costs more than a small network.
+
+    Raises:
+        DrewError: with ``again``, where a module draws that did not before.
     """
     if key is None:
         yield
         return
-    seed = None if is_batched(key) else int(fold(key, rows.start if rows else 0))
-    with KeyedDropout(key, rows), nullcontext() if seed is None else _seeded(seed, module):
-        yield
+    if is_batched(key):
+        with KeyedDropout(key, rows):
+            yield
+        return
+    masks = KeyedDropout(key, rows)
+    layers = list(module.modules()) if isinstance(module, nn.Module) else []
+    known = _DRAWS.get(layers) if layers else None
+    looks = not again or known is not False
+    with _seeded(folded(int(key), rows.start if rows else 0), layers) as drawn:
+        with masks if looks else nullcontext():
+            yield
+        if layers:
+            draws = masks.calls > 0 or drawn()
+            if draws or known is None:
+                _DRAWS.set(layers, draws)
+            if draws and not looks:
+                raise DrewError
 
 
+_DRAWS = Known()  # by dropout, or from a generator of torch
 _DRAWS_ELSEWHERE = Known()  # by the generators of Python or numpy, which are slow to set
 
 
 @contextmanager
-def _seeded(seed: int, module: object) -> Iterator[None]:
-    layers = list(module.modules()) if isinstance(module, nn.Module) else []
+def _seeded(seed: int, layers: list[nn.Module]) -> Iterator[Callable[[], bool]]:
+    """Let all generators begin at a seed; yields what says whether one of torch's was drawn from."""
     own = [value for layer in layers for value in layer.__dict__.values() if isinstance(value, torch.Generator)]
     own += generators(value for layer in layers for value in layer._parameters.values() if value is not None)
     states = [generator.get_state() for generator in own]
@@ -65,11 +89,16 @@ def _seeded(seed: int, module: object) -> Iterator[None]:
     try:
         for generator in own:
             generator.manual_seed(seed)
+        begun = [generator.get_state() for generator in own]
+
+        def drawn() -> bool:
+            return not all(map(torch.equal, begun, [generator.get_state() for generator in own]))
+
         if known is False:
-            yield
+            yield drawn
             return
         with Elsewhere(seed) as elsewhere:
-            yield
+            yield drawn
         if layers:
             _DRAWS_ELSEWHERE.set(layers, elsewhere.drawn)
     finally:

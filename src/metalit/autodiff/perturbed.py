@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from metalit.autodiff.draws import drawing_by
+from metalit.autodiff.draws import DrewError, drawing_by
 from metalit.autodiff.exact import check_exact
 from metalit.autodiff.functional import With
 from metalit.autodiff.names import of_module
@@ -17,7 +17,7 @@ from metalit.autodiff.perturbations import Perturbation
 from metalit.autodiff.untouched import Kept, untouched
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
-from metalit.keys import fold
+from metalit.keys import folded
 
 Loss: TypeAlias = Callable[[Callable[..., Any]], Tensor]
 _INDEPENDENT = "loss: it does not depend on the network it is given; compute it from network(...)"
@@ -71,12 +71,18 @@ def gradient_at(
     """
     check_network("module", module)
     given = of_module(module, parameters or {})
-    with torch.inference_mode(False), untouched(module) as kept:
-        # clones, as a forward pass may write to them
-        point = {name: given.get(name, value).detach().clone() for name, value in module.named_parameters()}
-        kept.lend()
-        point |= buffers or {}
-        return _gradient(module, loss, point, key, rows)
+
+    def found(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.inference_mode(False), untouched(module) as kept:
+            # clones, as a forward pass may write to them
+            point = {name: given.get(name, value).detach().clone() for name, value in module.named_parameters()}
+            kept.lend()
+            return _gradient(module, loss, point | (buffers or {}), key, rows, again)
+
+    try:
+        return found(again=not buffers)
+    except DrewError:
+        return found(again=False)
 
 
 def gradient_in_training(
@@ -87,18 +93,26 @@ def gradient_in_training(
     So are its buffers, its attributes, and the given parameters if it writes to them; but no tensor stays on a graph.
     """
     given = of_module(module, parameters)
-    kept = Kept(module)
+    kept = Kept(module, values=True)
+
+    def found(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        point = {name: _constant(given.get(name, value)) for name, value in module.named_parameters()}
+        return _gradient(module, loss, point, key, rows, again)
+
     try:
         with torch.inference_mode(False):
-            own = dict(module.named_parameters())
-            return _gradient(module, loss, {name: _constant(given.get(name, own[name])) for name in own}, key, rows)
+            try:
+                return found(again=True)
+            except DrewError:
+                kept.restore()
+                return found(again=False)
     finally:
         kept.restore_parameters()
         kept.cut()
 
 
 def _gradient(
-    module: nn.Module, loss: Loss, state: dict[str, Tensor], key: Tensor | None, rows: range | None
+    module: nn.Module, loss: Loss, state: dict[str, Tensor], key: Tensor | None, rows: range | None, again: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss with ``state`` as parameters and buffers, and its gradient by the trainable ones of the parameters."""
     names = dict(module.named_parameters())
@@ -106,7 +120,9 @@ def _gradient(
     if not own:
         raise InputError(f"module: {type(module).__name__} has no trainable parameter to differentiate by")
     check_exact(module.modules())
-    with torch.enable_grad(), drawing_by(None if key is None else fold(key, DROPOUT), module, rows):
+    if key is not None:
+        key = torch.tensor(folded(int(key), DROPOUT), device=key.device)
+    with torch.enable_grad(), drawing_by(key, module, rows, again):
         # as parameters, so that a module can assign them: w /= w.norm() does
         state = {name: nn.Parameter(at, name in own) if name in names else at for name, at in state.items()}
         free = {name: state[name] for name in own}
@@ -141,6 +157,8 @@ def _dense(slope: Tensor | None, like: Tensor) -> Tensor:
 
 def _cloned(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs of a forward pass, which it may then write to."""
+    if not options and all(type(value) is Tensor for value in inputs):
+        return tuple(value.clone() for value in inputs), options
     return tree_map_only(Tensor, torch.clone, (inputs, options))
 
 

@@ -19,7 +19,7 @@ from metalit.autodiff.usable import check_network
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
 from metalit.judging import real_rows, right_rows
-from metalit.keys import fold
+from metalit.keys import folded
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.buffers import adopt_buffers, buffer_names
@@ -108,7 +108,7 @@ class SupervisedLearner(OuterLearner):
         points = self._points(batch)
         self._check_padding(points)
         # on the CPU: what dropout makes of it goes to the device, and nothing waits for the device
-        key = fold(torch.tensor(self.seed), self.global_step)
+        key = torch.tensor(folded(self.seed, self.global_step))
         count = len(points.x)
         given = points, torch.arange(count) + count * self.trainer.global_rank
         outer = self.outer()
