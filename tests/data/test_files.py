@@ -67,6 +67,14 @@ def test_commas_that_may_be_those_of_thousands_are_told(tmp_path):
     assert numbers(frame, ["y"], "file")[:, 0].tolist() == [0.123, 1.234]
 
 
+def test_points_that_may_be_those_of_thousands_are_told(tmp_path):
+    frame = read_table(written(tmp_path, "dose;level\n1.000;0,5\n500;2,5\n"), "file")
+    told(lambda: numbers(frame, ["dose"], "file"), "column 'dose' holds '1.000'", "thousands", "such as '0,5'")
+    for table in ("dose;level\n1.000;0,5\n2.5;2,5\n", "dose;level\n1.000;0.5\n2.500;2\n"):
+        frame = read_table(written(tmp_path, table), "file")
+        assert numbers(frame, ["dose"], "file")[:, 0].tolist() == [1.0, 2.5]
+
+
 def test_decimal_commas_between_commas_are_told(tmp_path):
     frame = read_table(written(tmp_path, 'x,y\n"1,5",2\n'), "file")
     told(lambda: numbers(frame, ["x"], "file"), "'1,5' in line 2", "with a decimal point")

@@ -419,7 +419,7 @@ def test_rows_without_y_are_no_training_rows(tmp_path, word):
     expected = curves(write_csv(tmp_path / "whole.csv", ("task", "x", "y"), ROWS)).splits
     # two rows of tasks that have others, one of them without x too, and the only one of a task
     holes = [*ROWS[:5], ("t1", "bad", word), *ROWS[5:], ("t2", 100, word), ("nothing", 1, word)]
-    with pytest.warns(match=r"3 of 27 rows hold no number in each of \['y'\], and are left out"):
+    with pytest.warns(match=r"3 of 27 rows have no number in 'y', and are left out"):
         found = curves(write_csv(tmp_path / "table.csv", ("task", "x", "y"), holes)).splits
     for split, whole in expected.items():
         assert found[split].names == whole.names

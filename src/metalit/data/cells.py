@@ -17,6 +17,7 @@ LARGEST = float(np.finfo(np.float32).max)
 _LEVELS_SHOWN = 12
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?")
 _MAYBE_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")
+_MAYBE_THOUSANDS_POINT = re.compile(r"[+-]?[1-9]\d{0,2}(?:\.\d{3})+")
 _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
 _DATE = re.compile(r"\d{4}[-/.]\d\d?[-/.]\d\d?\b.*|\d\d?[-/.]\d\d?[-/.]\d{2,4}\b.*")
 
@@ -58,6 +59,8 @@ def numbers(frame: pd.DataFrame, names: Sequence[str], owner: str, missing: bool
     for column, name in enumerate(names):
         texts = frame[name].tolist()
         comma = decimal_comma(texts, frame.attrs["separator"], f"{owner}: column {name!r}")
+        if not comma:
+            _check_points(frame, texts, f"{owner}: column {name!r}")
         frame.attrs["decimal"] = "," if comma else frame.attrs["decimal"]
         values[:, column] = [value_of(text, comma) for text in texts]
     large = np.abs(values) > LARGEST  # infinite ones too
@@ -100,6 +103,21 @@ def decimal_comma(texts: Sequence[str], separator: str, owner: str) -> bool:
             f"{owner} holds {commas[0]!r} {what}; write numbers with a decimal point and without signs for thousands"
         )
     return True
+
+
+def _check_points(frame: pd.DataFrame, texts: Sequence[str], owner: str) -> None:
+    """Raise an :class:`InputError` where "1.000" may be a thousand, since other columns have decimal commas."""
+    points = [text for text in texts if _DECIMAL_POINT.fullmatch(text)]
+    if frame.attrs["separator"] == "," or not points or not all(map(_MAYBE_THOUSANDS_POINT.fullmatch, points)):
+        return
+    # by position: an unused column may stand twice
+    commas = (_DECIMAL_COMMA.fullmatch(text) for place in range(frame.shape[1]) for text in frame.iloc[:, place])
+    other = next(filter(None, commas), None)
+    if other:
+        raise InputError(
+            f"{owner} holds {points[0]!r} whose point may be that of thousands, since other columns hold numbers such "
+            f"as {other[0]!r}; write numbers with one decimal sign and without signs for thousands"
+        )
 
 
 def _reason(text: str, large: bool) -> str:

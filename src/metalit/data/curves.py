@@ -140,10 +140,10 @@ class Curves(TaskDistribution):
         y = numbers(frame, self.y, owner, missing=True)
         known = ~np.isnan(y).any(1)
         if not known.all():
-            left_out = f"{(~known).sum()} of {len(known)} rows"
             if not known.any():
                 raise InputError(f"{owner}: no row has a number in each of {list(self.y)}; name other columns as y")
-            tell(f"{owner}: {left_out} hold no number in each of {list(self.y)}, and are left out")
+            where = " or ".join(map(repr, self.y))
+            tell(f"{owner}: {(~known).sum()} of {len(known)} rows have no number in {where}, and are left out")
         frame, y = frame[known], y[known]
         check_named(frame, self.task, owner)
         x = inputs(frame, self.x, self.levels, owner)
