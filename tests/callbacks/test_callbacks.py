@@ -200,13 +200,18 @@ class TestFigures:
         np.testing.assert_allclose(np.sort(y), np.sort(points.numpy()))
         np.testing.assert_allclose(lines["support"].get_ydata(), task.support.y[0, :, 0].numpy())
         assert not np.allclose(lines["before adapting"].get_ydata(), lines["5 steps"].get_ydata())
+        # a fit is drawn as far as the truth, support points included
+        adapted = self.learner().adapt(task.support.x[0], task.support.y[0], steps=5)
+        np.testing.assert_array_equal(lines["5 steps"].get_xdata(), x)
+        expected = adapted(torch.tensor(x)[:, None].float())[:, 0]
+        np.testing.assert_allclose(lines["5 steps"].get_ydata(), expected.numpy(), rtol=1e-4, atol=1e-5)
 
     def test_padding_is_not_drawn(self):
         points = Points(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), torch.tensor([[True, True, False, False]]))
         task = Task(Points(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)), points, torch.zeros(1, dtype=torch.long))
         figure = draw_fits(self.learner(), task, Sine(), (0,))
         lines = {line.get_label(): line for line in figure.axes[0].lines}
-        assert len(lines["before adapting"].get_xdata()) == 2
+        assert len(lines["before adapting"].get_xdata()) == 2 + 2
         assert len(lines["truth"].get_xdata()) == 2 + 2
 
     def test_noisy_points_are_not_joined_to_a_curve(self):

@@ -32,6 +32,7 @@ from metalit.data import (
     TaskDataModule,
     TaskDistribution,
 )
+from metalit.data.table import read_asked
 from metalit.errors import InputError
 from metalit.hypergradients import Implicit, Unrolled
 from metalit.inner import SGD, Newton
@@ -192,6 +193,15 @@ class TestPredictions:
         assert len(figure.axes) == 12
         assert figure.get_suptitle() == "the first 12 of 40 tasks"
         assert not self.predicted(tmp_path, ["one", "two"]).get_suptitle()
+
+    def test_of_several_inputs_are_drawn_over_whole_lines_of_the_file(self, tmp_path):
+        file = tmp_path / "points.csv"
+        file.write_text("task,a,b,c\nt,0,1,2\nt,1,1,3\nt,2,1,\n")
+        columns = Columns("task", ["a", "b"], ["c"])
+        values = torch.ones(3, 1).double()
+        axes = draw_predictions(read_asked(file, columns), columns, [("t", values, values)]).axes[0]
+        assert axes.get_xlabel() == "line of the file"
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
     def test_that_are_not_finite_are_an_error_and_no_file(self, tmp_path):
         data = self.asked(tmp_path, ["a [/b]"])

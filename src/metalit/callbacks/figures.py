@@ -81,6 +81,7 @@ class _Fits(NamedTuple):
     support: tuple[Tensor, Tensor]
     query: tuple[Tensor, Tensor]
     predicted: dict[int, Tensor]  # by inner steps, at the inputs of the query
+    at_support: dict[int, Tensor]  # the same at those of the support, for curves
 
 
 def draw_fits(
@@ -112,9 +113,12 @@ def draw_fits(
     # a column of words makes several inputs
     columns, single = source.columns, tasks.query.x.shape[-1] == 1
     x, y = literal(columns.x[0]), literal(columns.y[0])
+    # a call of their own: a network with BatchNorm answers the query as it is judged
+    drawn = learner.query_predictions(tasks._replace(query=tasks.support))[:, steps].double().cpu() if single else None
     figure, places = panels(len(tasks.support.x))
     for index, axes in enumerate(places):
-        fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)))
+        at_support = [] if drawn is None else zip(steps, drawn[index], strict=True)
+        fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)), dict(at_support))
         axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24), fontsize=10, pad=3)
         if single:
             _draw_curves(axes, fits, "." if source.noisy else "-")
@@ -125,31 +129,36 @@ def draw_fits(
     return figure
 
 
-def _fits(learner: MetaLearner, tasks: Task, index: int, predictions: dict[int, Tensor]) -> _Fits:
+def _fits(
+    learner: MetaLearner, tasks: Task, index: int, predictions: dict[int, Tensor], at_support: dict[int, Tensor]
+) -> _Fits:
     scaling = learner.scaling
 
-    def restored(points: Points) -> tuple[Tensor, Tensor]:
-        real = slice(None) if points.mask is None else points.mask[index]
-        return scaling.restore_x(points.x[index][real]), scaling.restore_y(points.y[index][real])[:, 0]
+    def real(points: Points) -> Tensor | slice:
+        return slice(None) if points.mask is None else points.mask[index]
 
-    real = slice(None) if tasks.query.mask is None else tasks.query.mask[index]
-    predicted = {step: scaling.restore_y(values[real])[:, 0] for step, values in predictions.items()}
-    return _Fits(restored(tasks.support), restored(tasks.query), predicted)
+    def restored(points: Points) -> tuple[Tensor, Tensor]:
+        rows = real(points)
+        return scaling.restore_x(points.x[index][rows]), scaling.restore_y(points.y[index][rows])[:, 0]
+
+    def outputs(points: Points, predicted: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {step: scaling.restore_y(values[real(points)])[:, 0] for step, values in predicted.items()}
+
+    support, query = tasks.support, tasks.query
+    return _Fits(restored(support), restored(query), outputs(query, predictions), outputs(support, at_support))
 
 
 def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
-    # the support points are points of the truth too
+    # the support points are points of the truth and of the fits too
     x, y = (torch.cat(parts) for parts in zip(fits.support, fits.query, strict=True))
     order = x[:, 0].argsort()
     axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=3.5, label="truth")
-    order = fits.query[0][:, 0].argsort()
-    for number, ((step, fit), style) in enumerate(zip(fits.predicted.items(), _styles(fits), strict=True)):
+    curves = {step: torch.cat([fits.at_support[step], fit]) for step, fit in fits.predicted.items()}
+    for number, ((step, fit), style) in enumerate(zip(curves.items(), _styles(fits), strict=True)):
         # earlier fits above later ones, whose plain line shows between their dashes
-        axes.plot(
-            fits.query[0][order, 0], fit[order], linewidth=1.4, label=_label(step), zorder=2.9 - 0.1 * number, **style
-        )
+        axes.plot(x[order, 0], fit[order], linewidth=1.4, label=_label(step), zorder=2.9 - 0.1 * number, **style)
     axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=6, label="support", zorder=3)
-    axes.set_ylim(_limits(y, fits.predicted))
+    axes.set_ylim(_limits(y, curves))
 
 
 def _draw_predicted(axes: "Axes", fits: _Fits) -> None:

@@ -120,6 +120,8 @@ def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer])
         axes.plot(place[shots:], values[shots:, 0], "o", color="tab:blue", markersize=5, label="predicted")
         axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=6, label="support")
         axes.set_title(literal(name, 24), fontsize=10, pad=3)
+        if not single:
+            axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(_part(answers).strip(" ()"), fontsize=10)
     x = literal(columns.x[0]) if single else "line of the file"
     labelled(figure, places, x, literal(columns.y[0]), "right")
