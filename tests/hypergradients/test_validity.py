@@ -269,7 +269,9 @@ class Gated(Bowl):
 
 
 @pytest.mark.parametrize("place", ["init", "inner 0", "inner 1", "outer"])
-@pytest.mark.parametrize("estimator", [Unrolled(2), Implicit(2)], ids=lambda estimator: type(estimator).__name__)
+@pytest.mark.parametrize(
+    "estimator", [Unrolled(2), Unrolled(5), Implicit(2)], ids=lambda estimator: type(estimator).__name__
+)
 def test_an_outer_parameter_that_is_reached_past_the_argument_is_named(estimator, place):
     kept = []  # not registered: what it holds is reached all the same
 

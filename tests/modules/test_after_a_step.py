@@ -97,6 +97,20 @@ class Scales(nn.Module):
         return x.sub_(1)
 
 
+class Collects(nn.Module):
+    """Keeps what it made in a dictionary, and in a list that is new in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.made = nn.Linear(4, 4), {"all": []}
+
+    def forward(self, x):
+        self.made["last"] = self.layer(x)
+        self.made["all"].append(self.made["last"])
+        self.recent = [self.made["last"]]
+        return self.made["last"]
+
+
 KINDS = {
     "mean": Mean,
     "grows": Grows,
@@ -164,6 +178,15 @@ def test_all_is_as_after_torchs_own_loop(kind, tmp_path):
     bare(tmp_path, STEPS).fit(learner(network), loader())
     assert_same(state(network), state(expected))
     copy.deepcopy(network)
+
+
+def test_what_a_pass_collects_is_on_no_graph(tmp_path):
+    network = nn.Sequential(Collects(), nn.Linear(4, 2))
+    bare(tmp_path, 2).fit(learner(network), loader())
+    layer = copy.deepcopy(network)[0]
+    kept = [layer.made["last"], *layer.made["all"], *layer.recent]
+    assert len(kept) == 4
+    assert not any(value.requires_grad for value in kept)
 
 
 @pytest.mark.parametrize("kind", ["mean", "grows", "remembers"])

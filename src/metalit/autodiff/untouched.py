@@ -15,6 +15,7 @@ _PLAIN |= {BuiltinFunctionType, torch.dtype, torch.device, torch.Size, nn.Parame
 _TABLES = ("_parameters", "_buffers", "_modules")
 _LISTS = ("_flat_weights", "_flat_weight_refs")
 _DICTS = (OrderedDict, dict)
+_HOLD = frozenset({*_DICTS, list, deque})
 
 
 class Kept:
@@ -72,12 +73,10 @@ class Kept:
             layer.__dict__.update(lists)
 
     def cut(self) -> None:
-        """Cut the tensors that the layers hold now off the graphs that they belong to."""
+        """Cut the tensors that the layers hold now, also in lists and dictionaries, off their graphs."""
         for layer in self.layers:
-            for table in (layer.__dict__, layer._buffers):
-                for name, value in table.items():
-                    if isinstance(value, Tensor) and not value.is_leaf:
-                        table[name] = value.detach()
+            _cut(layer.__dict__)
+            _cut(layer._buffers)
 
     def _distinct(self) -> list[Tensor]:
         return list({id(tensor): tensor for _, _, tensor in self._tensors}.values())
@@ -151,6 +150,15 @@ class Kept:
         for key, value in items:
             if type(value) not in _PLAIN:
                 self._keep(put, key, value)
+
+
+def _cut(held: Any, depth: int = 2) -> None:
+    for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                held[key] = value.detach()
+        elif depth and type(value) in _HOLD and value and key not in _TABLES:
+            _cut(value, depth - 1)
 
 
 def _nowhere(key: Any, value: Any) -> None:

@@ -24,7 +24,7 @@ ALL: frozenset[Path] = frozenset(get_args(Path))
 def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, steps: int = 1) -> dict[Path, set[str]]:
     """Find, by autograd on one task, which outer parameters enter where; ``init`` counts unless ``start`` is given.
 
-    The inner loss is that of the first and of the last of ``steps`` inner steps.
+    The inner loss is that of all of ``steps`` inner steps, or of 16 among them from the first to the last.
 
     Raises:
         InputError: a loss that is no scalar, an inner variable that is no tree; an inner loss that does not depend on
@@ -60,9 +60,15 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, 
                 )
         initial_values = [value for _, value in leaves(initial)] if start is None else []
         _check_bypass(problem, [*initial_values, *inner_losses, outer_loss])
+        between: set[str] = set()
+        for step in _between(steps) if inner_losses else ():  # one after the other, as each has a graph
+            inner_loss = problem.inner_loss(inner, own, task, step)
+            check_scalar("inner_loss", problem, inner_loss)
+            _check_bypass(problem, [inner_loss])
+            between |= _reaches(own, [inner_loss])
         found: dict[Path, set[str]] = {
             "init": _reaches(own, initial_values),
-            "inner_loss": _reaches(own, inner_losses),
+            "inner_loss": _reaches(own, inner_losses) | between,
             "outer_loss": _reaches(own, [outer_loss]),
             "inner optimiser": set(outer["optimizer"]),
         }
@@ -154,6 +160,11 @@ def check_scalar(method: str, problem: Problem, value: Any) -> None:
     if not (isinstance(value, Tensor) and value.dim() == 0):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InputError(f"{name} returned {got}; it must return a scalar tensor, such as the mean over rows")
+
+
+def _between(steps: int) -> list[int]:
+    """The inner steps between the first and the last: all, or 14 that are evenly apart."""
+    return sorted({round(number * (steps - 1) / 15) for number in range(16)} - {0, steps - 1})
 
 
 def _free(tree: Tree) -> Tree:
