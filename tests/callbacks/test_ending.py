@@ -40,6 +40,8 @@ class TestReason:
         assert "the 0:00:01 of trainer.max_time are used up" in line
         assert line.endswith("to go on, give more time")
         assert "training sine_maml" not in output
+        _, output = metalit("test", MAML, "--ckpt_path=last")
+        assert "Timer" not in output
 
     def test_early_stopping_goes_on_with_more_patience_alone(self, metalit):
         stop = [*EARLY, *WORSE, "--trainer.max_steps=50", "--trainer.callbacks.patience=2"]

@@ -9,6 +9,7 @@ from csv_files import curves_of, ragged_rows, sampled, told, written
 from fits import bare
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
 
 from metalit.data import Episodes, TaskDataModule
 from metalit.hypergradients import Unrolled
@@ -96,7 +97,7 @@ def test_without_validation_tasks_the_last_checkpoint_counts(tmp_path):
     assert data.trainer.limit_val_batches == 0
     assert len(next(iter(data.train_dataloader())).key) == 4
     told(lambda: data.setup("validate"), "data.tasks.val", "nothing to validate")
-    told(lambda: data.setup("test"), "data.tasks.test", "nothing to test")
+    told(lambda: data.setup(TrainerFn.TESTING), "data.tasks.test", "nothing to test")
 
 
 def test_without_validation_tasks_baselines_are_chosen_on_training_tasks(tmp_path):

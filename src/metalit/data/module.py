@@ -116,7 +116,8 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         """A split may have no task where none is asked for; training without validation goes by its last step."""
         needed = {"validate": "val", "test": "test"}.get(stage)
         if needed and self.tasks.count(needed) == 0:
-            raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {stage}")
+            verb = "test" if needed == "test" else "validate"  # Lightning's stage is a word with a prefix
+            raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {verb}")
         if stage == "fit" and self.tasks.count("val") == 0:
             if self.trainer:
                 self.trainer.limit_val_batches = 0  # so that what waits for a validation is refused
