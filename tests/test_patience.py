@@ -50,6 +50,28 @@ def waits_for_a_process():
     subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], check=True)
 
 
+class Finalised:
+    """Is given up while Python clears it away."""
+
+    def __del__(self):
+        end = time.monotonic() + 0.8
+        while time.monotonic() < end:
+            sum(range(100))
+
+
+def clears_away():
+    Finalised()
+    idle()
+
+
+def test_nothing_is_raised_where_python_would_print_it(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    with pytest.raises(GivenUpError):
+        patiently(clears_away, 0.2, never)
+    assert not printed
+
+
 SLOW = [idle, catches_exceptions, catches_everything, makes_it_another_error, waits_for_a_process]
 
 

@@ -143,9 +143,14 @@ class _Wait:
         else:
             self._raise_there(GivenUpError)
 
-    def _raise(self, *_: int | FrameType | None) -> None:
-        if self.error is not None and not self.over.is_set():
-            raise self.error
+    def _raise(self, _: int, frame: FrameType | None) -> None:
+        if self.error is None or self.over.is_set():
+            return
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":  # Python would print the error there, and go on; it is told again
+                return
+            frame = frame.f_back
+        raise self.error
 
     def _raise_there(self, kind: type[GivenUpError] | None) -> None:
         """Raise in the other thread, or take back what was not raised yet."""
