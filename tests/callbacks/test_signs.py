@@ -56,10 +56,10 @@ def test_tell_step_rate_time_left_and_the_last_validation(tmp_path, monkeypatch)
     run = trainer(tmp_path, 4, callbacks=[SignsOfLife(0.01), slow])
     run.fit(module, data)
     assert all(line.startswith("metalit: ") for line in slow.lines)
-    assert told(slow.lines, r"metalit: step 1 of 4, [\d.e+]+ steps/s, \d+ s left")
-    assert told(slow.lines, r"metalit: step 1 of 4, still at it")
-    assert told(slow.lines, r"metalit: step 2 of 4, validating: \d batch\(es\) done")
-    assert told(slow.lines, r"metalit: step 3 of 4, .*, val/loss [\d.]+")
+    assert told(slow.lines, r"metalit: step 1 of 4, [\d.e+]+ steps/s, \d+ s left, train/loss [\d.]+")
+    assert told(slow.lines, r"metalit: step 1 of 4, still at it, train/loss [\d.]+")
+    assert told(slow.lines, r"metalit: step 2 of 4, validating: \d batch\(es\) done, train/loss [\d.]+")
+    assert told(slow.lines, r"metalit: step 3 of 4, .*, train/loss [\d.]+, val/loss [\d.]+")
 
 
 def test_tell_of_a_long_test_and_end_with_it(tmp_path, monkeypatch):

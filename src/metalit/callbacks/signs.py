@@ -20,7 +20,7 @@ _DOING = {
 
 
 class SignsOfLife(Callback):
-    """Prints a line every few seconds: the step, the rate, the time left, the last validation's scores.
+    """Prints a line every few seconds: the step, the rate, the time left, the last errors.
 
     A thread does, since a step or a validation may itself take long. While something compiles, which has signs of its
     own, it is silent.
@@ -34,6 +34,7 @@ class SignsOfLife(Callback):
         self._over: threading.Event | None = None
         self._batch = 0
         self._scores: dict[str, float] = {}
+        self._noted = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin."""
@@ -49,6 +50,12 @@ class SignsOfLife(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End."""
         self._end()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Note the training error, once for a line: to ask for it may take longer than a step."""
+        if monotonic() - self._noted >= self.seconds / 2:
+            self._noted = monotonic()
+            self._note(trainer, "train/")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count batches anew."""
@@ -67,10 +74,15 @@ class SignsOfLife(Callback):
         self._batch += 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the scores that a progress bar would show: here, since another thread must not ask for them."""
+        """Note the scores."""
         if not trainer.sanity_checking:
-            shown = trainer.progress_bar_metrics
-            self._scores = {name: float(shown[name]) for name in shown if name.startswith("val/")}
+            self._note(trainer, "val/")
+
+    def _note(self, trainer: Trainer, prefix: str) -> None:
+        """Note what a progress bar would show: in hooks, since another thread must not ask for it."""
+        shown = trainer.progress_bar_metrics
+        found = {name: float(shown[name]) for name in shown if name.startswith(prefix)}
+        self._scores = dict(sorted((self._scores | found).items()))
 
     def _end(self) -> None:
         if self._over is not None:
