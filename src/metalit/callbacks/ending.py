@@ -41,7 +41,7 @@ class Ending(Callback):
                 used = timedelta(seconds=round(timer.time_elapsed()))
                 given = timedelta(seconds=round(timer.time_elapsed() + left))
                 return (
-                    f"the {given} of trainer.max_time are used up ({used}, with those of the run that it continues)",
+                    f"the {given} of trainer.max_time are used up ({used} in all, with earlier parts of the run)",
                     "give more time",
                 )
         for callback in _all(trainer, EarlyStopping):
