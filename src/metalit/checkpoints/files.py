@@ -26,7 +26,7 @@ _OTHERS = {
         "optimizer_states": list,
         "lr_schedulers": list,
     },
-    **{"hyper_parameters": dict, "datamodule_hyper_parameters": dict, "scaling": dict, "inner": dict},
+    **{"hyper_parameters": dict, "datamodule_hyper_parameters": dict, "scaling": dict, "inner": (dict, Tensor)},
     **{"MixedPrecision": dict, "precision": str},
 }
 _FOLDER = 0x10  # MS-DOS's
