@@ -226,3 +226,12 @@ def test_a_checkpoint_from_elsewhere_is_judged_in_a_folder_of_its_own(metalit, t
     moved = (experiment / "version_0/checkpoints/best.ckpt").rename(tmp_path / "mine.ckpt")
     assert metalit("test", MAML, f"--ckpt_path={moved}")[0] == 0
     assert (experiment / "version_1/test.csv").exists()
+
+
+def test_a_refused_prediction_leaves_the_folder_as_it_was(metalit, tmp_path):
+    assert metalit("fit", MAML)[0] == 0
+    before = set(tmp_path.rglob("*"))
+    status, output = metalit("predict", MAML)
+    assert status == 2
+    assert "data.predict_file" in output
+    assert set(tmp_path.rglob("*")) == before

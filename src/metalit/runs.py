@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from errno import ENOENT
-from os import stat_result
+from os import getpid, stat_result
 from os.path import samestat
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,10 @@ class RunFolder(Callback):
                     for parent in made:
                         with suppress(OSError):  # another run may use it by now
                             parent.rmdir()
+                elif failed and not trains:
+                    # of this process alone: another one may train there
+                    for path in set(self.folder.glob(f"events.out.tfevents.*.{getpid()}.*")) - known:
+                        path.unlink(missing_ok=True)
                 elif failed and trains and not self.trained:
                     for path in sorted(set(self.folder.rglob("*")) - known, reverse=True):
                         with suppress(OSError):
@@ -212,7 +216,7 @@ class RunFolder(Callback):
         if self.greeting:
             pl_module.check_batch(pl_module.cast(batch))
             if trainer.is_global_zero:
-                print(f"{self.greeting}; logs: {self.folder}", flush=True)
+                print(f"{self.greeting}; logs: {self.folder}" if self.folder else self.greeting, flush=True)
             self.greeting = ""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
