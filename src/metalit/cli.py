@@ -319,6 +319,8 @@ class MetalitCLI(LightningCLI):
             # of processes that multiprocessing has started, nothing comes back
             if step:
                 _say(f"training ended after outer step {step}: {why}")
+            elif self.run.folder and not self.run.trained:
+                _say(f"nothing was trained: {why}; to train, {way}")
             return
         if self.resumes and isinstance(self.model, BilevelLearner) and self.trainer.limit_val_batches:
             self._callback(ScoreTable).ends_fit = True

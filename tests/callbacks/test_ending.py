@@ -105,3 +105,10 @@ def test_averaged_weights_do_not_take_the_place_of_those_that_training_goes_on_f
     kept = torch.load(last(tmp_path / "parts"), weights_only=True)
     assert not same(kept["state_dict"], kept["current_model_state"])
     assert same(fit(tmp_path / "parts", 8, last(tmp_path / "parts")), fit(tmp_path / "whole", 8))
+
+
+def test_a_run_that_trains_nothing_says_why(metalit, tmp_path):
+    status, output = metalit("fit", MAML, "--trainer.max_time=00:00:00:00")
+    assert status == 0
+    assert "the 0:00:00 of trainer.max_time are used up" in told(output, "nothing was trained")
+    assert not list(tmp_path.rglob("version_*"))
