@@ -113,6 +113,8 @@ def test_other_files(tmp_path):
     [
         ("state_dict", [1]),
         ("state_dict", {"a": 1}),
+        ("state_dict", {"network.weight": torch.ones(1, 3).to_sparse(), "network.bias": torch.ones(1)}),
+        ("state_dict", {"network.weight": torch.ones(1, 3, device="meta"), "network.bias": torch.ones(1)}),
         ("global_step", "3"),
         ("global_step", -1),
         ("loops", []),

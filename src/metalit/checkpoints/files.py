@@ -111,6 +111,8 @@ def _checked(checkpoint: Any, owner: str) -> dict[str, Any]:
         held = None if name in wrong else checkpoint.get(name)
         held = list(held.values()) if isinstance(held, dict) else held or []
         wrong += [] if all(isinstance(value, kind) for value in held) else [name]
+    if "state_dict" not in wrong and not all(_has_values(weight) for weight in checkpoint["state_dict"].values()):
+        wrong.append("state_dict")
     if wrong:
         kind = type(checkpoint[wrong[0]]).__name__
         raise InputError(
@@ -118,6 +120,10 @@ def _checked(checkpoint: Any, owner: str) -> dict[str, Any]:
             "of another kind in it); use another checkpoint"
         )
     return checkpoint
+
+
+def _has_values(weight: Tensor) -> bool:
+    return weight.layout is torch.strided and not weight.is_meta
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
