@@ -17,6 +17,7 @@ OPTIONS = [
     (MAML, ["--trainer.devices=-1", "--trainer.accelerator=cpu"], ["trainer.devices=-1: ", "int > 0"]),
     (MAML, ["--trainer.devices=null", "--trainer.accelerator=cpu"], ["trainer.devices=null: ", "int > 0"]),
     (MAML, ["--trainer.devices=[0,0]", "--trainer.accelerator=cpu"], ["trainer.devices=[0, 0]: "]),
+    (MAML, ["--trainer.devices=4000", "--trainer.accelerator=cpu"], ["trainer.devices=4000: ", "too many"]),
     (MAML, ["--trainer.accelerator=tpu"], ["trainer: ", "torch_xla"]),
     (MAML, ["--trainer.num_nodes=2"], ["trainer.num_nodes=2", "torchrun", "MASTER_ADDR"]),
     (MAML, ["--trainer.precision=12"], ["trainer.precision: '12' is none of", "bf16-mixed"]),
@@ -31,6 +32,8 @@ OPTIONS = [
     (MAML, ["--model.optimizer.lr={x: 0.1}"], ["model.optimizer.lr", "'x'"]),
     (MAML, ["--model.optimizer.lr=null"], ["model.optimizer.lr=null", "Adam needs a value"]),
     (MAML, ["--model.optimizer.differentiable=null"], ["model.optimizer.differentiable=null", "Adam needs a value"]),
+    (MAML, ["--model.problem.network.sizes=[1, null, 1]"], ["model.problem.network.sizes: 'null'"]),
+    (MAML, ["--model.problem.network.sizes=" + "[" * 4000], ["[[[[ … is nested too deeply"]),
     (MAML, ["--model.optimizer.betas=[1]"], ["model.optimizer.betas: Expected a tuple with 2 elements"]),
     (MAML, ["--model.inner_optimizer.lr=null"], ["model.inner_optimizer.lr=null", "SGD needs a value"]),
     (MAML, ["--model.scheduler.T_max=many"], ["model.scheduler.T_max: expected a value of type int. Got value: many"]),
@@ -69,6 +72,7 @@ FILES = {
     "a list": (b"- 1\n", ["must be a mapping"]),
     "a word": (b"hello\n", ["must be a mapping"]),
     "tabs": (b"trainer:\n\tmax_steps: 3\n", ["line 2, column 1", "cannot start any token"]),
+    "brackets without end": (b"model: " + b"[" * 3000 + b"]" * 3000, ["is nested too deeply"]),
     "a key twice": (b"trainer: {max_steps: 6, max_steps: 8}\n", ["duplicate key max_steps"]),
     "a misspelt key": (b"trainer: {max_stps: 6}\n", ["did you mean 'trainer.max_steps'?"]),
     "a wrong value": (b"data: {init_args: {train: {shots: many}}}\n", ["data.train.shots", "int", "many"]),
@@ -154,5 +158,6 @@ def test_null_below_two_classes_is_no_word(metalit, capfd, monkeypatch, tmp_path
 def test_what_the_trainer_offers_goes_with_what_we_add(options, metalit, tmp_path):
     status, output = metalit("fit", MAML, *options)
     assert status == 0, output
+    assert "None" not in output
     saved = {path.name for path in Path(tmp_path).rglob("*.ckpt")}
     assert saved == ({"best.ckpt", "last.ckpt"} if "callbacks" in options[0] else set())

@@ -18,13 +18,15 @@ from metalit.provenance import named_configs
 # jsonargparse turns null two classes deep into the text 'None'; this becomes null once all is put together
 _NULL = "${oc.decode:null}"
 _THREADS = 256  # more may end the process where a machine has few CPUs
+_PROCESSES = 16  # each takes half a gigabyte
 
 
 def prepared(args: Sequence[str]) -> list[str]:
     """Arguments that the parser reads as they are meant.
 
     Raises:
-        InputError: a config file that is no YAML mapping in UTF-8, or has a key twice.
+        InputError: a config file that is no YAML mapping in UTF-8, or has a key twice; a value that is nested too
+            deeply.
 
     >>> prepared(["fit", "--model.problem.loss=null", "--ckpt_path", "null"])
     ['fit', '--model.problem.loss=${oc.decode:null}', '--ckpt_path', 'null']
@@ -49,6 +51,8 @@ def _with_nulls(text: str) -> str:
         value = yaml.safe_load(text) if text else text
     except yaml.YAMLError:
         return text
+    except RecursionError:
+        raise InputError(f"{text[:40]} … is nested too deeply to be a value") from None
     kept = _marked(value)
     if kept == value:
         return text
@@ -74,7 +78,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The settings of a config file.
 
     Raises:
-        InputError: it is no YAML mapping in UTF-8, is empty, or has a key twice.
+        InputError: it is no YAML mapping in UTF-8, is empty, is nested too deeply, or has a key twice.
     """
     owner = f"config={str(file)!r}"
     try:
@@ -91,6 +95,8 @@ def read_config(file: Path) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{owner}{line}: {' '.join(problem.split())}") from None
+    except RecursionError:
+        raise InputError(f"{owner} is nested too deeply to be a config") from None
     return config
 
 
@@ -118,8 +124,8 @@ def check_values(config: Namespace) -> None:
     """Check what the parser lets pass: numbers that no tensor or machine takes, and null for any type.
 
     Raises:
-        InputError: a seed out of range, far more threads than the machine has CPUs, a number of more than 64 bits, null
-            where there must be a value.
+        InputError: a seed out of range, far more threads or processes than the machine has CPUs, a number of more than
+            64 bits, null where there must be a value.
     """
     for section in ("model", "data", "trainer"):
         _check(section, config.get(section))
@@ -128,6 +134,9 @@ def check_values(config: Namespace) -> None:
         raise InputError(f"seed_everything={seed} must be a whole number from 0 to {2**32 - 1}")
     if threads is not None and threads > max(_THREADS, 4 * cpus):
         raise InputError(f"threads={threads}: this machine has {cpus} CPU(s); more threads than that are of no use")
+    devices = str(config.trainer.devices)
+    if devices.isdecimal() and int(devices) > max(_PROCESSES, 4 * cpus):
+        raise InputError(f"trainer.devices={devices}: so many processes are too many for the {cpus} CPU(s) here")
 
 
 def _check(key: str, value: Any) -> None:

@@ -58,6 +58,7 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> Expla
     >>> print(explain("unrecognized arguments: --trainer.max_stps 3", ["trainer.max_steps"], []))
     there is no key 'trainer.max_stps'; did you mean 'trainer.max_steps'?
     """
+    message = message.replace("${oc.decode:null}", "null")  # what null was turned into (metalit.arguments)
     where = _path(message)
     unknown = _UNKNOWN.search(message)
     owner = unknown and (unknown["callable"] or (_CLASS.findall(message) or [None])[-1])
@@ -70,8 +71,7 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> Expla
         return Explanation(key, _no_key(key, known))
     no_group = _NO_GROUP.search(message)
     if no_group:
-        value = no_group["value"].replace("${oc.decode:null}", "null")
-        return Explanation(where, f"{where}={value} must be a group of settings, such as {{name: value}}")
+        return Explanation(where, f"{where}={no_group['value']} must be a group of settings, such as {{name: value}}")
     lines = [_CALLABLE.sub("", line).lstrip(" -") for line in message.splitlines()]
     lines = [_SPEC.sub("", _KEY.sub("", _CLASS.sub("", line)).strip(" :")) for line in lines]
     value = _VALUE.search(message)
