@@ -93,9 +93,11 @@ class Problem(Unrounded, ABC):
 
     Attributes:
         vectorised: whether many tasks are evaluated at once; found out on the first ones, unless it is set.
+        reads_data: whether its losses read ``tensor.data``; found out likewise.
     """
 
     vectorised: bool | None = None
+    reads_data: bool | None = None
 
     def outer(self) -> dict[str, Tensor]:
         """The outer parameters that the problem brings, with their present values: its trainable parameters."""

@@ -176,3 +176,32 @@ def test_all_that_torch_holds_has_right_second_derivatives_or_none():
                 without.add(name)
     assert wrong == {}
     assert without == WITHOUT
+
+
+class Data(nn.Module):
+    """Reads weights and activations as constants, and writes to weights, by ``.data``."""
+
+    def __init__(self, detach):
+        super().__init__()
+        self.hidden, self.out, self.detach = nn.Linear(3, 4), nn.Linear(4, 2), detach
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        constants = [hidden.detach(), self.out.weight.detach()] if self.detach else [hidden.data, self.out.weight.data]
+        if not self.detach:
+            self.hidden.bias.data.mul_(2.0)  # too late to matter
+        return self.out(hidden.tanh() * constants[0].abs()) / constants[1].norm()
+
+
+def test_data_is_a_constant_for_the_outer_derivative_too():
+    torch.manual_seed(0)
+    networks = [Data(detach).double() for detach in (False, True)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x, y = torch.randn(2, 3, 5, 3, dtype=torch.float64), torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    tasks = Task(Points(x[0], y[0]), Points(x[1], y[1]), torch.arange(3))
+    found = []
+    for problem in map(FewShot, networks):
+        outer = {"problem": {name: value.detach() for name, value in problem.outer().items()}, "optimizer": {}}
+        found += [over_tasks(Unrolled(2), problem, SGD(0.1), outer, tasks).gradient for _ in range(2)]
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-12, atol=1e-14)

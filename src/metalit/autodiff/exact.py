@@ -14,7 +14,18 @@ from metalit.errors import InputError
 
 
 class ExactSecondDerivatives(TorchFunctionMode):
-    """Computes ``torch._weight_norm`` by ``g v/‖v‖``: on a CPU, torch 2.13 differentiates it wrongly a second time."""
+    """Computes ``torch._weight_norm`` by ``g v/‖v‖``: on a CPU, torch 2.13 differentiates it wrongly a second time.
+
+    And ``tensor.data`` is a constant for every derivative: in ``torch.func`` it is one for the innermost alone.
+
+    Attributes:
+        read_data: whether there was any ``tensor.data``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_data = False
+        self._constants: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -22,7 +33,22 @@ class ExactSecondDerivatives(TorchFunctionMode):
         """Call ``func``, or what it stands for."""
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
+        if func == torch.Tensor.data.__get__:
+            self.read_data = True
+            self._constants.append((args[0].detach(), args[0]))
+            return self._constants[-1][0]
+        if self._constants and args and _writes(func):
+            for constant, tensor in self._constants:
+                if args[0] is constant:  # no version counts this one
+                    with torch.no_grad():
+                        func(tensor.data, *args[1:], **(kwargs or {}))
+                    return constant
         return func(*args, **(kwargs or {}))
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.startswith(("__i", "__setitem")) if name.endswith("__") else name.endswith("_")
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

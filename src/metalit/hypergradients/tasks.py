@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map as pytree_map
 from metalit.adapt import Outer
 from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.blame import culprit, first_line, without_second_derivative
-from metalit.autodiff.exact import exact_for
+from metalit.autodiff.exact import ExactSecondDerivatives, check_exact, exact_for
 from metalit.errors import InputError
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -39,27 +39,38 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, pro
     """
     if isinstance(problem, Scaled):
         problem = problem.problem
-    with plain_attention(), exact_for(problem.modules() if problem is not None else ()):
-        if problem is not None and problem.vectorised is None:
-            problem.vectorised = True
-            if layer := _recurrent(problem):
-                _give_up(problem, f"{layer} has no rule for many at once")
-        if problem is not None and not problem.vectorised:
-            return _one_after_the_other(fn, outer, tasks, problem)
-        dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
-        try:
-            return vmap(fn, in_dims=(None, dims))(outer, tasks)
-        except (InputError, torch.OutOfMemoryError):
+    with plain_attention():
+        if problem is None or problem.reads_data is False:
+            with exact_for(problem.modules() if problem is not None else ()):
+                return _for_each(fn, outer, tasks, problem)
+        check_exact(problem.modules())
+        with ExactSecondDerivatives() as exact:
+            found = _for_each(fn, outer, tasks, problem)
+        problem.reads_data = problem.reads_data or exact.read_data
+        return found
+
+
+def _for_each(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None) -> Any:
+    if problem is not None and problem.vectorised is None:
+        problem.vectorised = True
+        if layer := _recurrent(problem):
+            _give_up(problem, f"{layer} has no rule for many at once")
+    if problem is not None and not problem.vectorised:
+        return _one_after_the_other(fn, outer, tasks, problem)
+    dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
+    try:
+        return vmap(fn, in_dims=(None, dims))(outer, tasks)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a network may do that a batched tensor cannot
+        if _RANDOMNESS not in str(error):  # of one task, it may follow its key
+            _raise_if_clear(error)
+        if get_proxy_mode() is not None:  # it is traced, and may fail for that reason alone
             raise
-        except Exception as error:  # whatever a network may do that a batched tensor cannot
-            if _RANDOMNESS not in str(error):  # of one task, it may follow its key
-                _raise_if_clear(error)
-            if get_proxy_mode() is not None:  # it is traced, and may fail for that reason alone
-                raise
-            found = _one_after_the_other(fn, outer, tasks, problem)
-            place = culprit(error, problem) if problem is not None else ""
-            _give_up(problem, f"{place + ': ' if place else ''}{first_line(error).split('. ')[0]}")
-            return found
+        found = _one_after_the_other(fn, outer, tasks, problem)
+        place = culprit(error, problem) if problem is not None else ""
+        _give_up(problem, f"{place + ': ' if place else ''}{first_line(error).split('. ')[0]}")
+        return found
 
 
 def _give_up(problem: Problem | None, reason: str) -> None:
@@ -67,7 +78,7 @@ def _give_up(problem: Problem | None, reason: str) -> None:
         problem.vectorised = False
     warnings.warn(
         f"tasks are evaluated one after the other, which is exact and slower: {reason}",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
