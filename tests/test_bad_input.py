@@ -42,6 +42,7 @@ OPTIONS = [
     (MAML, ["--trainer.default_root_dir=/dev/null/x"], ["/dev/null"]),
     (MAML, ["--ckpt_path=" + "a" * 5000], ["ame too long"]),
     (MAML, ["--experiment=" + "a" * 5000], ["ame too long"]),
+    (MAML, ["--trainer.max_steps=0"], ["trainer.max_steps=0: nothing would be trained"]),
     (MAML, ["--trainer.callbacks+=EarlyStopping"], ["trainer.callbacks: ", "required: monitor"]),
     (MAML, ["--trainer.logger=WandbLogger"], ["WandbLogger", "wandb"]),
     (MAML, ["--trainer.logger=Nope"], ["trainer.logger: there is no class 'Nope'"]),

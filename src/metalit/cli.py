@@ -166,6 +166,8 @@ class MetalitCLI(LightningCLI):
         config = self.config[self.subcommand]
         for part in ("model", "data"):
             check_factories(config.as_dict().get(part), part)
+        if self.subcommand == "fit" and config.trainer.max_steps == 0:
+            raise InputError("trainer.max_steps=0: nothing would be trained; give the number of outer steps")
         if config.trainer.fast_dev_run and "fused_steps" in config.model.init_args:
             # so many steps are tried, in less time than a compiler takes
             config.model.init_args.update(Namespace(fused_steps=1, compile=False))
