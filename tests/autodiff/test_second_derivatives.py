@@ -83,7 +83,7 @@ def test_second_derivatives_of_each_row_through_weight_norm(kind):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-class Ridge(Problem):
+class PenalisedLine(Problem):
     """A penalty on the directions of a weight-normed layer, which the user evaluates without call()."""
 
     def __init__(self, network, x, y):
@@ -114,7 +114,7 @@ def test_hypergradients_through_weight_norm_are_those_of_finite_differences(kind
 
     found = flatten(run(own).gradient["problem"])
     torch.testing.assert_close(found, by_differences(lambda at: run(at).loss, own), rtol=1e-6, atol=1e-7)
-    ridge = Ridge(network, x, y)
+    ridge = PenalisedLine(network, x, y)
 
     def penalised(value, estimator):
         return over_tasks(estimator, ridge, SGD(0.02), {"problem": {"decay": value}, "optimizer": {}}, key)
