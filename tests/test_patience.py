@@ -1,5 +1,7 @@
 """Waiting: for a value, for so long at most, until it is given up, with signs of life."""
 
+import cProfile
+import faulthandler
 import os
 import signal
 import subprocess
@@ -122,6 +124,23 @@ def test_what_takes_too_long_in_another_thread_is_given_up(slow):
     thread.start()
     thread.join()
     assert found == ["it takes longer than 0.2 s", "goes on"]
+
+
+@pytest.mark.parametrize("seconds", [0.2, 60.0], ids=["given up", "ended in time"])
+def test_what_ended_in_another_thread_leaves_profilers_alone(seconds):
+    def run():
+        with suppress(GivenUpError):
+            patiently(idle if seconds < 1 else int, seconds, never)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    faulthandler.dump_traceback_later(30, exit=True)  # no signal is heard where it hangs
+    profile = cProfile.Profile()
+    try:
+        assert profile.runcall(lambda: sum(range(10))) == 45
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.parametrize("slow", SLOW)

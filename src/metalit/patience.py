@@ -4,6 +4,7 @@ import ctypes
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from types import FrameType
 from typing import Any, TypeVar
@@ -92,6 +93,7 @@ class _Wait:
         self.thread = threading.get_ident()
         self.by_signal = _SIGNAL is not None and threading.current_thread() is threading.main_thread()
         self.before: Any = None
+        self.interrupted = False
         self.over = threading.Event()
         self.over.set()
         self.watcher = threading.Thread(target=self._watch, daemon=True)
@@ -113,8 +115,12 @@ class _Wait:
         self.watcher.join()
         if self.by_signal:
             signal.signal(_SIGNAL, signal.SIG_DFL if self.before is None else self.before)
-        else:
-            self._raise_there(None)
+        elif self.interrupted:
+            # not taken back: CPython 3.11 would look for it for ever, and hang in the next profile of the process
+            with suppress(GivenUpError):
+                self._raise_there()
+                while True:
+                    pass
 
     def give_up(self, error: GivenUpError) -> None:
         """End it: at once in its own thread, else soon."""
@@ -141,7 +147,8 @@ class _Wait:
             # a real one: it ends the wait for a process too
             signal.pthread_kill(self.thread, _SIGNAL)
         else:
-            self._raise_there(GivenUpError)
+            self.interrupted = True
+            self._raise_there()
 
     def _raise(self, _: int, frame: FrameType | None) -> None:
         if self.error is None or self.over.is_set():
@@ -152,7 +159,7 @@ class _Wait:
             frame = frame.f_back
         raise self.error
 
-    def _raise_there(self, kind: type[GivenUpError] | None) -> None:
-        """Raise in the other thread, or take back what was not raised yet."""
-        error = None if kind is None else ctypes.py_object(kind)
+    def _raise_there(self) -> None:
+        """Raise in the other thread, as soon as it runs Python."""
+        error = ctypes.py_object(GivenUpError)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), error)
