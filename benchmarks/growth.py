@@ -15,10 +15,10 @@ from metalit.data.base import task_keys
 from metalit.hypergradients import Unrolled
 from metalit.hypergradients.base import over_tasks
 from metalit.inner import SGD
-from metalit.modules.estimates import Estimates, Found, packed
 from metalit.networks import MLP
 from metalit.problem import Task
 from metalit.problems import FewShot
+from metalit.training.batches import Estimates, Found, packed
 
 TASKS = (25, 250, 2500)
 KINDS = ("not compiled", "compiled", "compiled, `tasks_per_chunk: 25`")

@@ -20,9 +20,9 @@ from metalit.cli import MetalitCLI
 from metalit.compiled import CompiledProgram
 from metalit.data.module import TaskDataModule
 from metalit.modules.base import OuterLearner
-from metalit.modules.fused import AdamSteps
 from metalit.modules.meta import MetaLearner
 from metalit.modules.two_level import TwoLevelLearner
+from metalit.training.fused_loop import AdamSteps
 
 CONFIG = Path(__file__).with_name("meta_step.yaml")
 WINDOW, FUSED = 1000, 100

@@ -23,9 +23,9 @@ from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import BilevelLearner, MetaLearner
-from metalit.modules.ranks import compile_patience
 from metalit.networks import MLP
 from metalit.problems import FewShot, ThetaPhi
+from metalit.training.ranks import compile_patience
 
 
 def compiler(monkeypatch, before=lambda: None):

@@ -46,11 +46,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
+from metalit.checks.trainer import check_trainer
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import JTg, Unrolled
 from metalit.inner import SGD
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
-from metalit.modules.supported import check_trainer
 from metalit.networks import MLP
 from metalit.problems import FewShot, ThetaPhi
 

@@ -36,6 +36,7 @@ from metalit.callbacks import (
 )
 from metalit.callbacks.signals import ignore_signals, leave_signals, requeue
 from metalit.checkpoints import read_checkpoint
+from metalit.checks.ranks import check_nodes
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -52,7 +53,6 @@ from metalit.linsolve import LinearSolver
 from metalit.messages import explain, failed_constructor
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
-from metalit.modules.ranks import check_nodes
 from metalit.parent import mark_first
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi

@@ -18,7 +18,7 @@ _HOW = {
     *("compile", "compile_seconds", "fused_steps", "tasks_per_chunk", "rows_per_chunk"),
     *("predict_file", "predict_one_task"),
 }
-# the learner itself compares them with what it takes over (metalit.modules.resuming)
+# the learner itself compares them with what it takes over (metalit.checks.resuming)
 _TAKEN_OVER = {"optimizer", "scheduler", "lr_by_name", "clip_norm"}
 _TRAINING = {"perturbation", "draws", "train", "batch_size"}
 

@@ -16,9 +16,9 @@ from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
-from metalit.modules.agreement import Agreement
 from metalit.networks import MLP
 from metalit.problems import FewShot
+from metalit.training.agreement import Agreement
 
 
 class Send(Callback):

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.checkpoints import CheckedCheckpointIO
+from metalit.checks.monitors import Mode, mode_of
 from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
-from metalit.modules.monitors import Mode, mode_of
 
 
 class BestCheckpoint(ModelCheckpoint):

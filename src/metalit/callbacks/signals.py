@@ -25,7 +25,7 @@ class StopOnSignal(Callback):
     left to hear it.
 
     The handler takes a note and ends what is being compiled, and nothing else; the ranks agree with the next gradient
-    (:class:`~metalit.modules.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
+    (:class:`~metalit.training.agreement.Agreement`), :class:`~metalit.callbacks.LastCheckpoint` saves, after the
     validation if one is due, and all ranks leave. A run that is alone, and compiles before its first step, has nothing
     to save and leaves at once. Lightning's own handlers would save in mid-step, or wait for a rank that got no signal;
     they are put aside while training lasts. Once the run leaves, further signals are ignored, which ranks may get late.

@@ -20,16 +20,20 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
+from metalit.checks.data import check_one_loader, check_source
+from metalit.checks.epochs import check_epochs_of_loader
+from metalit.checks.monitors import check_monitors
+from metalit.checks.ranks import check_ranks
+from metalit.checks.resuming import OuterSettings, check_state
+from metalit.checks.trainer import check_trainer, overrides, warn_of_rare_calls
 from metalit.errors import InputError
-from metalit.modules.agreement import Agreement
-from metalit.modules.epochs import check_epochs_of_loader
-from metalit.modules.finite import RATES, FiniteWatch, stopped
-from metalit.modules.gradients import Gradients, check_types
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import best_so_far, log_given
-from metalit.modules.loss_scale import LossScale
-from metalit.modules.monitors import check_monitors
-from metalit.modules.optimizers import (
+from metalit.training.agreement import Agreement
+from metalit.training.finite import RATES, FiniteWatch, stopped
+from metalit.training.gradients import Gradients, check_types
+from metalit.training.loss_scale import LossScale
+from metalit.training.optimizers import (
     check_knows,
     check_not_frozen,
     check_takes_single_steps,
@@ -38,10 +42,7 @@ from metalit.modules.optimizers import (
     rehearse,
     settings,
 )
-from metalit.modules.ranks import check_ranks, mean_of_ranks
-from metalit.modules.resuming import OuterSettings, check_state
-from metalit.modules.sources import check_one_loader, check_source
-from metalit.modules.supported import check_trainer, overrides, warn_of_rare_calls
+from metalit.training.ranks import mean_of_ranks
 from metalit.tree import leaves
 
 _SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau)
@@ -49,7 +50,7 @@ Packed = TypeVar("Packed", bound="HasPacked")
 
 
 class HasPacked(Protocol):
-    """What an outer step found: ``packed`` is that of :func:`~metalit.modules.estimates.packed`."""
+    """What an outer step found: ``packed`` is that of :func:`~metalit.training.batches.packed`."""
 
     @property
     def packed(self) -> Tensor:
@@ -111,8 +112,8 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         """Check what the Trainer was told, and that there is data for it.
 
         Raises:
-            InputError: what :func:`~metalit.modules.sources.check_source` and
-                :func:`~metalit.modules.supported.check_trainer` raise.
+            InputError: what :func:`~metalit.checks.data.check_source` and
+                :func:`~metalit.checks.trainer.check_trainer` raise.
         """
         check_source(self, self.takes)
         check_trainer(self)
@@ -127,7 +128,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         return []
 
     def setup(self, stage: str) -> None:
-        """Check that all ranks can be one; see :func:`~metalit.modules.ranks.check_ranks`.
+        """Check that all ranks can be one; see :func:`~metalit.training.ranks.check_ranks`.
 
         Raises:
             InputError: they cannot; what :meth:`check_request` raises.
@@ -285,7 +286,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         return scalars | {f"lr {name}".strip(): group["lr"] for name, group in zip(names, rates, strict=True)}
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """See :func:`~metalit.modules.ranks.mean_of_ranks`."""
+        """See :func:`~metalit.training.ranks.mean_of_ranks`."""
         return mean_of_ranks(self.trainer, values)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

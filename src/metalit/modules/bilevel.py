@@ -17,11 +17,11 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.hyperparameters import save_given
-from metalit.modules.ranks import items_of_ranks, rows_of_ranks
 from metalit.modules.scores import LEARNED, Scores, means
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem
+from metalit.training.ranks import items_of_ranks, rows_of_ranks
 from metalit.tree import Tree, tree_map
 
 

@@ -23,11 +23,11 @@ from metalit.keys import folded
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.buffers import adopt_buffers, buffer_names
-from metalit.modules.estimates import Estimates, Found, packed
 from metalit.modules.hyperparameters import save_given
 from metalit.modules.row_scores import RowScores
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
+from metalit.training.batches import Estimates, Found, packed
 from metalit.tree import norm, unflatten
 
 Batch = Points | tuple[Tensor, Tensor] | list[Tensor]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map as pytree_map
 from metalit.adapt import Outer
 from metalit.autodiff.blame import told
 from metalit.autodiff.draws import Elsewhere
+from metalit.checks.trainer import check_counts
 from metalit.data.stream import Fused
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
@@ -21,13 +22,12 @@ from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.complaints import Complaints
-from metalit.modules.estimates import Estimates, Found, Leaves, packed
-from metalit.modules.fused import AdamSteps, Taken
 from metalit.modules.learned import ParameterTree, alike, brought, updated
-from metalit.modules.ranks import compile_patience
-from metalit.modules.supported import check_counts
 from metalit.problem import Problem
 from metalit.scaled import Scaled
+from metalit.training.batches import Estimates, Found, Leaves, packed
+from metalit.training.fused_loop import AdamSteps, Taken
+from metalit.training.ranks import compile_patience
 from metalit.tree import Tree, leaves, norm, tree_map, unflatten
 
 
@@ -47,7 +47,8 @@ class TwoLevelLearner(OuterLearner):
             otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last,
             a ``val_check_interval`` that is a share of the steps is rounded down to whole calls, one at least, and a
             run is resumed with the number that it began with.
-            Compiled on one CPU rank, Adam's step is part of the program (:class:`~metalit.modules.fused.AdamSteps`).
+            Compiled on one CPU rank, Adam's step is part of the program
+            (:class:`~metalit.training.fused_loop.AdamSteps`).
         tasks_per_chunk: how many tasks at most are evaluated at once on each rank, to save memory; all if not given.
         compile_seconds: how long compiling may take before it is given up, and the run goes on uncompiled; with several
             ranks at most half of the time after which they give each other up.

@@ -7,8 +7,8 @@ from fits import bare
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from ranks import meta, sine
 
+from metalit.checks.ranks import check_ranks
 from metalit.errors import InputError
-from metalit.modules.ranks import check_ranks
 
 TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "none"}
 SLURM = {"JOB_ID": 17, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2}

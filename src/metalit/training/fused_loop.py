@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map as pytree_map
 from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
 from metalit.compiled import Compiled, repeated
-from metalit.modules.estimates import Found
+from metalit.training.batches import Found
 from metalit.tree import Tree, leaves, tree_map, unflatten
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,7 +39,7 @@ class AdamSteps:
     the first step and written after the last; step sizes and β may change at every step, as a scheduler likes.
 
     Args:
-        estimate: maps (outer, tasks, start) to a :class:`~metalit.modules.estimates.Found`.
+        estimate: maps (outer, tasks, start) to a :class:`~metalit.training.batches.Found`.
         module: the module that it knows.
         optimizer: one for which :meth:`suits` holds.
         outer: the outer variable, whose leaves are the optimiser's parameters.

@@ -22,8 +22,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from metalit.checks.epochs import check_endless, is_endless
 from metalit.errors import InputError
-from metalit.modules.epochs import check_endless, is_endless
 
 _CHUNKS = "model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk) saves memory and changes no result"
 _REFUSED = {

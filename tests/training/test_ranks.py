@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     @cache
     def train(names, ranks, halfway=0):
         root = tmp_path_factory.mktemp(f"ranks{ranks}")
-        command = [sys.executable, "tests/modules/ranks.py", str(root), str(ranks), str(halfway), *names]
+        command = [sys.executable, "tests/ranks.py", str(root), str(ranks), str(halfway), *names]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         assert run.returncode == 0, run.stdout + run.stderr
         return root

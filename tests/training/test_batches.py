@@ -8,7 +8,7 @@ from cases import draw
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from metalit.modules.estimates import Estimates, Found, packed
+from metalit.training.batches import Estimates, Found, packed
 
 COUNT = 7
 

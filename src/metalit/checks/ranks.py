@@ -1,13 +1,10 @@
-"""Ranks: which processes can train as one, and what they tell each other."""
+"""Which processes can train as one."""
 
 import os
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
 
 from metalit.errors import InputError
 
@@ -54,37 +51,3 @@ def check_nodes(trainer: Trainer) -> None:
             f"trainer.num_nodes={trainer.num_nodes}: nothing here starts the other nodes; use sbatch "
             "scripts/slurm.sbatch or torchrun --nnodes, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
         )
-
-
-def mean_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
-    """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
-    if trainer.world_size == 1:
-        return values
-    # in one call: Lightning's own reduction waits at a barrier first, which costs more than the rest
-    total = values.clone()
-    torch.distributed.all_reduce(total)
-    return total / trainer.world_size
-
-
-def rows_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
-    """The rows of all ranks, as many of each, in their order."""
-    if trainer.world_size == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(trainer.world_size)]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
-
-
-def items_of_ranks(trainer: Trainer, items: list[Any]) -> list[Any]:
-    """The items of all ranks, in their order."""
-    if trainer.world_size == 1:
-        return items
-    parts: list[list[Any]] = [[]] * trainer.world_size
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def compile_patience(trainer: Trainer, seconds: float) -> float:
-    """The seconds that a rank may compile: the others wait, and after the process group's timeout they no longer do."""
-    timeout = getattr(trainer.strategy, "_timeout", None)
-    return seconds if trainer.world_size == 1 or timeout is None else min(seconds, timeout.total_seconds() / 2)

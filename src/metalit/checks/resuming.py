@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.errors import InputError
-from metalit.modules.optimizers import changes, plain
+from metalit.training.optimizers import changes, plain
 
 _NEW_RUN = "go on as the run began, or load the weights into a new run (load_from_checkpoint)"
 

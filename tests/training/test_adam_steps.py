@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from metalit import compiled
-from metalit.modules.estimates import Found, packed
-from metalit.modules.fused import AdamSteps
+from metalit.training.batches import Found, packed
+from metalit.training.fused_loop import AdamSteps
 
 TASKS, STEPS = 2, 3
 
