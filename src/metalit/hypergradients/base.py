@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
+
+Progress: TypeAlias = Tensor | int
 
 
 class Estimate(NamedTuple):
@@ -49,9 +51,21 @@ class Hypergradient(ABC):
 
     @abstractmethod
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
-        """Estimate the hypergradient for one ``task``; ``start`` is that of :func:`metalit.adapt.iterates`."""
+        """Estimate the hypergradient for one task.
+
+        Args:
+            problem, optimizer, outer, task, start: see :func:`metalit.adapt.iterates`.
+            progress: how many outer steps were taken before this one, for what changes over them. In training it is a
+                tensor of no dimensions, of type int64: a compiled program reads it anew at every step.
+        """
 
     def check(
         self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
@@ -80,19 +94,21 @@ def over_tasks(
     outer: Outer,
     tasks: Any,
     start: Tree | None = None,
+    progress: Progress = 0,
 ) -> Estimate:
     """Average the loss, the gradient and the metrics over a batch of tasks, as of :func:`for_each_task`.
 
     Args:
         tasks: a task whose tensors have a leading task dimension.
         start: where each task's inner variable starts, with a leading task dimension, instead of ``problem.init``.
+        progress: how many outer steps were taken before this one.
 
     Returns:
         An :class:`Estimate` whose ``inner`` keeps the task dimension.
     """
 
     def one(outer: Outer, pair: tuple[Any, Tree | None]) -> tuple[Any, ...]:
-        return tuple(hypergradient(problem, optimizer, outer, *pair))
+        return tuple(hypergradient(problem, optimizer, outer, *pair, progress))
 
     loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}

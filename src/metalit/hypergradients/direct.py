@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from metalit.adapt import Outer, adapt
-from metalit.hypergradients.base import Estimate, Hypergradient
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -31,7 +31,13 @@ class Direct(Hypergradient):
         return 0
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the outer loss at the initial inner variable."""
 

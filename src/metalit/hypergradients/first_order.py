@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from metalit.adapt import Outer, iterates
-from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -36,7 +36,13 @@ class FirstOrder(Hypergradient):
         check_steps("FirstOrder", self.steps)
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the outer loss after the last step, with constant inner gradients."""
 

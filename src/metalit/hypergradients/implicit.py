@@ -10,7 +10,7 @@ from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, adapt
 from metalit.errors import InputError
-from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.linsolve import CG, Dense, LinearSolver
@@ -61,7 +61,13 @@ class Implicit(Hypergradient):
         return "hypergradient.damping" if isinstance(self.solver, Dense) else ""
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Adapt, then solve; ``metrics`` are ``solver_residual``, ‖b − Aq‖/‖b‖, and ``indefinite``, 0 or 1."""
         own = outer["problem"]

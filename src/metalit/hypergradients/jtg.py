@@ -7,7 +7,7 @@ import torch
 from torch.func import vjp
 
 from metalit.adapt import Outer, adapt
-from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -36,7 +36,13 @@ class JTg(Hypergradient):
         check_steps("JTg", self.steps)
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Take g and Jᵀg in one sweep each, then move θ."""
         own = outer["problem"]

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, inner_step
-from metalit.hypergradients.base import Estimate
+from metalit.hypergradients.base import Estimate, Progress
 from metalit.hypergradients.unrolled import Unrolled
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree, axpy, tree_map
+from metalit.tree import Tree, axpy, leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Recomputed(Unrolled):
     """
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Adapt, then sweep back."""
         own = outer["problem"]
@@ -54,14 +60,16 @@ class Recomputed(Unrolled):
         path = [begin(own)]
         for number in range(self.steps):
             path.append(step(number, *path[-1], outer))
-        weights = self.weights or [0.0] * (self.steps - 1) + [1.0]
+        only_last = [0.0] * (self.steps - 1) + [1.0]
+        weights = self.weights_at(progress, next(leaf for _, leaf in leaves(outer))) or only_last
         inner = path[-1][0]
         value: Any = 0.0
         gradient = tree_map(torch.zeros_like, outer)
         pull = pytree_map(torch.zeros_like, path.pop())
         for number in reversed(range(self.steps)):
             reached = inner if number == self.steps - 1 else path[number + 1][0]
-            if weights[number]:
+            # a number that is 0 needs no derivative; a tensor may become another one at the next outer step
+            if isinstance(weights[number], Tensor) or weights[number]:
                 (slope, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(reached, own, task)
                 value = value + weights[number] * loss
                 pull = axpy(weights[number], slope, pull[0]), pull[1]

@@ -8,7 +8,7 @@ from torch.func import grad_and_value
 
 from metalit.adapt import Outer, iterates
 from metalit.errors import InputError
-from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -42,7 +42,13 @@ class Truncated(Hypergradient):
             raise InputError(f"Truncated: kept={self.kept} must be between 1 and steps={self.steps}")
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the outer loss through the steps that are kept."""
         dropped = self.steps - self.kept

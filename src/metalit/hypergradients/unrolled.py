@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from metalit.adapt import Outer, iterates
-from metalit.errors import InputError
-from metalit.hypergradients.base import Estimate, Hypergradient, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
+from metalit.hypergradients.weights import Annealed, Weights, check_weights
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree
@@ -23,7 +23,8 @@ class Unrolled(Hypergradient):
     Args:
         steps: the number of inner steps.
         weights: w₁ … w_steps, that sum to 1: how much the loss after each inner step counts (the multi-step loss of
-            Antoniou et al. 2019, eq. 4). If not given, only the last step counts.
+            Antoniou et al. 2019, eq. 4). :class:`~metalit.hypergradients.weights.Annealed` ones change over the outer
+            steps. If not given, only the last step counts.
 
     Raises:
         InputError: no inner step, or weights of another number or another sum.
@@ -31,15 +32,27 @@ class Unrolled(Hypergradient):
 
     carries: ClassVar[frozenset[Path]] = ALL
     steps: int = 1
-    weights: Sequence[float] | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
-        if self.weights is not None and (len(self.weights) != self.steps or not abs(sum(self.weights) - 1) <= 1e-6):
-            raise InputError(f"Unrolled: weights={list(self.weights)} must be steps={self.steps} numbers that sum to 1")
+        if isinstance(self.weights, Annealed):
+            check_weights("Unrolled: weights.first", self.weights.first, self.steps)
+        elif self.weights is not None:
+            check_weights("Unrolled: weights", self.weights, self.steps)
+
+    def weights_at(self, progress: Progress, like: Tensor) -> Sequence[float | Tensor] | None:
+        """The weight of the loss after each inner step, after ``progress`` outer steps; None: only the last counts."""
+        return self.weights.at(progress, like) if isinstance(self.weights, Annealed) else self.weights
 
     def __call__(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        outer: Outer,
+        task: Any,
+        start: Tree | None = None,
+        progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the weighted outer loss through the inner loop."""
 
@@ -48,7 +61,8 @@ class Unrolled(Hypergradient):
             if self.weights is None:
                 return problem.outer_loss(path[-1], outer["problem"], task), path[-1]
             losses = [problem.outer_loss(inner, outer["problem"], task) for inner in path[1:]]
-            return sum(w * value for w, value in zip(self.weights, losses, strict=True)), path[-1]
+            weights = self.weights_at(progress, losses[-1])
+            return sum(w * value for w, value in zip(weights, losses, strict=True)), path[-1]
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
         return Estimate(value, gradient, inner)
