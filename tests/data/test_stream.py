@@ -184,8 +184,30 @@ def test_take_chooses_tasks_and_leaves_a_mask_that_is_none():
     assert take(task, torch.tensor([2, 0])).key.tolist() == [2, 0]
 
 
-def test_a_block_is_drawn_in_one_call():
+def calls_of(draw, steps, first=0):
+    """The numbers of indices of each call, and the stream's batches."""
     calls = []
-    stream = TrainStream(lambda index: calls.append(len(index)) or index, 3, 1000, lambda: 0)
-    assert len(list(islice(stream, 64))) == 64
-    assert calls == [64 * 3]
+    stream = TrainStream(lambda index: calls.append(len(index)) or draw(index), 3, 1000, lambda: first)
+    return calls, list(islice(stream, steps))
+
+
+def test_a_block_of_small_tasks_is_drawn_in_one_call():
+    calls, _ = calls_of(just_index, 64)
+    assert calls == [2 * 3, 64 * 3]  # the first tells how large they are
+
+
+@pytest.mark.parametrize(("size", "steps"), [(2**20, 5), (2**23, 1)])  # of one task, in bytes
+def test_large_tasks_are_drawn_when_they_are_due(size, steps):
+    def draw(index):
+        return index.to(torch.uint8).unsqueeze(-1).repeat(1, size)
+
+    first = 7
+    calls, batches = calls_of(draw, 6, first)
+    assert calls == [2 * 3] + [steps * 3] * len(range(first // steps, (first + 5) // steps + 1))
+    assert [batch[:, -1].tolist() for batch in batches] == [[3 * s, 3 * s + 1, 3 * s + 2] for s in range(7, 13)]
+
+
+def test_what_is_expanded_is_drawn_in_blocks_however_large_it_is():
+    table = torch.zeros(2**25, dtype=torch.uint8)
+    calls, _ = calls_of(lambda index: (table.expand(len(index), -1), index), 2)
+    assert calls == [2 * 3, 64 * 3]

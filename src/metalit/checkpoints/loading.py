@@ -7,7 +7,7 @@ from typing import IO, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS, _default_map_location, _load_state
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
@@ -21,6 +21,14 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 class LoadedSafely:
     """Mixed into a LightningModule or a LightningDataModule, before it."""
+
+    def save_given(self) -> None:
+        """Keep the configuration that the command line gave, so that a checkpoint rebuilds this object.
+
+        What Python code passes instead are live objects, which a checkpoint must not hold: those are left out.
+        """
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters(logger=False)
 
     @_restricted_classmethod
     def load_from_checkpoint(

@@ -46,12 +46,12 @@ class BatchDataModule(TableDataModule):
         seed: int = 0,
     ) -> None:
         partition = Partition(val, test, noise_columns, corrupt, split_seed)
-        super().__init__(rows, partition, batch_size, "batch_size", seed)
+        super().__init__(rows, partition, batch_size, "data.batch_size", seed)
 
     def prepare(self) -> None:
         """Read the rows, split them, and share out what is evaluated."""
         super().prepare()
-        ranks = self.ranks[1]
+        ranks = self.ranks.count
         for split in ("val", "test"):
             rows = len(self.points(split).x)
             if rows < ranks:

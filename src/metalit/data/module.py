@@ -6,14 +6,12 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
-from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.draws import StreamDataModule
 from metalit.data.files import tell
-from metalit.data.stream import EvalStream, TrainStream, fused_steps, overfitted
+from metalit.data.stream import EvalStream
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
 from metalit.problem import Task
@@ -38,7 +36,7 @@ class Episodes:
     queries: Count = "all"
 
 
-class TaskDataModule(LoadedSafely, LightningDataModule):
+class TaskDataModule(StreamDataModule):
     """Tasks for training, validation and test, a pure function of (seed, split, index).
 
     Args:
@@ -64,13 +62,11 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         predict_file: str | None = None,
         predict_one_task: bool = False,
     ) -> None:
-        super().__init__()
-        if _given_hyperparameters.get() is not None:
-            # what the command line gave; what Python code passes are live objects, and no checkpoint may hold those
-            self.save_hyperparameters(logger=False)
+        if train.tasks == "all":
+            raise InputError("data.train.tasks='all': give the number of tasks of one outer step, such as 25")
+        super().__init__(train.tasks, "data.train.tasks", seed)
         self.tasks = tasks
         self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
-        self.seed = seed
         self.predict_file = predict_file
         self.predict_one_task = predict_one_task
         for split, episodes in self.episodes.items():
@@ -78,8 +74,6 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
                 value = getattr(episodes, name)
                 if not (isinstance(value, int) and value >= 1) and (value != "all" or name == "shots"):
                     raise InputError(f"data.{split}.{name}={value!r} must be a whole number, at least 1")
-        if train.tasks == "all":
-            raise InputError("data.train.tasks='all': give the number of tasks of one outer step, such as 25")
 
     def setup(self, stage: str) -> None:
         """Check everything before anything is trained."""
@@ -99,18 +93,15 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
                 raise InputError(
                     f"data.{split}.tasks='all': {type(self.tasks).__name__} has no last task, so give a number"
                 )
-        ranks, train = self._ranks[1], self.episodes["train"]
+        ranks = self.ranks.count
         for split in ("val", "test"):
             if 0 < self._count(split) < ranks:
                 raise InputError(
                     f"data.{split}.tasks={self._count(split)} leaves some of {ranks} processes without a task; "
                     f"give {ranks} at least"
                 )
-        if stage == "fit" and train.tasks % ranks:
-            raise InputError(
-                f"data.train.tasks={train.tasks} tasks in each outer step cannot be shared by {ranks} processes; "
-                f"choose a multiple of {ranks}"
-            )
+        if stage == "fit":
+            self.check_divisible()
 
     def _check_wanted(self, stage: str) -> None:
         """A split may have no task where none is asked for; training without validation goes by its last step."""
@@ -132,30 +123,10 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         key = task_keys(self.seed, split, index)
         return self.tasks.sample(split, index, key, episodes.shots, _rows(episodes))
 
-    def train_dataloader(self) -> TrainStream:
-        """The stream of training tasks, from the step that the trainer is at."""
-        steps = self.trainer.max_steps
-        if steps < 1:
-            raise InputError(
-                f"trainer.max_steps={steps}: tasks have no last one, so give the number of outer steps, such as 10000"
-            )
-        tasks = self.episodes["train"].tasks
-        return TrainStream(
-            overfitted(partial(self.draw, "train"), tasks, self.trainer),
-            tasks,
-            steps,
-            lambda: self.trainer.global_step,
-            *self._ranks,
-            fused_steps(self.trainer),
-        )
-
-    def val_dataloader(self) -> EvalStream | list[Task]:
-        """The validation tasks: the same ones every time."""
-        return self._eval_stream("val") if self._count("val") else []
-
-    def test_dataloader(self) -> EvalStream:
-        """The test tasks: the same ones every time."""
-        return self._eval_stream("test")
+    def eval_stream(self, split: Split) -> EvalStream | list[Task]:
+        """This rank's share of the split's tasks: the same ones every time."""
+        tasks = self._count(split)
+        return EvalStream(partial(self.draw, split), tasks, self.number, *self.ranks) if tasks else []
 
     def predict_dataloader(self) -> "UserTasks":
         """The user's tasks, one by one; every rank gets all of them."""
@@ -167,17 +138,10 @@ class TaskDataModule(LoadedSafely, LightningDataModule):
         queries = _PICTURED_QUERIES if self.tasks.count(split) is None else None
         return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
 
-    def _eval_stream(self, split: Split) -> EvalStream:
-        return EvalStream(partial(self.draw, split), self._count(split), self.episodes["train"].tasks, *self._ranks)
-
     def _count(self, split: Split) -> int:
         tasks = self.episodes[split].tasks
         there_are = self.tasks.count(split)
         return there_are if tasks == "all" or there_are == 0 else tasks
-
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 def _rows(episodes: Episodes) -> int | None:

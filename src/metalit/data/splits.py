@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -136,9 +136,7 @@ class TableDataModule(DrawsDataModule):
     target: str
     classes: Sequence[str]
 
-    def __init__(
-        self, rows: RowSource, partition: Partition, number: int, argument: Literal["draws", "batch_size"], seed: int
-    ) -> None:
+    def __init__(self, rows: RowSource, partition: Partition, number: int, argument: str, seed: int) -> None:
         super().__init__(number, argument, seed)
         self.rows = rows
         self.partition = partition
@@ -176,7 +174,7 @@ class SplitsDataModule(TableDataModule):
         draws: int = 1,
     ) -> None:
         partition = Partition(val, test, noise_columns, corrupt, split_seed)
-        super().__init__(rows, partition, draws, "draws", seed)
+        super().__init__(rows, partition, draws, "data.draws", seed)
 
     def draw(self, split: Split, index: Tensor) -> Splits:
         """Return the table once for each index, ``[n]``."""

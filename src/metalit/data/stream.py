@@ -1,16 +1,19 @@
 """The order in which tasks come: decided by the global index alone, whoever draws them and whenever."""
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metalit.problem import Task
 
-_BLOCK = 64  # steps drawn in one call: a call costs as much for 64 steps as for one
+# small tasks are drawn for many steps in one call, which costs as much as for one; large ones when they are due
+_BLOCK_STEPS = 64
+_BLOCK_BYTES = 2**24
 
 Draw = Callable[[Tensor], Task]
 
@@ -76,17 +79,29 @@ class TrainStream:
         return self.steps // self.fused
 
     def __iter__(self) -> Iterator[Task | Fused]:
-        step, length = self.first_step(), self.fused * max(1, _BLOCK // self.fused)
+        step, length = self.first_step(), self._block_length
         while True:
             # blocks start at multiples of their length, so that a resumed run makes the very same calls
             start = step - step % length
-            steps = torch.arange(start, start + length).unsqueeze(-1)
-            index = steps * self.stride + self.offset + torch.arange(self.share)
-            block = self.draw(index.flatten())
+            block = self.draw(self._indices(start, length))
             for position in range(step - start, length, self.fused):
                 tasks = take(block, slice(position * self.share, (position + self.fused) * self.share))
                 yield Fused(tasks, self.fused) if self.fused > 1 else tasks
             step = start + length
+
+    def _indices(self, start: int, steps: int) -> Tensor:
+        """This rank's indices of so many steps, ``[steps · share]``."""
+        step = torch.arange(start, start + steps).unsqueeze(-1)
+        return (step * self.stride + self.offset + torch.arange(self.share)).flatten()
+
+    @cached_property
+    def _block_length(self) -> int:
+        """The number of steps that are drawn in one call."""
+        first = [leaf for leaf in tree_leaves(self.draw(self._indices(0, 2))) if isinstance(leaf, Tensor)]
+        # what is expanded, with a stride of 0, needs no memory of its own; two steps, since one may be a single task
+        size = sum(leaf.nbytes for leaf in first if leaf.stride(0)) / 2
+        steps = min(_BLOCK_STEPS, int(_BLOCK_BYTES // max(size, 1)))
+        return self.fused * max(1, steps // self.fused)
 
 
 class EvalStream:

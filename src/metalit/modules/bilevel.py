@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, adapt
-from metalit.data.base import Split, task_keys
-from metalit.data.stream import EvalStream, TrainStream, overfitted
+from metalit.data.base import Split
+from metalit.data.draws import KeysDataModule
+from metalit.data.stream import EvalStream, TrainStream
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
-from metalit.modules.hyperparameters import save_given
 from metalit.modules.scores import LEARNED, Scores, means
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import Problem, Splits
@@ -93,7 +93,7 @@ class BilevelLearner(TwoLevelLearner):
             raise InputError(f"model.eval_steps={eval_steps} must not be negative")
         if draws < 1:
             raise InputError(f"model.draws={draws} must be at least 1")
-        save_given(self)
+        self.save_given()
         self.warm_start = warm_start
         self.eval_steps = eval_steps
         self.draws = draws
@@ -107,25 +107,22 @@ class BilevelLearner(TwoLevelLearner):
 
     def train_dataloader(self) -> TrainStream:
         """Keys, a pure function of (seed, outer step)."""
-        steps, ranks = self.trainer.max_steps, self.trainer.world_size
-        if steps < 1:
-            raise InputError(f"trainer.max_steps={steps}: give the number of outer steps, such as 1000")
-        if self.draws % ranks:
-            raise InputError(
-                f"model.draws={self.draws} draws in each outer step cannot be shared by {ranks} processes; choose a "
-                f"multiple of {ranks}"
-            )
-        draw = overfitted(partial(task_keys, self.seed, "train"), self.draws, self.trainer)
-        first, rank = (lambda: self.trainer.global_step), self.trainer.global_rank
-        return TrainStream(draw, self.draws, steps, first, rank, ranks, self.fused_steps)
+        keys = self._keys()
+        keys.setup("fit")
+        return keys.train_dataloader()
 
     def val_dataloader(self) -> EvalStream:
         """One key."""
-        return EvalStream(partial(task_keys, self.seed, "val"), 1, 1)
+        return self._keys().val_dataloader()
 
     def test_dataloader(self) -> EvalStream:
         """One key."""
-        return EvalStream(partial(task_keys, self.seed, "test"), 1, 1)
+        return self._keys().test_dataloader()
+
+    def _keys(self) -> KeysDataModule:
+        keys = KeysDataModule(self.draws, self.seed)
+        keys.trainer = self.trainer
+        return keys
 
     # ---- training
 

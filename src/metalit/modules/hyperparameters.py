@@ -5,20 +5,10 @@ from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 Shown = dict[str, str | float]
-
-
-def save_given(module: LightningModule) -> None:
-    """Keep the configuration that the command line gave, so that a checkpoint rebuilds its learner.
-
-    What Python code passes instead are live objects, which a checkpoint must not hold: those are left out.
-    """
-    if _given_hyperparameters.get() is not None:
-        module.save_hyperparameters(logger=False)
 
 
 def log_given(module: LightningModule) -> None:

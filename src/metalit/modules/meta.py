@@ -22,7 +22,6 @@ from metalit.inner.base import InnerOptimizer
 from metalit.keys import fold
 from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.evaluation import Evaluation, accuracies, indices
-from metalit.modules.hyperparameters import save_given
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import FewShotProblem, Points, Task
 
@@ -87,7 +86,7 @@ class MetaLearner(TwoLevelLearner):
                 f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
                 "trained: val/loss is the loss after those"
             )
-        save_given(self)
+        self.save_given()
         self.eval_steps = eval_steps
         self.scaling: Scaling | None = None
         self._fitted_worse: list[str] = []

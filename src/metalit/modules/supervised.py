@@ -23,7 +23,6 @@ from metalit.keys import folded
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner, say
 from metalit.modules.buffers import adopt_buffers, buffer_names
-from metalit.modules.hyperparameters import save_given
 from metalit.modules.row_scores import RowScores
 from metalit.modules.scores import LEARNED, Scores
 from metalit.problem import Points
@@ -81,7 +80,7 @@ class SupervisedLearner(OuterLearner):
         check_loss(loss)
         if rows_per_chunk is not None and rows_per_chunk < 1:
             raise InputError(f"model.rows_per_chunk={rows_per_chunk} must be at least 1")
-        save_given(self)
+        self.save_given()
         self.network = network
         self.loss = loss
         self.perturbation = perturbation
