@@ -11,7 +11,7 @@ ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "cache", "patience", "durations"), 0),
     **dict.fromkeys(("unrounded", "compiler", "disk", "parent"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints"), 1),
+    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices"), 1),
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
@@ -24,7 +24,7 @@ SAME_FLOOR = {
     *(("provenance", "runs"), ("provenance", "checks")),
     *(("cli", "arguments"), ("cli", "messages"), ("cli", "widths"), ("__main__", "cli")),
 }
-TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints"}
+TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints", "notices"}
 
 
 def imported_modules(file: str, source: str) -> Iterator[str]:

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from metalit.arguments import check_values, origin, prepared
@@ -53,6 +52,7 @@ from metalit.linsolve import LinearSolver
 from metalit.messages import explain, failed_constructor
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
+from metalit.notices import say, show
 from metalit.parent import mark_first
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
@@ -93,7 +93,7 @@ class MetalitCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self._args = with_own_config(args)
         if len(self._args) > len(args):
-            _say(f"metalit: with the configuration of the run, {named_configs(self._args)[0]}")
+            say(f"with the configuration of the run, {named_configs(self._args)[0]}")
         args = self._args
         # with subcommands, ${…} must hold below the subcommand's own root
         # and no value may name os, subprocess, pickle and the like: an empty list makes jsonargparse enforce its own
@@ -207,9 +207,9 @@ class MetalitCLI(LightningCLI):
         trained = {section: kept[key] for section, key in sections.items() if kept.get(key)}
         owner = f"ckpt_path={str(self.checkpoint)!r}"
         if self.checkpoint and not trained:
-            _say(f"metalit: {owner} keeps no configuration, so that the present one is taken at its word")
+            say(f"{owner} keeps no configuration, so that the present one is taken at its word")
         for line in check(owner, trained, self.config_dump, self.subcommand, self._args):
-            _say(f"metalit: {line}")
+            say(line)
 
     def instantiate_classes(self) -> None:
         """Build everything; an input error comes out as it was raised, not wrapped by the parser.
@@ -287,29 +287,29 @@ class MetalitCLI(LightningCLI):
             # how Lightning ends after Ctrl-C
             last = self._callback(LastCheckpoint)
             way = "; the same command with --ckpt_path last goes on from the last checkpoint"
-            _say(f"interrupted{way if last and last.best_model_path else ', before anything was saved'}")
+            show(f"interrupted{way if last and last.best_model_path else ', before anything was saved'}")
             raise SystemExit(130) from None
         except StoppedError as stopped:
             ignore_signals()
             refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
-            _say(
+            show(
                 f"{stopped}; the same command with --ckpt_path last goes on from there"
                 if stopped.checkpoint
                 else stopped
             )
             if stopped.requeue and refusal is None:
-                _say("the job is put back into the queue")
+                show("the job is put back into the queue")
                 return
             if refusal:
-                _say(f"the job is not requeued: {refusal}")
+                show(f"the job is not requeued: {refusal}")
             raise
         best = self._callback(BestCheckpoint)
         if best and best.best_model_score is not None:
-            _say(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
+            show(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
         if self.run.folder and (self.run.folder / "figures").exists():
-            _say(f"figures:         {self.run.folder / 'figures'}")
+            show(f"figures:         {self.run.folder / 'figures'}")
         if isinstance(self.trainer.logger, TensorBoardLogger):
-            _say(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
+            show(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
 
     def _tell_ending(self) -> None:
         """Say why training ended; where there was none, do what the end of the run may not have come to."""
@@ -320,26 +320,26 @@ class MetalitCLI(LightningCLI):
         if self.run.trained or not self.checkpoint:
             # of processes that multiprocessing has started, nothing comes back
             if step:
-                _say(f"training ended after outer step {step}: {why}")
+                show(f"training ended after outer step {step}: {why}")
             elif self.run.folder and not self.run.trained:
-                _say(f"nothing was trained: {why}; to train, {way}")
+                show(f"nothing was trained: {why}; to train, {way}")
             return
         if self.resumes and isinstance(self.model, BilevelLearner) and self.trainer.limit_val_batches:
             self._callback(ScoreTable).ends_fit = True
             self.trainer.validate(
                 self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True, verbose=False
             )
-        _say(f"nothing to train: {self.checkpoint} is at outer step {step}, and {why}; to go on, {way}")
+        show(f"nothing to train: {self.checkpoint} is at outer step {step}, and {why}; to go on, {way}")
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation tasks; the table is the report's."""
-        _say(f"validating {self.checkpoint}")
+        show(f"validating {self.checkpoint}")
         with self.run.opened(self.trainer, trains=False):
             self.trainer.validate(**kwargs, weights_only=True, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test tasks; the table is the report's."""
-        _say(f"testing {self.checkpoint}")
+        show(f"testing {self.checkpoint}")
         with self.run.opened(self.trainer, trains=False):
             self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
@@ -356,7 +356,7 @@ class MetalitCLI(LightningCLI):
             )
         if on_purpose("model.eval_steps", self._args):
             self.model.asked_steps = self.model.eval_steps
-        _say(f"predicting with {self.checkpoint}")
+        show(f"predicting with {self.checkpoint}")
         with self.run.opened(self.trainer, trains=False):
             self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
@@ -413,8 +413,3 @@ def _show(message: Warning | str, category: type[Warning], filename: str, lineno
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     text = f"metalit: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
     sys.stderr.write(text)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

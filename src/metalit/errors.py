@@ -1,5 +1,6 @@
 """Errors that the command line tells in one line, without a traceback."""
 
+import math
 from pathlib import Path
 
 
@@ -26,3 +27,9 @@ class StoppedError(RuntimeError):
         self.step = step
         self.checkpoint = checkpoint
         self.requeue = requeue
+
+
+def check_not_negative(owner: str, name: str, value: float) -> None:
+    """Raise an :class:`InputError` unless a number is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{owner}: {name}={value} must be a finite number, 0 or more")

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from metalit.errors import InputError
 from metalit.locks import FolderLock
+from metalit.notices import show, warn
 
 _BEGUN = "training has begun"
 
@@ -46,7 +46,7 @@ def find_checkpoint(name: str, experiment: Path) -> Path:
     found, last = _checkpoints(name, experiment), _checkpoints("last", experiment)
     if last and max(last) > max(found, default=-1):
         newest, taken = max(last), found[max(found)] if found else last[max(last)]
-        rank_zero_warn(f"version_{newest} has no best checkpoint, as nothing was validated: taking {taken}")
+        warn(f"version_{newest} has no best checkpoint, as nothing was validated: taking {taken}")
         return taken
     if not found:
         raise InputError(
@@ -215,8 +215,7 @@ class RunFolder(Callback):
         """Say that all checks are passed, and where the run is."""
         if self.greeting:
             pl_module.check_batch(pl_module.cast(batch))
-            if trainer.is_global_zero:
-                print(f"{self.greeting}; logs: {self.folder}" if self.folder else self.greeting, flush=True)
+            show(f"{self.greeting}; logs: {self.folder}" if self.folder else self.greeting)
             self.greeting = ""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -566,7 +566,7 @@ def test_known_gradients_that_do_not_fit_are_refused():
 
 def test_noise_without_a_key_or_of_no_parameter_is_refused():
     refused("key: None, but WeightNoise", WeightNoise(0.1))
-    refused("names: 'head.*'.*matches no trainable parameter", WeightNoise(0.1, names=("head.*",)), key=KEY)
+    refused("names: the pattern 'head.*'.*matches no trainable parameter", WeightNoise(0.1, names=("head.*",)), key=KEY)
 
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, -math.inf])

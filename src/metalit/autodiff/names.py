@@ -2,31 +2,43 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import Tensor, nn
 
 from metalit.errors import InputError
 
 
-def matching(available: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
+def matching(
+    available: Iterable[str],
+    patterns: str | Sequence[str],
+    owner: str = "names",
+    what: str = "trainable parameter",
+) -> list[str]:
     """The names that match at least one of the patterns, in their own order.
 
     Args:
         available: the names there are.
         patterns: shell patterns, as of :func:`fnmatch.fnmatchcase`; one may be given as it is.
+        owner: the argument that gives the patterns, for messages.
+        what: what the names are of, for messages.
 
     Raises:
-        InputError: a pattern that matches nothing.
+        InputError: no pattern, or one that matches nothing.
 
     >>> matching(["hidden1.weight", "hidden1.bias", "out.weight"], ["*.weight"])
     ['hidden1.weight', 'out.weight']
     """
-    available = list(available)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns or [""]:
-        if not any(fnmatchcase(name, pattern) for name in available):
-            raise InputError(f"names: {pattern!r} matches no trainable parameter; there are {available}")
-    return [name for name in available if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return list(_matching(tuple(available), (patterns,) if isinstance(patterns, str) else tuple(patterns), owner, what))
+
+
+@lru_cache  # asked in every inner step, of the same names
+def _matching(names: tuple[str, ...], patterns: tuple[str, ...], owner: str, what: str) -> tuple[str, ...]:
+    for pattern in patterns or (None,):
+        if pattern is None or not any(fnmatchcase(name, pattern) for name in names):
+            wrong = "no pattern is given, which" if pattern is None else f"the pattern {pattern!r}"
+            raise InputError(f"{owner}: {wrong} matches no {what}; there are {list(names)}")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def of_module(module: nn.Module, values: Mapping[str, Tensor], owner: str = "parameters") -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """How weights are perturbed: by noise, or towards a higher loss."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalit.autodiff.names import matching
-from metalit.errors import InputError
+from metalit.errors import InputError, check_not_negative
 from metalit.keys import fold, normal
 
 Parameters = dict[str, Tensor]
@@ -51,7 +50,7 @@ class WeightNoise(Perturbation):
     names: str | Sequence[str] = ("*",)
 
     def __post_init__(self) -> None:
-        _check("WeightNoise", "scale", self.scale)
+        check_not_negative("WeightNoise", "scale", self.scale)
 
     def __call__(self, parameters: Parameters, gradient: Callable[[], Parameters], key: Tensor | None) -> Parameters:
         if key is None:
@@ -85,7 +84,7 @@ class SAM(Perturbation):
     rho: float = 0.05
 
     def __post_init__(self) -> None:
-        _check("SAM", "rho", self.rho)
+        check_not_negative("SAM", "rho", self.rho)
 
     def __call__(self, parameters: Parameters, gradient: Callable[[], Parameters], key: Tensor | None) -> Parameters:
         return _towards(gradient(), self.rho) if self.rho else _zero(parameters)
@@ -113,8 +112,8 @@ class AdaptiveSAM(Perturbation):
     eta: float = 0.01
 
     def __post_init__(self) -> None:
-        _check("AdaptiveSAM", "rho", self.rho)
-        _check("AdaptiveSAM", "eta", self.eta)
+        check_not_negative("AdaptiveSAM", "rho", self.rho)
+        check_not_negative("AdaptiveSAM", "eta", self.eta)
 
     def __call__(self, parameters: Parameters, gradient: Callable[[], Parameters], key: Tensor | None) -> Parameters:
         if not self.rho:
@@ -131,11 +130,6 @@ def _towards(direction: Parameters, length: float) -> Parameters:
     total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in wide.values()]))
     total = total.where(total != 0, torch.ones_like(total))
     return {name: (part / total * length).to(direction[name].dtype) for name, part in wide.items()}
-
-
-def _check(owner: str, name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"{owner}: {name}={value} must be a finite number, 0 or more")
 
 
 def _zero(parameters: Parameters) -> Parameters:

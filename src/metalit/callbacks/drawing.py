@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from metalit.notices import warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ class Sketching:
             if not self._told:
                 self._told = True
                 reason = " ".join(str(error).split()) or type(error).__name__
-                rank_zero_warn(f"{self.what}: not drawn ({type(error).__name__}: {reason}); the run goes on without")
+                warn(f"{self.what}: not drawn ({type(error).__name__}: {reason}); the run goes on without")
 
 
 def literal(name: object, longest: int = _LONGEST) -> str:

@@ -13,6 +13,7 @@ from metalit.callbacks.drawing import Sketching, labelled, literal, panels, pixe
 from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
 from metalit.errors import InputError
+from metalit.notices import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,11 +67,11 @@ class PredictionWriter(Callback):
             frame[f"{output}_predicted"] = values
         # as the user's own: numbers are read in the locale that wrote them
         frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
-        print(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
-        print(f"predictions: {target}{' (replaced)' if self._replaces else ''}")
+        show(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
+        show(f"predictions: {target}{' (replaced)' if self._replaces else ''}")
         with self._sketching():
             save_picture(pixels(draw_predictions(asked, columns, self._answers)), target.with_suffix(".png"))
-            print(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
+            show(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
 
     def _check_finite(self) -> None:
         diverged = [name for name, values, _ in self._answers if not bool(values.isfinite().all())]

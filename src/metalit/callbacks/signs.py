@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
+from metalit.notices import say
 from metalit.patience import is_waiting
 
 _SECONDS = 8.0
@@ -93,7 +94,7 @@ class SignsOfLife(Callback):
         while not over.wait(self.seconds):
             before, at, step, told = step, told, trainer.global_step, monotonic()
             if not is_waiting():
-                print(f"metalit: {', '.join(self._said(trainer, (step - before) / (told - at)))}", flush=True)
+                say(", ".join(self._said(trainer, (step - before) / (told - at))))
 
     def _said(self, trainer: Trainer, rate: float) -> Iterator[str]:
         fits, most = trainer.state.fn == "fit", trainer.max_steps

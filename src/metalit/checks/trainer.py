@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import (
     ThroughputMonitor,
     WeightAveraging,
 )
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from metalit.checks.epochs import check_endless, is_endless
 from metalit.errors import InputError
+from metalit.notices import warn
 
 _CHUNKS = "model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk) saves memory and changes no result"
 _REFUSED = {
@@ -208,12 +208,12 @@ def warn_of_rare_calls(module: LightningModule) -> None:
     endless = is_endless(trainer)
     for owner in (*trainer.callbacks, module):
         if fused > 1 and (name := next(_own(owner, "on_train_batch_start", "on_train_batch_end"), None)):
-            rank_zero_warn(
+            warn(
                 f"{type(owner).__name__}.{name} is called once for model.fused_steps={fused} outer steps; "
                 "model.fused_steps: 1 calls it for each"
             )
         if endless and (name := next(_own(owner, "on_train_epoch_start", "on_train_epoch_end"), None)):
-            rank_zero_warn(
+            warn(
                 f"{type(owner).__name__}.{name} is called once in all: the training data has no end, and so no "
                 "epochs; on_validation_end is called after each validation"
             )

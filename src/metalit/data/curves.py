@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_map
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.cells import Categories, inputs, numbers
-from metalit.data.files import tell
 from metalit.data.held_out import HeldOut, Partition
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
+from metalit.notices import warn
 from metalit.problem import Points, Task
 
 _DEGREES = range(6)  # of the polynomials among which the baselines choose
@@ -143,7 +143,7 @@ class Curves(TaskDistribution):
             if not known.any():
                 raise InputError(f"{owner}: no row has a number in each of {list(self.y)}; name other columns as y")
             where = " or ".join(map(repr, self.y))
-            tell(f"{owner}: {(~known).sum()} of {len(known)} rows have no number in {where}, and are left out")
+            warn(f"{owner}: {(~known).sum()} of {len(known)} rows have no number in {where}, and are left out")
         frame, y = frame[known], y[known]
         check_named(frame, self.task, owner)
         x = inputs(frame, self.x, self.levels, owner)
@@ -171,7 +171,7 @@ class Curves(TaskDistribution):
         short = [name for split, names in chosen.items() for name in names if name not in set(long[split])]
         if short:
             some = ", ".join(map(repr, short[:5])) + (", …" if len(short) > 5 else "")
-            tell(f"data.tasks.skip_short=true: {len(short)} of {len(rows)} tasks have too few rows: {some}")
+            warn(f"data.tasks.skip_short=true: {len(short)} of {len(rows)} tasks have too few rows: {some}")
         return long
 
     @cached_property

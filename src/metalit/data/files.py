@@ -15,9 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from metalit.errors import InputError
+from metalit.notices import warn
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -53,11 +52,6 @@ class Records(NamedTuple):
     cells: list[list[str]]
     lines: list[int]
     separator: str
-
-
-def tell(line: str) -> None:
-    """Tell the user something of their data, on one rank."""
-    rank_zero_warn(line)
 
 
 def check_file(file: str | Path, owner: str) -> Path:
@@ -143,7 +137,7 @@ def _decoded(content: bytes, owner: str) -> str:
             raise InputError(f"{owner} is no CSV table: {cause}; save it as CSV (UTF-8)") from None
     text = content.decode("cp1252", errors="replace")
     if not _NO_TEXT.search(text):
-        tell(f"{owner} is no UTF-8, and is read as Windows-1252 (Latin-1); save it as UTF-8 if letters come out wrong")
+        warn(f"{owner} is no UTF-8, and is read as Windows-1252 (Latin-1); save it as UTF-8 if letters come out wrong")
     return text
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.draws import StreamDataModule
-from metalit.data.files import tell
 from metalit.data.stream import EvalStream
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
+from metalit.notices import warn
 from metalit.problem import Task
 
 _PICTURED_QUERIES = 200
@@ -112,7 +112,7 @@ class TaskDataModule(StreamDataModule):
         if stage == "fit" and self.tasks.count("val") == 0:
             if self.trainer:
                 self.trainer.limit_val_batches = 0  # so that what waits for a validation is refused
-            tell(
+            warn(
                 "data.tasks.val: no task is held out for validation, so there is no best checkpoint: the last one is "
                 "what is learned (--ckpt_path last)"
             )

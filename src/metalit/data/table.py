@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from metalit.data.cells import Categories, inputs, line_of, missing_cells, numbers, value_of
-from metalit.data.files import read_records, shown, tell
+from metalit.data.files import read_records, shown
 from metalit.errors import InputError
+from metalit.notices import warn
 
 
 class Columns(NamedTuple):
@@ -101,7 +102,7 @@ def check_named(frame: pd.DataFrame, task: str, owner: str) -> None:
     alike = [names for names in spelt.values() if len(names) > 1]
     if alike:
         more = f", and {len(alike) - 1} more such" if len(alike) > 1 else ""
-        tell(f"{owner}: {alike[0]} in column {task!r} are {len(alike[0])} tasks{more}; mend the names if they are one")
+        warn(f"{owner}: {alike[0]} in column {task!r} are {len(alike[0])} tasks{more}; mend the names if they are one")
 
 
 def _spoken(name: str) -> str:
@@ -178,7 +179,7 @@ def _tell_of_words(frame: pd.DataFrame, columns: Columns, owner: str) -> None:
     words = cells[cells != ""]
     if len(words):
         found = sorted(set(words))
-        tell(f"{owner}: {len(words)} cell(s) of {list(columns.y)} hold {found}, and are asked like empty ones")
+        warn(f"{owner}: {len(words)} cell(s) of {list(columns.y)} hold {found}, and are asked like empty ones")
 
 
 def _some(names: Sequence[str], most: int) -> str:

@@ -1,6 +1,5 @@
 """The implicit hypergradient: differentiate the condition that the inner problem is solved, not the way there."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,7 +8,7 @@ import torch
 from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, adapt
-from metalit.errors import InputError
+from metalit.errors import InputError, check_not_negative
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
@@ -50,8 +49,7 @@ class Implicit(Hypergradient):
 
     def __post_init__(self) -> None:
         check_steps("Implicit", self.steps)
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"Implicit: damping={self.damping} must be a finite number, 0 or more")
+        check_not_negative("Implicit", "damping", self.damping)
         if not self.stationary > 0:
             raise InputError(f"Implicit: stationary={self.stationary} must be positive, such as 0.01")
 

@@ -1,6 +1,5 @@
 """Newton's method: solves an inner problem that is quadratic in one step."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev
 
-from metalit.errors import InputError
+from metalit.errors import InputError, check_not_negative
 from metalit.inner.base import GradFn, InnerOptimizer
 from metalit.linsolve import single, solve
 from metalit.tree import Tree, axpy, flatten, leaves, unflatten
@@ -31,8 +30,7 @@ class Newton(InnerOptimizer):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"Newton: damping={self.damping} must be a finite number, 0 or more")
+        check_not_negative("Newton", "damping", self.damping)
 
     @property
     def second_order(self) -> bool:

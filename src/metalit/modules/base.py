@@ -13,7 +13,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import SWALR
 from torch.utils._pytree import tree_map as pytree_map
@@ -29,6 +28,7 @@ from metalit.checks.trainer import check_trainer, overrides, warn_of_rare_calls
 from metalit.errors import InputError
 from metalit.modules.handed_back import HandedBack
 from metalit.modules.hyperparameters import best_so_far, log_given
+from metalit.notices import warn
 from metalit.training.agreement import Agreement
 from metalit.training.finite import RATES, FiniteWatch, stopped
 from metalit.training.gradients import Gradients, check_types
@@ -55,12 +55,6 @@ class HasPacked(Protocol):
     @property
     def packed(self) -> Tensor:
         """Loss, gradient and whether they are not finite, as one vector."""
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Tell the user, once for all ranks."""
-    print(f"metalit: {line}", flush=True)
 
 
 def _nothing() -> None:
@@ -419,7 +413,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         self._step_is_heard = self._hears_steps()
         present = settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())
         for line in self._settings.taken_over(present, self.clip_norm):
-            rank_zero_warn(line)
+            warn(line)
 
     def on_validation_start(self) -> None:
         """Judge only what is finite, of one loader.
@@ -483,9 +477,7 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             self._settings.load(checkpoint)
             trained = checkpoint.get("precision", self.trainer.precision)
             if trained != self.trainer.precision:
-                rank_zero_warn(
-                    f"trainer.precision={self.trainer.precision!r}, and the checkpoint was trained in {trained!r}"
-                )
+                warn(f"trainer.precision={self.trainer.precision!r}, and the checkpoint was trained in {trained!r}")
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from metalit.hypergradients.base import Hypergradient
+from metalit.notices import warn
 
 _SOON = 10  # steps after which a log comes early enough
 
@@ -48,7 +47,7 @@ class Complaints:
         for kind, complaint in found.items():
             if kind not in self._told:
                 self._told.add(kind)
-                rank_zero_warn(f"outer step {step}: {complaint}")
+                warn(f"outer step {step}: {complaint}")
 
     def _why_zero(self, loss: float, slope: Callable[[], float], advice: str) -> str:
         carries = type(self.hypergradient).carries

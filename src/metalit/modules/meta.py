@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metalit.adapt import Outer, adapt, iterates
 from metalit.autodiff.blame import told
-from metalit.data.files import tell
 from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
@@ -23,6 +22,7 @@ from metalit.keys import fold
 from metalit.modules.adapted import Adapted, check_points
 from metalit.modules.evaluation import Evaluation, accuracies, indices
 from metalit.modules.two_level import TwoLevelLearner
+from metalit.notices import warn
 from metalit.problem import FewShotProblem, Points, Task
 
 
@@ -181,13 +181,13 @@ class MetaLearner(TwoLevelLearner):
             names = (data.tasks.inputs, data.tasks.columns.y)
             far = self.scaling.outside(torch.tensor(data.asked.x), torch.tensor(data.asked.y), *names)
             if far:
-                tell(f"data.predict_file={data.predict_file!r} lies far outside of the training data: {far}")
+                warn(f"data.predict_file={data.predict_file!r} lies far outside of the training data: {far}")
 
     def on_predict_end(self) -> None:
         """Tell of tasks that adapting does not fit."""
         worse = self._fitted_worse
         if worse:
-            tell(
+            warn(
                 f"predict: {len(worse)} task(s), first {worse[0]!r}, are fitted worse at their own support points "
                 "after adapting than before; see that x and y are in the units of the training data, or take fewer "
                 "inner steps (model.eval_steps)"
@@ -272,7 +272,7 @@ class MetaLearner(TwoLevelLearner):
             names = ([f"{name}[:, {column}]" for column in range(v.shape[1])] for name, v in (("x", x), ("y", y)))
             far = self.scaling.outside(x, y, *names)
             if far:
-                tell(f"adapt: the points lie far outside of the training data: {far}")
+                warn(f"adapt: the points lie far outside of the training data: {far}")
         return adapted
 
     def _adapt(self, x: Tensor, y: Tensor, steps: int) -> Adapted:

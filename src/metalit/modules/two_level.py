@@ -20,9 +20,10 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
-from metalit.modules.base import OuterLearner, say
+from metalit.modules.base import OuterLearner
 from metalit.modules.complaints import Complaints
 from metalit.modules.learned import ParameterTree, alike, brought, updated
+from metalit.notices import say
 from metalit.problem import Problem
 from metalit.scaled import Scaled
 from metalit.training.batches import Estimates, Found, Leaves, packed

@@ -1,6 +1,5 @@
 """Data hyper-cleaning: a weight for each training example, learned on clean validation examples."""
 
-import math
 from operator import attrgetter
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metalit.autodiff import call, draws, sees_other_rows
-from metalit.errors import InputError
+from metalit.errors import InputError, check_not_negative
 from metalit.problem import Points, Splits
 from metalit.problems.rows import Batch, RowsProblem, check_size
 from metalit.tree import Tree, dot
@@ -46,8 +45,7 @@ class Cleaning(RowsProblem):
         super().__init__(batch, outer_batch)
         if examples < 1:
             raise InputError(f"Cleaning: examples={examples} must be at least 1")
-        if not (math.isfinite(decay) and decay >= 0):
-            raise InputError(f"Cleaning: decay={decay} must be a finite number, 0 or more")
+        check_not_negative("Cleaning", "decay", decay)
         if sees_other_rows(network):
             raise InputError("Cleaning: BatchNorm mixes the rows that are to be weighted; use LayerNorm or GroupNorm")
         if draws(network):

@@ -1,13 +1,12 @@
 """Few-shot learning with any network: its weights are the outer variable, adapted copies of them the inner one."""
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from metalit.autodiff import call, draws, sees_other_rows
+from metalit.autodiff.names import matching
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.judging import real_rows
@@ -52,7 +51,7 @@ class FewShot(FewShotProblem):
         self.loss = loss
         self.patterns = (adapt,) if isinstance(adapt, str) else tuple(adapt)
         # which of them are trainable is asked when training starts
-        _matching(tuple(name for name, _ in network.named_parameters()), self.patterns)
+        _adapted((name for name, _ in network.named_parameters()), self.patterns)
 
     def outer(self) -> dict[str, Tensor]:
         """The network's trainable parameters by their own names."""
@@ -61,11 +60,11 @@ class FewShot(FewShotProblem):
     @property
     def adapted(self) -> list[str]:
         """The names of the parameters that are adapted, as things are."""
-        return _matching(tuple(self.outer()), self.patterns)
+        return _adapted(self.outer(), self.patterns)
 
     def init(self, outer: dict[str, Tensor], task: Task | None = None) -> dict[str, Tensor]:
         """Hand over the adapted part of the outer variable."""
-        return {name: outer[name] for name in _matching(tuple(outer), self.patterns)}
+        return {name: outer[name] for name in _adapted(outer, self.patterns)}
 
     def check(self, task: Any) -> None:
         """Check that a task is one.
@@ -105,15 +104,9 @@ class FewShot(FewShotProblem):
         return self.judge(call(self.network, parameters, points.x, key=key), points)
 
 
-@lru_cache
-def _matching(names: tuple[str, ...], patterns: tuple[str, ...]) -> list[str]:
+def _adapted(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """Those of the names that match a pattern."""
+    names = list(names)
     if not names:
         raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"adapt: the pattern {pattern!r} matches no trainable parameter; there are {list(names)}")
-    adapted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not adapted:
-        raise InputError(f"adapt: no pattern is given, so nothing would adapt; name some of {list(names)}")
-    return adapted
+    return matching(names, patterns, "adapt")

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metalit.autodiff.names import matching
 from metalit.errors import InputError
 
 # what torch's schedulers keep of their progress, beside their settings
@@ -117,12 +117,8 @@ def groups(parameters: dict[str, Tensor], lr_by_name: dict[str, float]) -> Seque
     for pattern, lr in lr_by_name.items():
         if not lr >= 0:
             raise InputError(f"model.lr_by_name: the rate {lr} of {pattern!r} must not be negative")
-        chosen = [name for name in rest if fnmatchcase(name, pattern)]
-        if not chosen:
-            taken = " that an earlier pattern left over" if len(rest) < len(parameters) else ""
-            raise InputError(
-                f"model.lr_by_name: the pattern {pattern!r} matches no outer parameter{taken}; there are {list(rest)}"
-            )
+        left_over = " that an earlier pattern left over" if len(rest) < len(parameters) else ""
+        chosen = matching(rest, pattern, "model.lr_by_name", f"outer parameter{left_over}")
         found.append({"params": [rest.pop(name) for name in chosen], "lr": lr, "name": pattern})
     if rest:
         found.insert(0, {"params": list(rest.values())})
