@@ -15,12 +15,18 @@ FLOORS = {
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
-    **dict.fromkeys(("training", "checks", "modules", "callbacks", "runs", "provenance", "factories"), 5),
+    **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "provenance", "factories"), 5),
     **dict.fromkeys(("arguments", "cli", "messages", "widths", "__main__"), 6),
 }
 SAME_FLOOR = {
-    *(("checks", "training"), ("modules", "training"), ("modules", "checks"), ("modules", "callbacks")),
-    *(("callbacks", part) for part in ("training", "checks", "modules", "runs")),
+    *(
+        ("checks", "training"),
+        ("modules", "training"),
+        ("modules", "checks"),
+        ("modules", "evaluation"),
+        ("modules", "callbacks"),
+    ),
+    *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
     *(("provenance", "runs"), ("provenance", "checks")),
     *(("cli", "arguments"), ("cli", "messages"), ("cli", "widths"), ("__main__", "cli")),
 }

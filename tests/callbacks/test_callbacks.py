@@ -20,10 +20,10 @@ from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.callbacks.figures import draw_fits
 from metalit.data import Columns, Episodes, Scaling, Sine, TaskDataModule
 from metalit.errors import InputError
+from metalit.evaluation.interval import mean_with_interval
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
-from metalit.modules.interval import mean_with_interval
 from metalit.networks import MLP
 from metalit.problem import Points, Task
 from metalit.problems import FewShot

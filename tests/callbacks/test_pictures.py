@@ -17,7 +17,6 @@ from metalit.callbacks import FitFigures, PredictionWriter, Report, SampleGradie
 from metalit.callbacks.drawing import literal, pixels
 from metalit.callbacks.errors import draw_errors
 from metalit.callbacks.figures import _limits, draw_fits
-from metalit.callbacks.judged import LOSS, Judged
 from metalit.callbacks.predictions import draw_predictions
 from metalit.callbacks.screen import show, table
 from metalit.callbacks.tensorboard import write_table
@@ -34,6 +33,7 @@ from metalit.data import (
 )
 from metalit.data.table import read_asked
 from metalit.errors import InputError
+from metalit.evaluation.judged import LOSS, Judged
 from metalit.hypergradients import Implicit, Unrolled
 from metalit.inner import SGD, Newton
 from metalit.keys import fold, normal

@@ -147,7 +147,7 @@ class TestClasses:
         assert "accuracy" in capsys.readouterr().out
 
     def test_rows_that_do_not_count_and_scores_that_are_none(self):
-        from metalit.modules.evaluation import accuracies
+        from metalit.evaluation.task_scores import accuracies
         from metalit.problem import Points
 
         scores = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])[None, None]  # says 0, 1, 0, 1

@@ -13,10 +13,10 @@ from metalit.adapt import adapt
 from metalit.callbacks import LastCheckpoint
 from metalit.data import Curves, Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
+from metalit.evaluation.interval import mean_with_interval
 from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
 from metalit.inner import SGD, MetaSGD
 from metalit.modules import MetaLearner
-from metalit.modules.interval import mean_with_interval
 from metalit.networks import MLP
 from metalit.problems import FewShot
 from metalit.tree import leaves

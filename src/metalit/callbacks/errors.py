@@ -6,8 +6,8 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from metalit.callbacks.drawing import COLOURS, labelled, literal, panels
-from metalit.callbacks.judged import Judged, Measure
-from metalit.modules.interval import Interval
+from metalit.evaluation.interval import Interval
+from metalit.evaluation.judged import Judged, Measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

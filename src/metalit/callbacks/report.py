@@ -9,12 +9,12 @@ from torchmetrics.aggregation import CatMetric
 
 from metalit.callbacks.drawing import Sketching, pixels, save_picture
 from metalit.callbacks.errors import draw_errors
-from metalit.callbacks.judged import LEARNER, LOSS, Judged, Measure, draws_of, means_frame, tasks_frame
 from metalit.callbacks.screen import show, table
 from metalit.callbacks.tensorboard import tensorboards, write_table
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
-from metalit.modules.interval import mean_with_interval
+from metalit.evaluation.interval import mean_with_interval
+from metalit.evaluation.judged import LEARNER, LOSS, Judged, Measure, draws_of, means_frame, tasks_frame
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
 from metalit.runs import run_folder

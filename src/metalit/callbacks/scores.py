@@ -15,8 +15,8 @@ from metalit.callbacks.drawing import Sketching
 from metalit.callbacks.screen import show, table
 from metalit.callbacks.tensorboard import tensorboards, write_table
 from metalit.data.base import Split
+from metalit.evaluation.scores import Scores, means
 from metalit.modules.bilevel import BilevelLearner
-from metalit.modules.scores import Scores, means
 from metalit.runs import run_folder
 from metalit.training.ranks import items_of_ranks
 from metalit.tree import leaves

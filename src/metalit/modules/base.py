@@ -26,7 +26,7 @@ from metalit.checks.ranks import check_ranks
 from metalit.checks.resuming import OuterSettings, check_state
 from metalit.checks.trainer import check_trainer, overrides, warn_of_rare_calls
 from metalit.errors import InputError
-from metalit.modules.handed_back import HandedBack
+from metalit.evaluation.handed_back import HandedBack
 from metalit.modules.hyperparameters import best_so_far, log_given
 from metalit.notices import warn
 from metalit.training.agreement import Agreement

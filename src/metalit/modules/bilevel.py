@@ -15,9 +15,9 @@ from metalit.data.base import Split
 from metalit.data.draws import KeysDataModule
 from metalit.data.stream import EvalStream, TrainStream
 from metalit.errors import InputError
+from metalit.evaluation.scores import LEARNED, Scores, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
-from metalit.modules.scores import LEARNED, Scores, means
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem

@@ -15,12 +15,12 @@ from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.data.stream import Fused
 from metalit.errors import InputError
+from metalit.evaluation.task_scores import TaskScores, accuracies, indices
 from metalit.hypergradients.base import Hypergradient
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.keys import fold
 from metalit.modules.adapted import Adapted, check_points
-from metalit.modules.evaluation import Evaluation, accuracies, indices
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.notices import warn
 from metalit.problem import FewShotProblem, Points, Task
@@ -36,7 +36,7 @@ class MetaLearner(TwoLevelLearner):
     as many steps as are trained. Where a task is drawn several times, its mean over the draws counts once.
 
     Attributes:
-        evaluation: what the last evaluation found (:class:`~metalit.modules.evaluation.Evaluation`).
+        evaluation: what the last evaluation found (:class:`~metalit.evaluation.task_scores.TaskScores`).
 
     Args:
         problem: what is learned: a few-shot problem, that adapts to a :class:`~metalit.problem.Task`.
@@ -90,7 +90,7 @@ class MetaLearner(TwoLevelLearner):
         self.eval_steps = eval_steps
         self.scaling: Scaling | None = None
         self._fitted_worse: list[str] = []
-        self.evaluation = Evaluation(eval_steps)
+        self.evaluation = TaskScores(eval_steps)
         self.asked_steps: int | None = None
         self._best_steps: int | None = None
 

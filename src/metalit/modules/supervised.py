@@ -18,13 +18,13 @@ from metalit.autodiff.untouched import Kept
 from metalit.autodiff.usable import check_network
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
+from metalit.evaluation.row_scores import RowScores
+from metalit.evaluation.scores import LEARNED, Scores
 from metalit.judging import real_rows, right_rows
 from metalit.keys import folded
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner
 from metalit.modules.buffers import adopt_buffers, buffer_names
-from metalit.modules.row_scores import RowScores
-from metalit.modules.scores import LEARNED, Scores
 from metalit.notices import say
 from metalit.problem import Points
 from metalit.training.batches import Estimates, Found, packed

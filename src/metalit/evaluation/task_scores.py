@@ -9,12 +9,12 @@ from torchmetrics.aggregation import CatMetric
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import EvalStream
+from metalit.evaluation.interval import Interval, mean_with_interval
 from metalit.judging import real_rows, right_rows
-from metalit.modules.interval import Interval, mean_with_interval
 from metalit.problem import Points
 
 
-class Evaluation(nn.Module):
+class TaskScores(nn.Module):
     """Collects the query losses, for classes the accuracies too, of every draw, and says which task each draw is of.
 
     Attributes:

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution
-from metalit.modules.interval import Interval, mean_with_interval, means_of_tasks
+from metalit.evaluation.interval import Interval, mean_with_interval, means_of_tasks
 
 LEARNER = "learner"
 

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from metalit.autodiff import SAM
 from metalit.errors import InputError
+from metalit.evaluation.row_scores import RowScores
 from metalit.judging import real_rows, right_rows
 from metalit.losses import row_losses
 from metalit.modules import SupervisedLearner
-from metalit.modules.row_scores import RowScores
 from metalit.problem import Points, collate_points
 
 SGD = partial(torch.optim.SGD, lr=0.1)
