@@ -1,16 +1,14 @@
 """What every learner shares: an outer variable that gradients are written to in one place, stepped, watched, logged."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -19,15 +17,14 @@ from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
-from metalit.checks.data import check_one_loader, check_source
+from metalit.checks.data import check_source
 from metalit.checks.epochs import check_epochs_of_loader
-from metalit.checks.monitors import check_monitors
 from metalit.checks.ranks import check_ranks
 from metalit.checks.resuming import OuterSettings, check_state
 from metalit.checks.trainer import check_trainer, overrides, warn_of_rare_calls
 from metalit.errors import InputError
-from metalit.evaluation.handed_back import HandedBack
-from metalit.modules.hyperparameters import best_so_far, log_given
+from metalit.modules.evaluated import EvaluatedLearner
+from metalit.modules.hyperparameters import log_given
 from metalit.notices import warn
 from metalit.training.agreement import Agreement
 from metalit.training.finite import RATES, FiniteWatch, stopped
@@ -61,7 +58,7 @@ def _nothing() -> None:
     """The closure that Lightning gives to optimisers too."""
 
 
-class OuterLearner(LoadedSafely, LightningModule, ABC):
+class OuterLearner(LoadedSafely, EvaluatedLearner):
     """A LightningModule with manual optimisation whose ``training_step`` ends in :meth:`step_outer`.
 
     Args:
@@ -93,7 +90,6 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         self._finite = FiniteWatch(torch.device("cpu"))
         self._gradients = Gradients(self.outer)
         self._loss_scale = LossScale()
-        self._handed_back = HandedBack()
         self._settings = OuterSettings()
         self._known_step = 0
         self._step_is_heard = True
@@ -297,50 +293,6 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
         hooked += [(trainer.precision_plugin, Precision, "optimizer_step")]
         return self.clip_norm is not None or any(overrides(*hook) for hook in hooked)
 
-    def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
-        """Send scalars to the loggers, on the one x-axis of all: the outer step.
-
-        Args:
-            scalars: values by name.
-            in_hparams: show the best of what is validated in TensorBoard's HPARAMS tab too, beside what the run was.
-        """
-        values = {name: float(value) for name, value in scalars.items()}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.outer_step)
-            if in_hparams and isinstance(logger, TensorBoardLogger) and (best := best_so_far(self.trainer, values)):
-                logger.log_hyperparams(dict(logger.hparams), best, step=self.outer_step)
-
-    def log_evaluated(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
-        """Log what an evaluation found: for callbacks, for the progress bar and for who called the Trainer.
-
-        Args:
-            metrics: means over the ranks, by name; the loggers get theirs by :meth:`write_scalars`.
-            shown: the names of those that the progress bar shows.
-
-        Raises:
-            InputError: a callback or the scheduler waits for a metric that there is not.
-        """
-        check_monitors(self, metrics)
-        for name, value in metrics.items():
-            self.log(name, value, logger=False, prog_bar=name in shown, sync_dist=True, batch_size=1)
-        self._handed_back.keep(self.trainer, metrics)
-
-    def on_test_start(self) -> None:
-        """Judge what comes from one loader.
-
-        Raises:
-            InputError: there are several.
-        """
-        check_one_loader(self.trainer.num_test_batches)
-
-    def on_validation_end(self) -> None:
-        """Hand the metrics back to who called ``trainer.validate``."""
-        self._handed_back.give()
-
-    def on_test_end(self) -> None:
-        """Hand the metrics back to who called ``trainer.test``."""
-        self._handed_back.give()
-
     def cast(self, tree: Any) -> Any:
         """Bring the tensors of any tree to this module's device, and its real numbers to this module's precision."""
 
@@ -416,27 +368,10 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
             warn(line)
 
     def on_validation_start(self) -> None:
-        """Judge only what is finite, of one loader.
-
-        Raises:
-            InputError: there are several.
-        """
-        check_one_loader(self.trainer.num_val_batches)
+        """Judge only what is finite, of one loader."""
+        super().on_validation_start()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.check_finite()
-
-    def step_plateau(self, metrics: dict[str, float]) -> None:
-        """Step a scheduler that waits for a metric; called at the end of a validation, before its checkpoint is saved.
-
-        Raises:
-            InputError: there is no such metric.
-        """
-        scheduler = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
-        if isinstance(scheduler, ReduceLROnPlateau):
-            there = {**self.trainer.callback_metrics, **metrics}
-            if scheduler.monitor not in there:
-                raise InputError(f"model.scheduler.monitor={scheduler.monitor!r} is none of {sorted(there)}")
-            scheduler.step(float(there[scheduler.monitor]))
 
     def on_train_end(self) -> None:
         """Never end well on what is not finite."""
@@ -480,14 +415,3 @@ class OuterLearner(LoadedSafely, LightningModule, ABC):
                 warn(f"trainer.precision={self.trainer.precision!r}, and the checkpoint was trained in {trained!r}")
             # Lightning does so only after loading: double precision would be rounded to single and back
             self.trainer.precision_plugin.convert_module(self)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Be in evaluation mode, and then have every module in the mode that it was in."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -176,37 +176,18 @@ class BilevelLearner(TwoLevelLearner):
 
     # ---- evaluation
 
-    def on_validation_epoch_start(self) -> None:
-        """Start afresh."""
+    def start_evaluation(self) -> None:
+        """Collect anew."""
         self._collected = []
 
-    def on_test_epoch_start(self) -> None:
-        """Start afresh."""
-        self._collected = []
+    def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
+        """Judge; beside baselines only where it is not one of the many validations of a fit."""
+        self._collected += self.judge(batch, split, baselines=self.trainer.state.fn != "fit")
 
-    def validation_step(self, tasks: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Judge; beside baselines only where it is not one of many validations."""
-        self._collected += self.judge(tasks, "val", baselines=self.trainer.state.fn != "fit")
-
-    def test_step(self, tasks: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Judge, beside baselines."""
-        self._collected += self.judge(tasks, "test", baselines=True)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
+    def evaluated(self, split: Split) -> dict[str, float]:
+        """The scores of the learned outer variable."""
         self.scores = means(items_of_ranks(self.trainer, self._collected))
-        values = {f"val/{name}": value for name, value in self.scores[LEARNED].items()}
-        self.log_evaluated(values, shown=["val/loss"])
-        if not self.trainer.sanity_checking:
-            self.write_scalars(values, in_hparams=True)
-            self.step_plateau(values)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self.scores = means(items_of_ranks(self.trainer, self._collected))
-        values = {f"test/{name}": value for name, value in self.scores[LEARNED].items()}
-        self.log_evaluated(values)
-        self.write_scalars(values)
+        return self.scores[LEARNED]
 
     def judge(self, tasks: Any, split: Split, baselines: bool) -> list[Scores]:
         """Score the learned outer variable on each task of a batch, and the problem's baselines if they are asked for.

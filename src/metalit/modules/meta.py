@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metalit.adapt import Outer, adapt, iterates
 from metalit.autodiff.blame import told
+from metalit.data.base import Split
 from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
@@ -134,45 +135,35 @@ class MetaLearner(TwoLevelLearner):
 
     # ---- evaluation
 
-    def on_validation_epoch_start(self) -> None:
+    def start_evaluation(self) -> None:
         """Collect anew."""
         self.evaluation.start()
 
-    def on_test_epoch_start(self) -> None:
-        """Collect anew."""
-        self.evaluation.start()
-
-    def validation_step(self, tasks: Task, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
         """Adapt, and collect the query losses."""
-        self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.val_dataloaders, batch_idx))
+        loader = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
+        tasks = self._tasks_of(batch, batch_idx)
+        right = None
+        if not tasks.query.y.is_floating_point():
+            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
+        self.evaluation.add(indices(loader, batch_idx), self.query_losses(tasks), right)
 
-    def test_step(self, tasks: Task, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adapt, and collect the query losses."""
-        self._evaluate(self._tasks_of(tasks, batch_idx), indices(self.trainer.test_dataloaders, batch_idx))
+    def evaluated(self, split: Split) -> dict[str, float]:
+        """The means after every inner step; of a validation the loss after as many as are trained, of a test intervals.
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean loss after every inner step, and remember after how many it is lowest."""
-        found = self.evaluation.finish(self.trainer.datamodule, "val")
+        A validation of training remembers after how many steps the loss is lowest.
+        """
+        found = self.evaluation.finish(self.trainer.datamodule, split)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
             self._best_steps = min(losses, key=losses.get, default=None)
-        means = {"val/loss": found["loss"][self.hypergradient.steps].mean}
+        metrics = {"loss": found["loss"][self.hypergradient.steps].mean} if split == "val" else {}
         for name, intervals in found.items():
-            means |= {f"val/{name}_step_{k}": interval.mean for k, interval in enumerate(intervals)}
-        self.log_evaluated(means, shown=["val/loss"])
-        if not self.trainer.sanity_checking:
-            self.write_scalars(means, in_hparams=True)
-            self.step_plateau(means)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the mean loss after every inner step, with its interval."""
-        scalars = {}
-        for name, intervals in self.evaluation.finish(self.trainer.datamodule, "test").items():
             for k, interval in enumerate(intervals):
-                scalars[f"test/{name}_step_{k}"] = interval.mean
-                scalars[f"test/{name}_step_{k}_ci95"] = interval.half_width
-        self.log_evaluated(scalars)
-        self.write_scalars(scalars)
+                metrics[f"{name}_step_{k}"] = interval.mean
+                if split == "test":
+                    metrics[f"{name}_step_{k}_ci95"] = interval.half_width
+        return metrics
 
     def on_predict_start(self) -> None:
         """Tell of points that lie far from what was trained on."""
@@ -325,12 +316,6 @@ class MetaLearner(TwoLevelLearner):
     def task_losses(self) -> Tensor:
         """The query losses of all draws of the last evaluation, ``[draws, eval_steps + 1]``."""
         return self.evaluation.losses
-
-    def _evaluate(self, tasks: Task, index: Tensor | None) -> None:
-        right = None
-        if not tasks.query.y.is_floating_point():
-            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
-        self.evaluation.add(index, self.query_losses(tasks), right)
 
     def _tasks_of(self, batch: Any, number: int) -> Task | Fused:
         """A batch as tasks; those of loaders of the user's draw from a key of (batch, rank)."""

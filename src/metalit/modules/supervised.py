@@ -16,6 +16,7 @@ from metalit.autodiff.functional import evaluated
 from metalit.autodiff.perturbed import gradient_in_training
 from metalit.autodiff.untouched import Kept
 from metalit.autodiff.usable import check_network
+from metalit.data.base import Split
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
 from metalit.evaluation.row_scores import RowScores
@@ -62,6 +63,7 @@ class SupervisedLearner(OuterLearner):
             that the network cannot take, what :func:`~metalit.losses.row_losses` raises.
     """
 
+    shown = ("loss", "accuracy")
     takes = "a BatchDataModule, or loaders of pairs of inputs and targets"
 
     def __init__(
@@ -228,55 +230,30 @@ class SupervisedLearner(OuterLearner):
 
     # ---- evaluation
 
-    def on_validation_epoch_start(self) -> None:
+    def start_evaluation(self) -> None:
         """Collect in double precision, which torchmetrics forgets whenever a module moves."""
         self.collected.set_dtype(torch.float64)
 
-    def on_test_epoch_start(self) -> None:
-        """Collect in double precision."""
-        self.collected.set_dtype(torch.float64)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def evaluate(self, batch: Batch, batch_idx: int, split: Split) -> None:
         """Collect losses and right answers."""
-        self._collect(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Collect losses and right answers."""
-        self._collect(batch)
-
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """The network's outputs at a batch of inputs, alone or with their targets."""
-        if isinstance(batch, list | tuple) and len(batch) == 1:
-            batch = batch[0]
-        return self.network(self.cast(batch) if isinstance(batch, Tensor) else self._points(batch).x)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        values = {f"val/{name}": value for name, value in self._scored().items()}
-        self.log_evaluated(values, shown=list(values))
-        if not self.trainer.sanity_checking:
-            self.write_scalars(values, in_hparams=True)
-            self.step_plateau(values)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        values = {f"test/{name}": value for name, value in self._scored().items()}
-        self.log_evaluated(values)
-        self.write_scalars(values)
-
-    def _collect(self, batch: Batch) -> None:
         points = self._points(batch)
         prediction = self(points.x)
         losses = row_losses(self.loss, prediction, points.y)
         right = right_rows(self.loss, prediction, points.y)
         self.collected.update(losses, right, real_rows(self.loss, points.y, points.mask))
 
-    def _scored(self) -> dict[str, float]:
-        """Both are over the rows of all ranks."""
+    def evaluated(self, split: Split) -> dict[str, float]:
+        """Loss and accuracy over the rows of all ranks."""
         loss, accuracy = self.collected.compute().tolist()
         self.collected.reset()
         self.scores = {LEARNED: {"loss": loss} | ({} if isnan(accuracy) else {"accuracy": accuracy})}
         return self.scores[LEARNED]
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """The network's outputs at a batch of inputs, alone or with their targets."""
+        if isinstance(batch, list | tuple) and len(batch) == 1:
+            batch = batch[0]
+        return self.network(self.cast(batch) if isinstance(batch, Tensor) else self._points(batch).x)
 
     def sample_gradient_norms(self, _: Any) -> tuple[Tensor, Tensor]:
         """The norm of each training row's own loss gradient, ‖∇w ℓᵢ(w)‖, and which rows are corrupted, both ``[rows]``.
