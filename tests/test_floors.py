@@ -10,7 +10,7 @@ import metalit
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "cache", "patience", "durations"), 0),
-    **dict.fromkeys(("unrounded", "compiler", "disk", "parent"), 0),
+    **dict.fromkeys(("unrounded", "compiler", "disk", "parent", "private_torch", "private_lightning"), 0),
     **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices"), 1),
     **dict.fromkeys(("problem", "inner", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
@@ -30,7 +30,8 @@ SAME_FLOOR = {
     *(("provenance", "runs"), ("provenance", "checks")),
     *(("cli", "arguments"), ("cli", "messages"), ("cli", "widths"), ("__main__", "cli")),
 }
-TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - {"data", "checkpoints", "notices"}
+KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}
+TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - KNOW_LIGHTNING
 
 
 def imported_modules(file: str, source: str) -> Iterator[str]:
@@ -62,6 +63,8 @@ def _reason(part: str, name: str) -> str | None:
     other = inside[0] if inside else "nothing in particular"
     if other not in FLOORS:
         return f"{other} has no floor"
+    if other in KNOW_LIGHTNING and part in TORCH_ALONE and FLOORS[other] < FLOORS[part]:
+        return f"floor {FLOORS[part]} knows torch and the standard library alone"
     if other == part or FLOORS[other] < FLOORS[part] or (part, other) in SAME_FLOOR:
         return None
     return f"{part} is on floor {FLOORS[part]}, {other} on floor {FLOORS[other]}"
@@ -99,6 +102,7 @@ def test_the_walk_sees_the_whole_package_and_its_imports():
         ("problem.py", "if x:\n    import lightning.pytorch", "lightning.pytorch"),
         ("hypergradients/unrolled.py", "from pandas import read_csv", "pandas"),
         ("adapt.py", "import math, torchvision", "torchvision"),
+        ("adapt.py", "from metalit.private_lightning import trainer_of", "metalit.private_lightning"),
         ("adapt.py", "import metalit", "metalit"),
         ("adapt.py", "from metalit.novelty import x", "metalit.novelty"),
     ],

@@ -74,9 +74,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _tell(line: str, status: int) -> int:
     # in one piece, and with its number: several ranks may fail at once, for one reason or each for its own
-    from lightning.fabric.utilities.rank_zero import _get_rank
+    from metalit.private_lightning import rank_of_process
 
-    rank = _get_rank()
+    rank = rank_of_process()
     sys.stderr.write(f"metalit: {f'rank {rank}: ' if rank else ''}{line}\n")
     return status
 

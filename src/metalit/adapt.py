@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.inner.base import InnerOptimizer
+from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
 

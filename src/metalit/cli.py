@@ -54,6 +54,7 @@ from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.notices import say, show
 from metalit.parent import mark_first
+from metalit.private_lightning import cluster_environment, fill_config_dump, parser_of, subcommand_parsers
 from metalit.problem import Problem
 from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
 from metalit.provenance import check, check_left_over, given_keys, named_configs, on_purpose, run_of, with_own_config
@@ -153,7 +154,7 @@ class MetalitCLI(LightningCLI):
         except OmegaConfBaseException as cause:
             raise InputError(f"config: {str(cause).splitlines()[0]}") from None
         except ArgumentError as cause:
-            known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys()}  # noqa: SIM118
+            known = {key for sub in subcommand_parsers(self).values() for key in sub.get_defaults().keys()}  # noqa: SIM118
             told = explain(str(cause), known, _class_names())
             raise InputError(f"{told}{origin(told.key, args) if told.key else ''}") from None
         check_values(self.config[self.config.subcommand])
@@ -202,7 +203,7 @@ class MetalitCLI(LightningCLI):
 
     def _compare(self, kept: dict[str, Any]) -> None:
         """Tell how the configuration differs from what the checkpoint was trained with, or refuse it."""
-        self._dump_config()
+        fill_config_dump(self)
         sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
         trained = {section: kept[key] for section, key in sections.items() if kept.get(key)}
         owner = f"ckpt_path={str(self.checkpoint)!r}"
@@ -260,12 +261,12 @@ class MetalitCLI(LightningCLI):
 
     def _without_checkpoints(self) -> None:
         """Leave out what saves: where nothing is to be kept, nothing can be gone on from after a signal either."""
-        keys = self._parser(self.subcommand).callback_keys
+        keys = parser_of(self, self.subcommand).callback_keys
         keys[:] = [key for key in keys if key not in ("best_checkpoint", "last_checkpoint")]
 
     def _bare(self) -> dict[str, Any]:
         """What ``barebones`` asks for: a loop, and nothing of what we add to it."""
-        self._parser(self.subcommand).callback_keys.clear()
+        parser_of(self, self.subcommand).callback_keys.clear()
         self.save_config_callback = None
         nothing = ("logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary", "enable_checkpointing")
         return dict.fromkeys(nothing) | {"callbacks": None}
@@ -274,7 +275,7 @@ class MetalitCLI(LightningCLI):
         """Train, and say where everything is."""
         going_on = f", going on from {self.checkpoint} at step {self.checkpoint_step}" if self.checkpoint else ""
         self.run.greeting = f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}"
-        if not self.trainer._accelerator_connector.cluster_environment.creates_processes_externally:
+        if not cluster_environment(self.trainer).creates_processes_externally:
             mark_first()
         try:
             with self.run.opened(self.trainer, trains=True):

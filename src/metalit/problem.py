@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import grad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data._utils.collate import default_collate_fn_map
 
 from metalit.autodiff.attention import plain_attention
+from metalit.private_torch import collate_by
 from metalit.tree import Tree
 from metalit.unrounded import Unrounded
 
@@ -44,7 +44,7 @@ def collate_points(each: Sequence[Points], *, collate_fn_map: Any = None) -> Poi
 
 
 # a DataLoader would stumble over a mask that is None
-default_collate_fn_map[Points] = collate_points
+collate_by(Points, collate_points)
 
 
 class Task(NamedTuple):

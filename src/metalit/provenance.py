@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from metalit.errors import InputError
+from metalit.private_lightning import CLASS_PATH
 from metalit.runs import find_checkpoint
 
 Stage = Literal["fit", "validate", "test", "predict"]
@@ -62,13 +63,13 @@ def _differences(key: str, before: Any, after: Any) -> Iterator[Difference]:
 
 def _object(value: Any) -> tuple["_Class | None", Mapping[str, Any]]:
     """The class and the arguments that a value stands for, if it stands for an object."""
-    if not isinstance(value, Mapping) or not value.keys() & {"class_path", "_class_path"}:
+    if not isinstance(value, Mapping) or not value.keys() & {"class_path", CLASS_PATH}:
         return None, {}
     if "class_path" in value:
         parts = (value.get("init_args"), value.get("dict_kwargs"))  # as a checkpoint holds them: of any kind
         given = {name: part for some in parts if isinstance(some, Mapping) for name, part in some.items()}
         return _Class(value["class_path"]), given
-    return _Class(value["_class_path"]), {name: part for name, part in value.items() if str(name)[:1] != "_"}
+    return _Class(value[CLASS_PATH]), {name: part for name, part in value.items() if str(name)[:1] != "_"}
 
 
 class _Class(str):

@@ -233,7 +233,10 @@ def test_a_nan_task_does_not_reach_its_neighbours():
         (lambda: Unrolled(steps=-2), "Unrolled: steps=-2 "),
         (lambda: FirstOrder(0), "FirstOrder: steps=0 "),
         (lambda: Unrolled(2, [0.5, 0.25, 0.25]), "Unrolled: weights=[0.5, 0.25, 0.25] must be 2 numbers"),
-        (lambda: Unrolled(2, (0.5, 0.4)), "Unrolled: weights=[0.5, 0.4] must be 2 numbers, one for each inner step, that sum to 1"),
+        (
+            lambda: Unrolled(2, (0.5, 0.4)),
+            "Unrolled: weights=[0.5, 0.4] must be 2 numbers, one for each inner step, that sum to 1",
+        ),
         (lambda: Unrolled(1, []), "Unrolled: weights=[] "),
         (lambda: SGD(0.0), "SGD: lr=0.0 "),
         (lambda: SGD(-0.1), "SGD: lr=-0.1 "),

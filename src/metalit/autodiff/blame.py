@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from metalit.autodiff.functional import evaluated
 from metalit.errors import InputError, NonFiniteError, StoppedError
+from metalit.private_torch import parameters_of
 
 _ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels", re.IGNORECASE)
 _NO_SECOND = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented|once_differentiable")
@@ -105,7 +106,7 @@ def _gets_through_a_layer(module: nn.Module, x: Tensor) -> bool:
     passed, network = [], getattr(module, "network", module)
 
     def note(layer: nn.Module, given: object, found: object) -> None:
-        passed.extend(layer._parameters)
+        passed.extend(parameters_of(layer))
 
     hook = register_module_forward_hook(note)
     try:

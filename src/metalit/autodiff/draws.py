@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metalit.autodiff.watch import Known
 from metalit.keys import fold, folded, uniform
+from metalit.private_torch import Dropout, draws_its_windows, is_batched, parameters_of
 
 
 def draws(module: nn.Module) -> bool:
@@ -24,10 +24,10 @@ def draws(module: nn.Module) -> bool:
 
 def _layer_draws(layer: nn.Module) -> bool:
     if isinstance(layer, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
-        return layer._random_samples is None  # in evaluation too
+        return draws_its_windows(layer)  # in evaluation too
     if not layer.training:
         return False
-    if isinstance(layer, nn.modules.dropout._DropoutNd):
+    if isinstance(layer, Dropout):
         return layer.p > 0
     if isinstance(layer, nn.RNNBase):
         return layer.dropout > 0 and layer.num_layers > 1
@@ -83,7 +83,7 @@ _DRAWS_ELSEWHERE = Known()  # by the generators of Python or numpy, which are sl
 def _seeded(seed: int, layers: list[nn.Module]) -> Iterator[Callable[[], bool]]:
     """Let all generators begin at a seed; yields what says whether one of torch's was drawn from."""
     own = [value for layer in layers for value in layer.__dict__.values() if isinstance(value, torch.Generator)]
-    own += generators(value for layer in layers for value in layer._parameters.values() if value is not None)
+    own += generators(value for layer in layers for value in parameters_of(layer).values() if value is not None)
     states = [generator.get_state() for generator in own]
     known = _DRAWS_ELSEWHERE.get(layers) if layers else None
     try:
@@ -152,15 +152,6 @@ def _read() -> list[Any]:
         return [random.getstate()]
     name, keys, *rest = numpy.random.get_state()
     return [random.getstate(), (name, keys.tobytes(), *rest)]
-
-
-def is_batched(value: Tensor) -> bool:
-    """Whether a tensor stands for many under ``torch.func.vmap``."""
-    while _functorch.is_functorch_wrapped_tensor(value):
-        if _functorch.is_batchedtensor(value):
-            return True
-        value = _functorch.get_unwrapped(value)
-    return False
 
 
 class KeyedDropout(TorchFunctionMode):

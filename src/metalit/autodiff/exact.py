@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from metalit.errors import InputError
+from metalit.private_torch import FUSED_WEIGHT_NORM, has_weight_norm
 
 
 class ExactSecondDerivatives(TorchFunctionMode):
@@ -31,7 +30,7 @@ class ExactSecondDerivatives(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call ``func``, or what it stands for."""
-        if func is torch._weight_norm:
+        if func is FUSED_WEIGHT_NORM:
             return _weight_norm(*args, **(kwargs or {}))
         if func == torch.Tensor.data.__get__:
             self.read_data = True
@@ -66,12 +65,7 @@ def exact_for(layers: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """
     layers = list(layers)
     check_exact(layers)
-    wanted = any(
-        isinstance(layer, _WeightNorm)
-        or any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values())
-        for layer in layers
-    )
-    return ExactSecondDerivatives() if wanted else nullcontext()
+    return ExactSecondDerivatives() if any(map(has_weight_norm, layers)) else nullcontext()
 
 
 def check_exact(layers: Iterable[nn.Module]) -> None:

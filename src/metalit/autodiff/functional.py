@@ -5,14 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from metalit.autodiff.draws import drawing_by
 from metalit.autodiff.exact import exact_for
 from metalit.autodiff.untouched import Kept
 from metalit.autodiff.watch import Known, Writes
 from metalit.errors import InputError
+from metalit.private_torch import BatchNorm, InstanceNorm, buffers_of
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _WRITES = Known()  # whether a module writes to tensors that it holds or is given
@@ -85,7 +84,7 @@ def evaluated(
             clones = kept.lend()
             parameters, inputs = _cloned(module, parameters, inputs, clones)
         for layer in kept.layers:
-            if isinstance(layer, _BatchNorm | _InstanceNorm) and not as_torch:
+            if isinstance(layer, BatchNorm | InstanceNorm) and not as_torch:
                 _leave_out_running_statistics(layer, module)
             elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
                 layer.sparse = False  # torch.func has no sparse gradients; their values are the same
@@ -118,15 +117,16 @@ def _cloned(
 
 
 def _leave_out_running_statistics(layer: nn.Module, module: nn.Module) -> None:
-    if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
+    if isinstance(layer, InstanceNorm) and layer.track_running_stats:
         named = (module.module if isinstance(module, With) else module).named_modules()
         path = next((path for path, part in named if part is layer), "")
         raise InputError(f"network: the running statistics of {path!r} cannot adapt; set track_running_stats=False")
+    buffers = buffers_of(layer)
     for name in _RUNNING:
-        if name in layer._buffers:
-            layer._buffers[name] = None
+        if name in buffers:
+            buffers[name] = None
 
 
 def sees_other_rows(module: nn.Module) -> bool:
     """Whether ``module`` holds BatchNorm, by which what :func:`call` says of one row depends on the others."""
-    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+    return any(isinstance(layer, BatchNorm) for layer in module.modules())

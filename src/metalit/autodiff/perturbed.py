@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from metalit.autodiff.draws import DrewError, drawing_by
 from metalit.autodiff.exact import check_exact
@@ -18,6 +17,7 @@ from metalit.autodiff.untouched import Kept, untouched
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import folded
+from metalit.private_torch import tree_map_only
 
 Loss: TypeAlias = Callable[[Callable[..., Any]], Tensor]
 _INDEPENDENT = "loss: it does not depend on the network it is given; compute it from network(...)"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalit.autodiff.watch import bottom
 from metalit.errors import InputError
+from metalit.private_torch import bottom, memory
 
 
 class Bypass:
@@ -48,4 +48,4 @@ class Bypass:
 
 
 def _memory(value: Tensor) -> int:
-    return bottom(value).untyped_storage()._cdata
+    return memory(bottom(value))

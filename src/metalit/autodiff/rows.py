@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, vjp, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.draws import Elsewhere, drawing_by, draws, generators
@@ -21,6 +20,7 @@ from metalit.autodiff.untouched import untouched
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import fold
+from metalit.private_torch import BatchNorm
 from metalit.tree import Tree, leaves, tree_map
 
 By: TypeAlias = Literal["parameters"] | int
@@ -190,7 +190,7 @@ def _evaluation(
     if not isinstance(fn, nn.Module):
         return _of_function(fn, loss, dict(parameters or {}))
     check_network("fn", fn)
-    mixes = [layer for layer in fn.modules() if isinstance(layer, _BatchNorm)]
+    mixes = [layer for layer in fn.modules() if isinstance(layer, BatchNorm)]
     if any(layer.training or layer.running_mean is None for layer in mixes):
         raise InputError(
             "fn: its BatchNorm mixes the rows, so no row has a gradient of its own; call .eval(), where it takes its "

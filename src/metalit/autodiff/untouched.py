@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalit.private_torch import MODULE_TABLES, RECURRENT_LISTS, buffers_of, children_of, memory, parameters_of
+
 # values that hold nothing which could change, or that are handled apart
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type, FunctionType, MethodType, ModuleType})
 _PLAIN |= {BuiltinFunctionType, torch.dtype, torch.device, torch.Size, nn.Parameter}
-_TABLES = ("_parameters", "_buffers", "_modules")
-_LISTS = ("_flat_weights", "_flat_weight_refs")
 _DICTS = (OrderedDict, dict)
 _HOLD = frozenset({*_DICTS, list, deque})
 
@@ -69,14 +69,14 @@ class Kept:
     def restore_parameters(self) -> None:
         """Put back the parameters alone, also those that recurrent layers have in a list for cuDNN."""
         for layer, parameters, lists in self._parameters:
-            layer._parameters.update(parameters)
+            parameters_of(layer).update(parameters)
             layer.__dict__.update(lists)
 
     def cut(self) -> None:
         """Cut the tensors that the layers hold now, also in lists and dictionaries, off their graphs."""
         for layer in self.layers:
             _cut(layer.__dict__)
-            _cut(layer._buffers)
+            _cut(buffers_of(layer))
 
     def _distinct(self) -> list[Tensor]:
         return list({id(tensor): tensor for _, _, tensor in self._tensors}.values())
@@ -87,24 +87,25 @@ class Kept:
         self._seen.add(id(module))
         self.layers.append(module)
         state = module.__dict__
-        lists = {name: state[name] for name in _LISTS} if isinstance(module, nn.RNNBase) else {}
-        self._parameters.append((module, state["_parameters"].copy(), lists))
+        lists = {name: state[name] for name in RECURRENT_LISTS} if isinstance(module, nn.RNNBase) else {}
+        self._parameters.append((module, parameters_of(module).copy(), lists))
         self._dicts.append((state, state.copy()))
-        for name in _TABLES:
+        for name in MODULE_TABLES:
             if table := state[name]:
                 self._dicts.append((table, table.copy()))
             else:
                 self._empty.append(table)
-        for name, value in state["_buffers"].items():
+        buffers = buffers_of(module)
+        for name, value in buffers.items():
             if value is not None:
-                self._tensors.append((state["_buffers"].__setitem__, name, value))
-        others = [pair for pair in state.items() if type(pair[1]) not in _PLAIN and pair[0] not in _TABLES]
+                self._tensors.append((buffers.__setitem__, name, value))
+        others = [pair for pair in state.items() if type(pair[1]) not in _PLAIN and pair[0] not in MODULE_TABLES]
         for name, value in others:
             if type(value) in _DICTS and not value:
                 self._empty.append(value)
             else:
                 self._keep(state.__setitem__, name, value)
-        for child in state["_modules"].values():
+        for child in children_of(module).values():
             if child is not None:
                 self._keep_layers(child)
 
@@ -157,7 +158,7 @@ def _cut(held: Any, depth: int = 2) -> None:
         if isinstance(value, Tensor):
             if not value.is_leaf:
                 held[key] = value.detach()
-        elif depth and type(value) in _HOLD and value and key not in _TABLES:
+        elif depth and type(value) in _HOLD and value and key not in MODULE_TABLES:
             _cut(value, depth - 1)
 
 
@@ -169,8 +170,8 @@ def _clones(tensors: list[Tensor]) -> dict[int, Tensor]:
     """A clone of each by its id; those that share memory share it then too."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        memory = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-        groups.setdefault((memory, tensor.dtype), []).append(tensor)
+        place = memory(tensor) if tensor.layout is torch.strided else id(tensor)
+        groups.setdefault((place, tensor.dtype), []).append(tensor)
     found: dict[int, Tensor] = {}
     for first, *others in groups.values():
         if not others:

@@ -6,8 +6,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from metalit.private_torch import TorchDispatchMode, bottom, memory, written_arguments
 
 
 class Known:
@@ -43,29 +43,18 @@ class Writes(TorchDispatchMode):
         """Call ``func``, and note what it may have written to."""
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            for place, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._note(args[place] if place < len(args) else kwargs.get(argument.name))
+        for written in written_arguments(func, args, kwargs):
+            self._note(written)
         return found
 
     def of_any(self, values: Iterable[Any]) -> bool:
         """Whether the memory of one of the tensors among the values was, or may have been, written to."""
         tensors = [bottom(value) for value in values if isinstance(value, Tensor)]
-        return any(
-            tensor.layout is not torch.strided or tensor.untyped_storage()._cdata in self.seen for tensor in tensors
-        )
+        return any(tensor.layout is not torch.strided or memory(tensor) in self.seen for tensor in tensors)
 
     def _note(self, value: Any) -> None:
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            self.seen.add(value.untyped_storage()._cdata)
+            self.seen.add(memory(value))
         elif isinstance(value, list | tuple):
             for part in value:
                 self._note(part)
-
-
-def bottom(value: Tensor) -> Tensor:
-    """The plain tensor below all transforms of ``torch.func``."""
-    while _functorch.is_functorch_wrapped_tensor(value):
-        value = _functorch.get_unwrapped(value)
-    return value

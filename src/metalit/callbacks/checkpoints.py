@@ -13,6 +13,7 @@ from metalit.checkpoints import CheckedCheckpointIO
 from metalit.checks.monitors import Mode, mode_of
 from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
+from metalit.private_lightning import forget_saved_step, save_unless_saved, validation_is_due
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -104,22 +105,19 @@ class LastCheckpoint(ModelCheckpoint):
 
         Before a validation it waits: what a resumed run goes on from must know the outcome.
         """
-        if any(pl_module.agreement.granted(wish) for wish in ("save", "stop")):
-            # as Lightning decides it: by epochs, steps, shares, and whether there is anything to validate
-            fit = trainer.fit_loop
-            if not fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
-                self.save_now(trainer)
+        asked = any(pl_module.agreement.granted(wish) for wish in ("save", "stop"))
+        if asked and not validation_is_due(trainer):
+            self.save_now(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Save, also over what was saved after the same step: it does not know the outcome."""
         if not trainer.sanity_checking:
-            self._last_global_step_saved = 0
+            forget_saved_step(self)
         super().on_validation_end(trainer, pl_module)
 
     def save_now(self, trainer: Trainer) -> None:
         """Save, unless this step is saved already."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        save_unless_saved(self, trainer)
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._saved_at >= self.seconds

@@ -16,6 +16,7 @@ from metalit.callbacks.checkpoints import LastCheckpoint
 from metalit.errors import InputError, StoppedError
 from metalit.modules.base import OuterLearner
 from metalit.patience import give_up, is_waiting
+from metalit.private_lightning import cluster_environment
 
 
 class StopOnSignal(Callback):
@@ -49,7 +50,7 @@ class StopOnSignal(Callback):
             return
         if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
             raise InputError("StopOnSignal: there is nothing to save with; add the callback LastCheckpoint")
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
         self._received, self._stops, self._requeues = set(), False, False

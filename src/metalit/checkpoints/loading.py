@@ -7,14 +7,21 @@ from typing import IO, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
-from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS, _default_map_location, _load_state
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor
 
 from metalit.checkpoints.classes import arguments, find_class
 from metalit.checkpoints.files import read_checkpoint
 from metalit.errors import InputError
+from metalit.private_lightning import (
+    CLASS_PATH,
+    INSTANTIATOR,
+    default_map_location,
+    given_hyperparameters,
+    has_given_hyperparameters,
+    load_state,
+    restricted_classmethod,
+)
 
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
@@ -27,10 +34,10 @@ class LoadedSafely:
 
         What Python code passes instead are live objects, which a checkpoint must not hold: those are left out.
         """
-        if _given_hyperparameters.get() is not None:
+        if has_given_hyperparameters():
             self.save_hyperparameters(logger=False)
 
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(
         cls,  # noqa: N805
         checkpoint_path: str | Path | IO[bytes],
@@ -65,15 +72,15 @@ class LoadedSafely:
             )
         if weights_only is False:
             raise InputError(f"{owner}: weights_only=False would run what is in the file; leave it out")
-        checkpoint = read_checkpoint(checkpoint_path, map_location or _default_map_location)
+        checkpoint = read_checkpoint(checkpoint_path, map_location or default_map_location)
         key = cls.CHECKPOINT_HYPER_PARAMS_KEY
         kept = dict(checkpoint.get(key) or {})
         target = cls
-        if "_class_path" in kept:
-            target = find_class(kept["_class_path"], owner)
+        if CLASS_PATH in kept:
+            target = find_class(kept[CLASS_PATH], owner)
             if not issubclass(target, cls):
                 raise InputError(f"{owner}: the checkpoint is of a {target.__name__}; use {target.__name__} instead")
-        values = {name: value for name, value in kept.items() if name not in ("_class_path", "_instantiator")}
+        values = {name: value for name, value in kept.items() if name not in (CLASS_PATH, INSTANTIATOR)}
         try:
             built = arguments(target, {name: value for name, value in values.items() if name not in given}, owner)
         except InputError:
@@ -89,7 +96,7 @@ class LoadedSafely:
             checkpoint.pop(name, None)
         options = {"strict": strict} if issubclass(cls, LightningModule) else {}
         with _configured(kept, given):
-            found = _load_state(target, checkpoint, **options, **built)
+            found = load_state(target, checkpoint, **options, **built)
         if isinstance(found, LightningModule):
             weights = (value for value in checkpoint["state_dict"].values() if isinstance(value, Tensor))
             found.to(next((value.device for value in weights), torch.device("cpu")))
@@ -116,4 +123,4 @@ def _configured(kept: dict[str, Any], given: dict[str, Any]) -> AbstractContextM
     """Let what is built know its configuration, as under the command line, so that it can be saved again."""
     if not kept or not all(isinstance(value, _PLAIN) for value in given.values()):
         return nullcontext()
-    return _given_hyperparameters_context({**kept, **given}, "lightning.pytorch.cli.instantiate_module")
+    return given_hyperparameters({**kept, **given})

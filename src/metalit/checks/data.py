@@ -3,6 +3,7 @@
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from metalit.errors import InputError
+from metalit.private_lightning import data_source
 
 
 def check_source(module: LightningModule, takes: str) -> None:
@@ -20,13 +21,13 @@ def check_source(module: LightningModule, takes: str) -> None:
     trainer = module.trainer
     fit, validate = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
     loops = {"fit": fit, "validate": trainer.validate_loop, "test": trainer.test_loop, "predict": trainer.predict_loop}
-    source = loops[trainer.state.fn]._data_source
+    source = data_source(loops[trainer.state.fn])
     if not source.is_defined():
         owner = "" if source.instance is module else f" in {type(source.instance).__name__}"
         raise InputError(f"data: there is no {source.name}{owner}; {type(module).__name__} takes {takes}")
     own = type(module).val_dataloader.__module__.startswith("metalit.")
-    if own and fit._data_source.instance is not module and validate._data_source.instance is module:
-        validate._data_source.instance = LightningDataModule()  # which has none
+    if own and data_source(fit).instance is not module and data_source(validate).instance is module:
+        data_source(validate).instance = LightningDataModule()  # which has none
 
 
 def check_one_loader(batches: list[int | float]) -> None:

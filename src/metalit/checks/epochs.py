@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import (
 )
 
 from metalit.errors import InputError
+from metalit.private_lightning import checks_at_epoch_end, data_source, every_n_epochs, timer_interval
 
 
 def is_endless(trainer: Trainer) -> bool:
     """Whether all training is one epoch, as far as it is known before the loader is made."""
     if trainer.fast_dev_run:
         return False
-    source = trainer.fit_loop._data_source.instance
+    source = data_source(trainer.fit_loop).instance
     if not isinstance(source, LightningModule | LightningDataModule):
         return source is not None and not isinstance(source, list | tuple | dict) and not hasattr(source, "__len__")
     if not type(source).train_dataloader.__module__.startswith("metalit."):
@@ -67,18 +68,18 @@ def check_endless(trainer: Trainer) -> None:
 
 def _counts_epochs(callback: Callback, trainer: Trainer) -> Iterator[tuple[str, str]]:
     steps = "give a number of steps, or a share of them, as trainer.val_check_interval"
-    if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 1:
+    if isinstance(callback, ModelCheckpoint) and every_n_epochs(callback) > 1:
         yield (
-            f"every_n_epochs={callback._every_n_epochs}",
+            f"every_n_epochs={every_n_epochs(callback)}",
             "leave it out to save at validations, or every_n_train_steps",
         )
     if isinstance(callback, EarlyStopping):
-        at_end, whole = callback._check_on_train_epoch_end, trainer.val_check_interval == 1.0
+        at_end, whole = checks_at_epoch_end(callback), trainer.val_check_interval == 1.0
         if at_end is None and whole and trainer.check_val_every_n_epoch == 1:
             yield "with trainer.val_check_interval=1.0 it", steps
         elif at_end:
             yield "check_on_train_epoch_end=True", f"set it to False, and {steps}"
-    if isinstance(callback, Timer) and callback._interval == "epoch":
+    if isinstance(callback, Timer) and timer_interval(callback) == "epoch":
         yield "interval='epoch'", "set interval: step"
     if isinstance(callback, LearningRateMonitor) and callback.logging_interval == "epoch":
         yield "logging_interval='epoch'", "set logging_interval: step"

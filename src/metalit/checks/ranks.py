@@ -7,6 +7,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from metalit.errors import InputError
+from metalit.private_lightning import cluster_environment
 
 _SPLIT = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -24,7 +25,7 @@ def check_ranks(trainer: Trainer) -> None:
             f"trainer.strategy: {type(strategy).__name__} splits the parameters among processes, and each needs all of "
             "them to differentiate through the inner loop; use ddp, and model.tasks_per_chunk to save memory"
         )
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     # Lightning's own knows of none but those that it starts itself, and is also that of an interactive job of SLURM
     own = isinstance(environment, LightningEnvironment)
     started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -44,7 +45,7 @@ def check_nodes(trainer: Trainer) -> None:
     Raises:
         InputError: several nodes, and neither torchrun nor SLURM nor the user's own MASTER_ADDR.
     """
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
     if trainer.num_nodes > 1 and alone:
         raise InputError(

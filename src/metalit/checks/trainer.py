@@ -24,6 +24,13 @@ from lightning.pytorch.callbacks import (
 from metalit.checks.epochs import check_endless, is_endless
 from metalit.errors import InputError
 from metalit.notices import warn
+from metalit.private_lightning import (
+    average_start,
+    every_n_train_steps,
+    synchronises_batch_norm,
+    train_time_interval,
+    validation_interval_by_clock,
+)
 
 _CHUNKS = "model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk) saves memory and changes no result"
 _REFUSED = {
@@ -80,7 +87,7 @@ def _check_options(trainer: Trainer) -> None:
             "trainer.precision='16-true' keeps weights and optimiser in half precision, where small steps and "
             "Adam's ε are 0; use 16-mixed, bf16-mixed or bf16-true"
         )
-    if trainer._val_check_time_interval is not None:
+    if validation_interval_by_clock(trainer) is not None:
         raise InputError(
             "trainer.val_check_interval: a validation by the clock comes at another step in every run, so give a "
             "number of steps, or a share of trainer.max_steps"
@@ -107,7 +114,7 @@ def _check_options(trainer: Trainer) -> None:
         raise InputError(f"trainer.{name}={value}: outer gradients are clipped by model.clip_norm, to a norm")
     if trainer.limit_train_batches == 0:
         raise InputError("trainer.limit_train_batches=0 trains nothing; leave it out, or validate without a fit")
-    if trainer.world_size > 1 and getattr(trainer.strategy, "_layer_sync", None) is not None:
+    if trainer.world_size > 1 and synchronises_batch_norm(trainer.strategy):
         raise InputError(
             "trainer.sync_batchnorm=True: BatchNorm sees the rows of one task, or of one process, alone; leave it out"
         )
@@ -120,9 +127,9 @@ def _check_callback(callback: Callback) -> None:
     for kind, reason in _REFUSED.items():
         if isinstance(callback, kind):
             raise InputError(f"callbacks: {type(callback).__name__} cannot work here: {reason}")
-    if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+    if isinstance(callback, ModelCheckpoint) and train_time_interval(callback) is not None:
         raise InputError(
-            f"callbacks: {type(callback).__name__}.train_time_interval={callback._train_time_interval} does not count "
+            f"callbacks: {type(callback).__name__}.train_time_interval={train_time_interval(callback)} does not count "
             "under manual optimisation; use metalit.callbacks.LastCheckpoint(seconds=…)"
         )
 
@@ -142,8 +149,8 @@ def _check_average(callback: Callback, module: LightningModule) -> None:
     name, way_out = f"callbacks: {type(callback).__name__}", "use WeightAveraging or EMAWeightAveraging"
     if callback.pl_module_contains_batch_norm(module):
         raise InputError(f"{name} passes once more over the data for BatchNorm, by Lightning's own steps; {way_out}")
-    if module.trainer.fit_loop.max_epochs == -1 and isinstance(callback._swa_epoch_start, float):
-        share = callback._swa_epoch_start
+    if module.trainer.fit_loop.max_epochs == -1 and isinstance(average_start(callback), float):
+        share = average_start(callback)
         raise InputError(
             f"{name}.swa_epoch_start={share} is a share of trainer.max_epochs; give that, or an epoch, or {way_out}"
         )
@@ -167,7 +174,7 @@ def check_counts(trainer: Trainer, fused: int) -> None:
     names = ("max_steps", "log_every_n_steps", "val_check_interval")
     numbers = [(f"trainer.{name}", getattr(trainer, name)) for name in names]
     numbers += [
-        (f"{type(saver).__name__}.every_n_train_steps", saver._every_n_train_steps)
+        (f"{type(saver).__name__}.every_n_train_steps", every_n_train_steps(saver))
         for saver in trainer.checkpoint_callbacks
         if isinstance(saver, ModelCheckpoint)
     ]

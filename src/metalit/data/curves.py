@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.cells import Categories, inputs, numbers
@@ -18,6 +17,7 @@ from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
 from metalit.notices import warn
+from metalit.private_torch import pytree_map
 from metalit.problem import Points, Task
 
 _DEGREES = range(6)  # of the polynomials among which the baselines choose
@@ -218,7 +218,7 @@ class Curves(TaskDistribution):
         well, it is the one with the smallest coefficients.
         """
         shots, device = tasks.support.x.shape[1], tasks.query.x.device
-        tasks = tree_map(_on_cpu, tasks)
+        tasks = pytree_map(_on_cpu, tasks)
         val = self._choice_tasks(shots)
 
         def best(fit: _Fit) -> Tensor:

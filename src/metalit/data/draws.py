@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from metalit.checkpoints import LoadedSafely
 from metalit.data.base import Split, task_keys
 from metalit.data.stream import Draw, EvalStream, TrainStream, fused_steps, overfitted
 from metalit.errors import InputError
+from metalit.private_torch import pytree_map
 from metalit.problem import Matrix, Splits
 
 Posed = TypeVar("Posed", Splits, Matrix)
@@ -148,7 +148,7 @@ class DrawsDataModule(StreamDataModule):
                 return leaf.to(device)
             return leaf[:1].to(device).expand(leaf.shape)
 
-        return tree_map(moved, batch)
+        return pytree_map(moved, batch)
 
 
 class KeysDataModule(DrawsDataModule):
@@ -172,4 +172,6 @@ class KeysDataModule(DrawsDataModule):
 
 def expanded(posed: Posed, key: Tensor) -> Posed:
     """Pose one object once for each of ``[n]`` keys: every tensor gets a dimension of n, without a copy."""
-    return tree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), posed)._replace(key=key)
+    return pytree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), posed)._replace(
+        key=key
+    )

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Task
 
 # small tasks are drawn for many steps in one call, which costs as much as for one; large ones when they are due
@@ -127,4 +127,4 @@ class EvalStream:
 
 def take(tasks: Task, which: slice | Tensor) -> Task:
     """Choose tasks out of a batch."""
-    return tree_map(lambda leaf: None if leaf is None else leaf[which], tasks)
+    return pytree_map(lambda leaf: None if leaf is None else leaf[which], tasks)

@@ -2,6 +2,8 @@
 
 from lightning.pytorch import Trainer
 
+from metalit.private_lightning import returned_metrics
+
 
 class HandedBack:
     """Puts the metrics of an evaluation into the dictionaries that ``trainer.validate`` and ``trainer.test`` return.
@@ -18,7 +20,7 @@ class HandedBack:
         """Take the metrics at the end of an evaluation's epoch, before Lightning logs its own."""
         loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(trainer.state.fn)
         # one dictionary for each loader, taken away from the loop before the evaluation's end
-        self._returned, self._metrics = [] if loop is None else list(loop._logged_outputs), metrics
+        self._returned, self._metrics = [] if loop is None else list(returned_metrics(loop)), metrics
 
     def give(self) -> None:
         """Hand them back at the evaluation's end, when Lightning has logged its own."""

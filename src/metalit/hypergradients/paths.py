@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from metalit.adapt import Outer
 from metalit.errors import InputError
 from metalit.inner.base import InnerOptimizer
+from metalit.private_torch import tree_leaves
 from metalit.problem import Problem
 from metalit.tree import Tree, leaves, tree_map
 

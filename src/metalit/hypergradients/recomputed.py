@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
-from torch.utils._pytree import tree_leaves
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, inner_step
 from metalit.hypergradients.base import Estimate, Progress
 from metalit.hypergradients.unrolled import Unrolled
 from metalit.inner.base import InnerOptimizer
+from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem
 from metalit.tree import Tree, axpy, leaves, tree_map
 

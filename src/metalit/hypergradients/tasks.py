@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.blame import culprit, first_line, without_second_derivative
 from metalit.autodiff.exact import ExactSecondDerivatives, check_exact, exact_for
 from metalit.errors import InputError
+from metalit.private_torch import pytree_map, tree_flatten, tree_leaves, tree_unflatten
 from metalit.problem import Problem
 from metalit.scaled import Scaled
 

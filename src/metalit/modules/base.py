@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim.swa_utils import SWALR
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.checkpoints import CheckedCheckpointIO, LoadedSafely
@@ -26,6 +25,8 @@ from metalit.errors import InputError
 from metalit.modules.evaluated import EvaluatedLearner
 from metalit.modules.hyperparameters import log_given
 from metalit.notices import warn
+from metalit.private_lightning import after_step, before_step, trainer_of
+from metalit.private_torch import pytree_map, unscales_by_itself
 from metalit.training.agreement import Agreement
 from metalit.training.finite import RATES, FiniteWatch, stopped
 from metalit.training.gradients import Gradients, check_types
@@ -205,9 +206,9 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         if self._step_is_heard:
             optimizer.step()
         else:
-            optimizer._on_before_step()
+            before_step(optimizer)
             optimizer.optimizer.step(_nothing)
-            optimizer._on_after_step()
+            after_step(optimizer)
         self._schedule()
         if diagnose is not None or self._finite.is_full:
             self._report(scalars)
@@ -218,11 +219,11 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
     @property
     def scale(self) -> Tensor | None:
         """What gradients are to be multiplied by, in 16-mixed precision; always the same tensor, brought up to date."""
-        return self._loss_scale.value(self._trainer, self.device)
+        return self._loss_scale.value(trainer_of(self), self.device)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        return self._loss_scale.scaler(self._trainer)
+        return self._loss_scale.scaler(trainer_of(self))
 
     def _averaged(self, evaluate: Callable[[], Packed]) -> tuple[Packed, Tensor]:
         while True:
@@ -339,7 +340,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
             InputError: ``clip_norm`` with a fused optimiser in 16-mixed precision.
         """
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if self._scaler is not None and self.clip_norm and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self._scaler is not None and self.clip_norm and unscales_by_itself(optimizer):
             raise InputError(
                 f"model.optimizer: in trainer.precision={self.trainer.precision!r} a fused {type(optimizer).__name__} "
                 f"unscales gradients by itself, after model.clip_norm={self.clip_norm} has clipped them; set fused: "
@@ -407,7 +408,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
             )
         self._known_step = int(checkpoint["global_step"])
         self._loss_scale.load(checkpoint)
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             check_state(self.trainer, checkpoint)
             self._settings.load(checkpoint)
             trained = checkpoint.get("precision", self.trainer.precision)

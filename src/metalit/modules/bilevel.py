@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer, adapt
 from metalit.data.base import Split
@@ -19,6 +17,7 @@ from metalit.evaluation.scores import LEARNED, Scores, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.two_level import TwoLevelLearner
+from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem
 from metalit.training.ranks import items_of_ranks, rows_of_ranks

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalit.private_torch import buffers_of, parameters_of
+
 
 def buffer_names(module: nn.Module) -> list[str]:
     """The names of the buffers that a state dictionary of ``module`` holds."""
@@ -24,10 +26,10 @@ def adopt_buffers(module: nn.Module, state: dict[str, Any], names: list[str]) ->
     for name in names:
         path, _, leaf = name.rpartition(".")
         layer, value = layers.get(path), state.get(name)
-        if layer is None or not isinstance(value, Tensor) or leaf in layer._parameters:
+        if layer is None or not isinstance(value, Tensor) or leaf in parameters_of(layer):
             continue
-        own = layer._buffers.get(leaf)
+        own = buffers_of(layer).get(leaf)
         if own is None or own.shape != value.shape:
             device = next((part.device for part in module.parameters()), value.device)
-            if leaf in layer._buffers or not hasattr(layer, leaf):
+            if leaf in buffers_of(layer) or not hasattr(layer, leaf):
                 layer.register_buffer(leaf, torch.empty_like(value, device=device))

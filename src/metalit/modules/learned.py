@@ -70,7 +70,7 @@ class ParameterTree(Unrounded):
             *path, last = name.split(".")
             owner: nn.Module = self
             for part in path:
-                if part not in owner._modules:
+                if part not in dict(owner.named_children()):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             owner.register_parameter(last, parameter)

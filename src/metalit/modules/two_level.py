@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.autodiff.blame import told
@@ -24,6 +22,8 @@ from metalit.modules.base import OuterLearner
 from metalit.modules.complaints import Complaints
 from metalit.modules.learned import ParameterTree, alike, brought, updated
 from metalit.notices import say
+from metalit.private_lightning import add_batches_that_stepped, after_step, before_step, trainer_of
+from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.problem import Problem
 from metalit.scaled import Scaled
 from metalit.training.batches import Estimates, Found, Leaves, packed
@@ -240,7 +240,7 @@ class TwoLevelLearner(OuterLearner):
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
         start = self._checked(tasks, steps)
         # by which Lightning draws what callbacks log
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped += steps - 1
+        add_batches_that_stepped(self.trainer, steps - 1)
         taken = self._steps_in_a_row(tasks, steps, start) if self._fuses() else None
         return self._step_by_step(tasks, steps, start) if taken is None else taken
 
@@ -281,8 +281,8 @@ class TwoLevelLearner(OuterLearner):
         logged = self._scalars(taken.found.packed, diagnose, steps)
         optimizer = self.optimizers()
         for _ in range(steps):
-            optimizer._on_before_step()
-            optimizer._on_after_step()
+            before_step(optimizer)
+            after_step(optimizer)
         self._schedule()
         self._report(logged)
         self._complain(logged, _part(tasks, steps, steps - 1), taken)
@@ -422,7 +422,7 @@ class TwoLevelLearner(OuterLearner):
         """
         super().on_load_checkpoint(checkpoint)
         began = checkpoint.get("fused_steps", 1)
-        if self._trainer is not None and self.trainer.state.fn == "fit" and began != self.fused_steps:
+        if trainer_of(self) is not None and self.trainer.state.fn == "fit" and began != self.fused_steps:
             raise InputError(
                 f"model.fused_steps={self.fused_steps}: the checkpoint is of a run with {began}, and what the Trainer "
                 f"counts are such blocks; go on with model.fused_steps: {began}, or load the weights into a new run"

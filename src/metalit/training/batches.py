@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metalit.compiled import Compiled, Program
+from metalit.private_torch import TreeSpec, tree_flatten, tree_unflatten
 from metalit.tree import Tree, flatten
 
 

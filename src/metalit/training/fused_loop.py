@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils._pytree import tree_map as pytree_map
 
 from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
 from metalit.compiled import Compiled, repeated
+from metalit.private_torch import copy_all, count_as_stepped, has_step_hooks, pytree_map, tree_flatten, tree_unflatten
 from metalit.training.batches import Found
 from metalit.tree import Tree, leaves, tree_map, unflatten
 
@@ -69,7 +68,7 @@ class AdamSteps:
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
             return False
         plain = not any(group[flag] for group in optimizer.param_groups for flag in ("amsgrad", "maximize"))
-        heard = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        heard = has_step_hooks(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         alike = {(parameter.dtype, parameter.device.type) for parameter in parameters}
         counts = {float(optimizer.state[parameter].get("step", 0.0)) for parameter in parameters}
@@ -110,7 +109,7 @@ class AdamSteps:
         state, found, outer, begun, flags = tree_unflatten(program(values), program.spec)
         for values, flat in zip(places, state, strict=True):
             pieces = flat.split([value.numel() for value in values])
-            torch._foreach_copy_(values, [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)])
+            copy_all(values, [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)])
         for parameter in self.parameters:
             self.optimizer.state[parameter]["step"] += steps
         return Taken(found, unflatten(outer, self.outer), begun, flags)
@@ -121,7 +120,7 @@ class AdamSteps:
             if not self.optimizer.state[parameter]:
                 zeros = {name: torch.zeros_like(parameter) for name in _MOMENTS}
                 self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        self.optimizer._opt_called = True  # a scheduler warns where its optimiser never took a step
+        count_as_stepped(self.optimizer)
 
     def _numbers(self, step: int) -> list[list[float]]:
         return [_numbers(group, step) for group in self.optimizer.param_groups]

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from metalit.autodiff.names import matching
 from metalit.errors import InputError
+from metalit.private_torch import SCHEDULER_PROGRESS
 
 # what torch's schedulers keep of their progress, beside their settings
 _MOVES_BY_ITSELF = {
-    *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
-    *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
+    *SCHEDULER_PROGRESS,
+    *("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
 }
 
 

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from metalit.private_lightning import process_group_timeout
+
 
 def mean_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     """The mean over all ranks; not by ``manual_backward``, as DDP only sees gradients that autograd accumulates."""
@@ -37,5 +39,5 @@ def items_of_ranks(trainer: Trainer, items: list[Any]) -> list[Any]:
 
 def compile_patience(trainer: Trainer, seconds: float) -> float:
     """The seconds that a rank may compile: the others wait, and after the process group's timeout they no longer do."""
-    timeout = getattr(trainer.strategy, "_timeout", None)
+    timeout = process_group_timeout(trainer.strategy)
     return seconds if trainer.world_size == 1 or timeout is None else min(seconds, timeout.total_seconds() / 2)
