@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metalit.autodiff.untouched import Kept, untouched
 from metalit.cache import keep_private
 from metalit.compiler import found_in_cache, import_compiler, quiet
 from metalit.durations import expected, remember
 from metalit.patience import GivenUpError, patiently
+from metalit.private_torch import TreeSpec, tree_flatten, tree_unflatten
 
 Values = Sequence[Any]
 

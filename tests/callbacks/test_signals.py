@@ -234,10 +234,10 @@ def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch, job, asked):
 
 def test_what_one_rank_wishes_all_grant():
     agreement = Agreement()
-    agreement.wish("save", lambda: False)
-    agreement.wish("stop", lambda: True)
-    assert agreement.wants() == [0.0, 1.0]
-    agreement.grant([0.5, 0.0])  # another rank of two wants to save, and all know by now that none wants to stop
-    assert agreement.granted("save")
-    assert not agreement.granted("stop")
-    assert not agreement.granted("requeue")
+    agreement.request("save", lambda: False)
+    agreement.request("stop", lambda: True)
+    assert agreement.requests() == [0.0, 1.0]
+    agreement.resolve([0.5, 0.0])  # another rank of two wants to save, and all know by now that none wants to stop
+    assert agreement.any_rank("save")
+    assert not agreement.any_rank("stop")
+    assert not agreement.any_rank("requeue")

@@ -17,9 +17,9 @@ def estimate(hypergradient, problem, task, optimizer=EXACT):
 
 
 def test_nothing_is_said_at_the_thresholds():
-    assert Implicit().complaints(FINE) == {}
-    assert Implicit(stationary=0.5).complaints(FINE | {"inner_grad_ratio": 0.5}) == {}
-    assert Direct().complaints({}) == Unrolled().complaints({}) == JTg().complaints({}) == {}
+    assert Implicit().warnings(FINE) == {}
+    assert Implicit(stationary=0.5).warnings(FINE | {"inner_grad_ratio": 0.5}) == {}
+    assert Direct().warnings({}) == Unrolled().warnings({}) == JTg().warnings({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_nothing_is_said_at_the_thresholds():
     ],
 )
 def test_what_tells_against_the_estimate_is_said_with_its_numbers_and_the_way_out(estimator, metrics, kind, told):
-    assert estimator.complaints(FINE | metrics) == {kind: told}
+    assert estimator.warnings(FINE | metrics) == {kind: told}
 
 
-def test_several_complaints_are_all_said():
+def test_several_warnings_are_all_said():
     metrics = {"inner_grad_ratio": 0.5, "inner_grad_norm": 1.0, "indefinite": 1.0, "solver_residual": 1.0}
-    assert list(Implicit().complaints(metrics)) == ["not stationary", "indefinite"]
-    assert list(Implicit().complaints(metrics | {"indefinite": 0.0})) == ["not stationary", "not solved"]
+    assert list(Implicit().warnings(metrics)) == ["not stationary", "indefinite"]
+    assert list(Implicit().warnings(metrics | {"indefinite": 0.0})) == ["not stationary", "not solved"]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.4])

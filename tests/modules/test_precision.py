@@ -97,7 +97,7 @@ class Watch(Callback):
         self.gradients.append(torch.cat(gradients))
 
     def setup(self, trainer, module, stage):
-        module.write_scalars = lambda scalars, **_: self.logged.append(scalars)
+        module.stepper.write = self.logged.append
 
 
 def gradients(tmp_path, learner, data, steps=1, **options):

@@ -8,7 +8,8 @@ from cases import draw
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from metalit.training.batches import Estimates, Found, packed
+from metalit.training.batches import Batches, StepResult
+from metalit.training.outer_gradient import OuterGradient
 
 COUNT = 7
 
@@ -26,14 +27,16 @@ class Fit:
         self.most = most
         self.sizes = []
 
-    def __call__(self, outer, tasks, start):
+    def __call__(self, outer, items):
+        tasks, start = items
         if len(tasks.x) > self.most:
             raise torch.OutOfMemoryError(f"{len(tasks.x)} tasks")
         self.sizes.append(len(tasks.x))
         error = outer["w"] - tasks.x
         loss = 0.5 * error.square().sum(1)
         inner = {"b": {"deep": tasks.number * tasks.x}, "a": start["a"] + loss}
-        return Found(packed(loss.mean(), {"w": error.mean(0)}), inner, {"x": tasks.x.mean(), "loss": loss.mean()})
+        metrics = {"x": tasks.x.mean(), "loss": loss.mean()}
+        return StepResult(OuterGradient.of(loss.mean(), {"w": error.mean(0)}), metrics, inner)
 
 
 OUTER = {"w": draw(3, seed=1)}
@@ -43,17 +46,17 @@ START = {"a": draw(COUNT, seed=3)}
 
 def estimates(fn, tasks_per_chunk=None):
     told = []
-    return Estimates(fn, nn.Module(), False, tasks_per_chunk, "the outer step", told.append), told
+    return Batches(fn, nn.Module(), False, tasks_per_chunk, "the outer step", told.append), told
 
 
 def check_is_whole(found):
     error = OUTER["w"] - TASKS.x
     loss = 0.5 * error.square().sum(1)
     expected = torch.cat([loss.mean().reshape(1), error.mean(0), torch.zeros(1, dtype=torch.float64)])
-    assert_close(found.packed, expected, rtol=1e-14, atol=1e-14)
-    assert found.packed[-1] == 0
-    assert torch.equal(found.inner["b"]["deep"], 2 * TASKS.x)
-    assert_close(found.inner["a"], START["a"] + loss, rtol=1e-14, atol=0)
+    assert_close(found.gradient.vector, expected, rtol=1e-14, atol=1e-14)
+    assert found.gradient.vector[-1] == 0
+    assert torch.equal(found.per_item["b"]["deep"], 2 * TASKS.x)
+    assert_close(found.per_item["a"], START["a"] + loss, rtol=1e-14, atol=0)
     assert_close(found.metrics, {"x": TASKS.x.mean(), "loss": loss.mean()}, rtol=1e-14, atol=1e-14)
 
 
@@ -64,27 +67,28 @@ def check_is_whole(found):
 def test_chunks_give_the_mean_of_all_and_the_inner_variables_in_order(chunk, sizes):
     fn = Fit()
     each, told = estimates(fn, chunk)
-    check_is_whole(each(OUTER, TASKS, START))
+    check_is_whole(each(OUTER, (TASKS, START)))
     assert fn.sizes == sizes
     assert told == []
 
 
 def test_what_is_bound_sees_an_outer_variable_that_changes_in_place():
     outer = {"w": OUTER["w"] + 1}
-    bound = estimates(Fit(), 3)[0].bind(outer, TASKS, START)
+    bound = estimates(Fit(), 3)[0].bind(outer, (TASKS, START))
     outer["w"].sub_(1)
     values = [TASKS.x, None, TASKS.number, START["a"]]
-    check_is_whole(bound(values).found())
+    check_is_whole(bound(values).joined())
 
 
 def test_a_task_without_inner_variable_has_means_alone():
-    def fn(outer, tasks, start):
-        return Found(packed(tasks.x.mean(), outer), {}, {"x": tasks.x.mean()})
+    def fn(outer, items):
+        tasks, _ = items
+        return StepResult(OuterGradient.of(tasks.x.mean(), outer), {"x": tasks.x.mean()}, {})
 
-    found = estimates(fn, 3)[0](OUTER, TASKS, None)
-    assert found.inner == {}
-    assert_close(found.packed[0], TASKS.x.mean(), rtol=1e-14, atol=1e-15)
-    assert_close(found.packed[1:4], OUTER["w"], rtol=1e-14, atol=0)
+    found = estimates(fn, 3)[0](OUTER, (TASKS, None))
+    assert found.per_item == {}
+    assert_close(found.gradient.vector[0], TASKS.x.mean(), rtol=1e-14, atol=1e-15)
+    assert_close(found.gradient.vector[1:4], OUTER["w"], rtol=1e-14, atol=0)
     assert_close(found.metrics["x"], TASKS.x.mean(), rtol=1e-14, atol=1e-15)
 
 
@@ -92,8 +96,8 @@ def test_a_task_without_inner_variable_has_means_alone():
 def test_a_chunk_that_is_not_finite_is_flagged(broken):
     x = TASKS.x.clone()
     x[broken, 1] = torch.inf
-    found = estimates(Fit(), 2)[0](OUTER, TASKS._replace(x=x), START)
-    assert found.packed[-1] != 0
+    found = estimates(Fit(), 2)[0](OUTER, (TASKS._replace(x=x), START))
+    assert found.gradient.vector[-1] != 0
 
 
 def line(size, half):
@@ -116,11 +120,11 @@ def line(size, half):
 def test_what_does_not_fit_is_halved_and_stays_so(most, begins, told, sizes):
     fn = Fit(most)
     each, said = estimates(fn, begins)
-    check_is_whole(each(OUTER, TASKS, START))
+    check_is_whole(each(OUTER, (TASKS, START)))
     assert said == told
     assert fn.sizes[-len(sizes) :] == sizes
     fn.sizes.clear()
-    check_is_whole(each(OUTER, TASKS, START))
+    check_is_whole(each(OUTER, (TASKS, START)))
     assert said == told
     assert fn.sizes == sizes
 
@@ -128,7 +132,7 @@ def test_what_does_not_fit_is_halved_and_stays_so(most, begins, told, sizes):
 def test_what_is_told_is_what_was_tried():
     fn = Fit(3)
     each, told = estimates(fn, 6)
-    check_is_whole(each(OUTER, TASKS, START))
+    check_is_whole(each(OUTER, (TASKS, START)))
     assert told == [line(4, 2)]  # 7 tasks in chunks of 6 are 4 and 3
 
 
@@ -136,5 +140,5 @@ def test_what_is_told_is_what_was_tried():
 def test_a_single_task_that_does_not_fit_raises(begins):
     each, told = estimates(Fit(0), begins)
     with pytest.raises(torch.OutOfMemoryError, match=r"^1 tasks"):
-        each(OUTER, TASKS, START)
+        each(OUTER, (TASKS, START))
     assert told == ([] if begins else [line(7, 4), line(4, 2), line(2, 1)])

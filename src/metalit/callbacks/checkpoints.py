@@ -96,7 +96,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic()
-        pl_module.agreement.wish("save", lambda: trainer.is_global_zero and self._is_late())
+        pl_module.agreement.request("save", lambda: trainer.is_global_zero and self._is_late())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: OuterLearner, outputs: Any, batch: Any, batch_idx: int
@@ -105,7 +105,7 @@ class LastCheckpoint(ModelCheckpoint):
 
         Before a validation it waits: what a resumed run goes on from must know the outcome.
         """
-        asked = any(pl_module.agreement.granted(wish) for wish in ("save", "stop"))
+        asked = any(pl_module.agreement.any_rank(name) for name in ("save", "stop"))
         if asked and not validation_is_due(trainer):
             self.save_now(trainer)
 

@@ -60,7 +60,7 @@ class ScoreTable(Callback):
         loader = trainer.val_dataloaders
         if not (isinstance(learner, BilevelLearner) and loader):
             return
-        learner.check_finite()
+        learner.stepper.check_finite()
         most = trainer.num_val_batches[0]
         batches = islice(loader, None if most == math.inf else most)
         with learner.evaluating(), torch.no_grad():

@@ -68,13 +68,13 @@ class StopOnSignal(Callback):
         """Listen in place of Lightning, and say to the other ranks what was heard."""
         self._listen(trainer, signal.SIGTERM, *self._before)
         self._trainer, self._first = trainer, trainer.global_step
-        pl_module.agreement.wish("stop", lambda: bool(self._received))
-        pl_module.agreement.wish("requeue", lambda: in_slurm() and signal.SIGUSR1 in self._received)
+        pl_module.agreement.request("stop", lambda: bool(self._received))
+        pl_module.agreement.request("requeue", lambda: in_slurm() and signal.SIGUSR1 in self._received)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
         """Ask whether to go on."""
-        self._stops = self._stops or pl_module.agreement.granted("stop")
-        self._requeues = self._requeues or pl_module.agreement.granted("requeue")
+        self._stops = self._stops or pl_module.agreement.any_rank("stop")
+        self._requeues = self._requeues or pl_module.agreement.any_rank("requeue")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
         """Leave."""

@@ -7,11 +7,32 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from metalit.errors import InputError
 from metalit.training.optimizers import changes, plain
 
 _NEW_RUN = "go on as the run began, or load the weights into a new run (load_from_checkpoint)"
+
+
+def check_network(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint is of this network.
+
+    Raises:
+        InputError: parameters or buffers that are missing, unknown or of another shape.
+    """
+    own, found = (
+        {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+        for state in (module.state_dict(), checkpoint["state_dict"])
+    )
+    if own != found:
+        differ = [name for name in {**own, **found} if own.get(name) != found.get(name)]
+        name = differ[0]
+        raise InputError(
+            f"ckpt_path: the checkpoint is of another network: {name!r} has shape {found.get(name, 'none')} in the "
+            f"checkpoint and {own.get(name, 'none')} in the config ({len(differ)} such parameter(s)); "
+            "use the config that the checkpoint was trained with: config.yaml in its version folder"
+        )
 
 
 def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

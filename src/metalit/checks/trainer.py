@@ -1,7 +1,6 @@
 """What of the Trainer's options and of Lightning's callbacks works here; what does not is refused before training."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from lightning.fabric.plugins.precision.bitsandbytes import BitsandbytesPrecision
 from lightning.fabric.plugins.precision.transformer_engine import TransformerEnginePrecision
@@ -31,6 +30,7 @@ from metalit.private_lightning import (
     train_time_interval,
     validation_interval_by_clock,
 )
+from metalit.training.hooks import overrides
 
 _CHUNKS = "model.tasks_per_chunk (SupervisedLearner: model.rows_per_chunk) saves memory and changes no result"
 _REFUSED = {
@@ -201,12 +201,6 @@ def _check_hooks(trainer: Trainer, module: LightningModule) -> None:
                 f"{type(owner).__name__}.{name} would never be called: outer gradients are not found by Lightning's "
                 "backward; use on_before_optimizer_step, where they are in .grad, or on_train_batch_end"
             )
-
-
-def overrides(owner: Any, base: type, name: str) -> bool:
-    """Whether an object has a hook of its own; asked of the object, where LambdaCallback keeps its functions."""
-    method = getattr(owner, name)
-    return getattr(method, "__func__", method) is not getattr(base, name)
 
 
 def warn_of_rare_calls(module: LightningModule) -> None:

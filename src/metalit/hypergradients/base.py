@@ -82,7 +82,7 @@ class Hypergradient(ABC):
             inner = problem.init(outer["problem"], task) if start is None else start
             optimizer.check(lambda inner: problem.inner_grad(inner, outer["problem"], task, 0), inner)
 
-    def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Say what the means of ``metrics`` over tasks tell against the estimate: by kind, each with the way out."""
         return {}
 

@@ -88,7 +88,7 @@ class Implicit(Hypergradient):
         no_rates = tree_map(torch.zeros_like, outer["optimizer"])
         return Estimate(loss, {"problem": axpy(-1.0, indirect, direct), "optimizer": no_rates}, inner, metrics)
 
-    def complaints(self, metrics: Mapping[str, float]) -> dict[str, str]:
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Not stationary, not positive definite, not solved."""
         found = {}
         if not metrics["inner_grad_ratio"] <= self.stationary:

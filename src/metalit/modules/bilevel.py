@@ -1,7 +1,6 @@
 """The bilevel learner: hyperparameters, weights of examples, factors: any outer variable of any problem."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from metalit.evaluation.scores import LEARNED, Scores, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.two_level import TwoLevelLearner
+from metalit.modules.warm_start import WarmStart, count_of, like, stacked
 from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem
-from metalit.training.ranks import items_of_ranks, rows_of_ranks
+from metalit.training.ranks import items_of_ranks
 from metalit.tree import Tree, tree_map
 
 
@@ -52,7 +52,8 @@ class BilevelLearner(TwoLevelLearner):
 
     Raises:
         InputError: numbers out of range; when training starts: what
-            :meth:`~metalit.modules.two_level.TwoLevelLearner.try_out` raises, or ranks that do not divide ``draws``.
+            :meth:`~metalit.modules.two_level.TwoLevelLearner.check_first_task` raises, or ranks that do not divide
+            ``draws``.
     """
 
     takes = "what its problem is posed on, or no data at all: then keys"
@@ -97,8 +98,7 @@ class BilevelLearner(TwoLevelLearner):
         self.eval_steps = eval_steps
         self.draws = draws
         self.seed = seed
-        self._own: Tree | None = None
-        self._all: Tree | None = None
+        self._warm = WarmStart()
         self.scores: Scores = {}
         self._collected: list[Scores] = []
 
@@ -134,7 +134,7 @@ class BilevelLearner(TwoLevelLearner):
         """Take one outer step, or as many as are fused."""
         inner = self.steps_on(self.cast(tasks))
         if self.warm_start:
-            self._own, self._all = tree_map(Tensor.detach, inner), None
+            self._warm.keep(inner)
 
     @property
     def inner(self) -> Tree | None:
@@ -142,28 +142,13 @@ class BilevelLearner(TwoLevelLearner):
 
         They are those of all ranks, which must ask together.
         """
-        if self._all is None and self._own is not None:
-            self._all = tree_map(partial(rows_of_ranks, self.trainer), self._own)
-        return self._all
+        return self._warm.of_all(self.trainer)
 
     def start(self, tasks: Any) -> Tree | None:
         """With a warm start, where the last step left this rank's tasks."""
         if not self.warm_start:
             return None
-        share, ranks = _count(tasks), self.trainer.world_size
-        if self._own is None and self._all is None:
-            self._own = self._initial(tasks)
-        held = _count(self._all) if self._own is None else _count(self._own) * ranks
-        if held != share * ranks:
-            raise InputError(
-                f"model.warm_start: training, or the checkpoint, left the inner variables of {held} tasks, and each "
-                f"outer step now has {share * ranks}; use the number that it was trained with"
-            )
-        if self._own is None:
-            first = self.trainer.global_rank * share
-            part = tree_map(lambda value: value[first : first + share], self._all)
-            self._own = _like(part, self._initial(tasks))  # which may be of another precision
-        return self._own
+        return self._warm.of_rank(self.trainer, count_of(tasks), lambda: self._initial(tasks))
 
     def _initial(self, tasks: Any) -> Tree:
         own = self.constants()["problem"]
@@ -171,7 +156,7 @@ class BilevelLearner(TwoLevelLearner):
             raise InputError(
                 f"model.warm_start: {type(self.problem).__name__} has no inner variable to start from; leave it out"
             )
-        return _stack([self.problem.init(own, _take(tasks, index)) for index in range(_count(tasks))])
+        return stacked([self.problem.init(own, _take(tasks, index)) for index in range(count_of(tasks))])
 
     # ---- evaluation
 
@@ -197,8 +182,8 @@ class BilevelLearner(TwoLevelLearner):
         tasks = self.cast(tasks)
         held = self.inner if self.warm_start else None
         with self.told(tasks):
-            self.try_out(tasks, self._initial(tasks) if self.warm_start and held is None else held)
-            return [self._judged(_take(tasks, index), index, split, baselines) for index in range(_count(tasks))]
+            self.check_first_task(tasks, self._initial(tasks) if self.warm_start and held is None else held)
+            return [self._judged(_take(tasks, index), index, split, baselines) for index in range(count_of(tasks))]
 
     def _judged(self, task: Any, index: int, split: Split, baselines: bool) -> Scores:
         outer = self.constants()
@@ -223,16 +208,16 @@ class BilevelLearner(TwoLevelLearner):
         outer, held = self.constants(), self.inner
         if self.eval_steps is not None or not self.warm_start or held is None:
             return self._from_init(outer, task)
-        if index >= _count(held):
+        if index >= count_of(held):
             raise InputError(
-                f"model.warm_start: training left the inner variables of {_count(held)} task(s), and a batch of more "
+                f"model.warm_start: training left the inner variables of {count_of(held)} task(s), and a batch of more "
                 "is judged; set model.eval_steps, to judge each from its init"
             )
-        return _like(tree_map(lambda value: value[index], held), self.problem.init(outer["problem"], task))
+        return like(tree_map(lambda value: value[index], held), self.problem.init(outer["problem"], task))
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
         steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
-        return adapt(self.posed(self.scale), self.inner_optimizer, outer, task, steps)
+        return adapt(self.scaled_problem(self.stepper.scale), self.inner_optimizer, outer, task, steps)
 
     def _scored(self, inner: Tree, outer: Outer, task: Any, split: Split) -> dict[str, float]:
         scores = self.problem.scores(inner, outer["problem"], task, split)
@@ -291,20 +276,8 @@ class BilevelLearner(TwoLevelLearner):
         super().on_load_checkpoint(checkpoint)
         if "inner" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no inner variable")
-        self._own, self._all = None, checkpoint["inner"]
-
-
-def _count(tasks: Any) -> int:
-    return len(next(leaf for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor)))
-
-
-def _like(inner: Tree, other: Tree) -> Tree:
-    return tree_map(lambda value, like: value.to(like), inner, other)
+        self._warm.load(checkpoint["inner"])
 
 
 def _take(tasks: Any, index: int) -> Any:
     return pytree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tasks)
-
-
-def _stack(trees: list[Tree]) -> Tree:
-    return tree_map(lambda *values: torch.stack(values), *trees)

@@ -122,7 +122,7 @@ class MetaLearner(TwoLevelLearner):
             tasks = self.cast(data.draw("train", torch.arange(2)))
             with self.told(tasks):
                 self.query_losses(tasks)
-            self.try_out(tasks)
+            self.check_first_task(tasks)
 
     def told(self, tasks: Task) -> AbstractContextManager[None]:
         """Tell in one line what is wrong with the user's network, which is tried on tasks."""
@@ -203,10 +203,10 @@ class MetaLearner(TwoLevelLearner):
     def query_losses(self, tasks: Task) -> Tensor:
         """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
 
-        posed = self.posed(self.scale)
+        scaled = self.scaled_problem(self.stepper.scale)
 
         def one(outer: Outer, task: Task) -> Tensor:
-            path = iterates(posed, self.inner_optimizer, outer, task, self.eval_steps)
+            path = iterates(scaled, self.inner_optimizer, outer, task, self.eval_steps)
             return torch.stack([self.problem.outer_loss(inner, outer["problem"], task) for inner in path])
 
         return self._each(one, tasks)
@@ -214,10 +214,10 @@ class MetaLearner(TwoLevelLearner):
     def query_predictions(self, tasks: Task) -> Tensor:
         """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
 
-        posed = self.posed(self.scale)
+        scaled = self.scaled_problem(self.stepper.scale)
 
         def one(outer: Outer, task: Task) -> Tensor:
-            path = iterates(posed, self.inner_optimizer, outer, task, self.eval_steps)
+            path = iterates(scaled, self.inner_optimizer, outer, task, self.eval_steps)
             return torch.stack([self.problem.predict(inner, outer["problem"], task.query.x) for inner in path])
 
         return self._each(one, tasks)
@@ -278,7 +278,7 @@ class MetaLearner(TwoLevelLearner):
         support = self.cast(Points(self.normalise_x(x), self.normalise_y(y)))
         task = Task(support, support, torch.tensor(0, device=self.device))
         with torch.inference_mode(False), torch.no_grad(), self.evaluating(), self.told_at(support.x):
-            inner = adapt(self.posed(self.scale), self.inner_optimizer, self.constants(), task, steps)
+            inner = adapt(self.scaled_problem(self.stepper.scale), self.inner_optimizer, self.constants(), task, steps)
         return Adapted(self, inner)
 
     # ---- checkpoints

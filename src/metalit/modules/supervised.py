@@ -2,7 +2,7 @@
 
 from functools import cache, partial
 from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -28,10 +28,37 @@ from metalit.modules.base import OuterLearner
 from metalit.modules.buffers import adopt_buffers, buffer_names
 from metalit.notices import say
 from metalit.problem import Points
-from metalit.training.batches import Estimates, Found, packed
+from metalit.training.batches import Batches, StepResult
+from metalit.training.outer_gradient import OuterGradient
 from metalit.tree import norm, unflatten
 
 Batch = Points | tuple[Tensor, Tensor] | list[Tensor]
+
+
+class RowsContext(NamedTuple):
+    """What a pass over the rows of a batch is taken at.
+
+    Attributes:
+        weights: the trainable parameters by name.
+        key: what dropout draws from.
+        scale: what the gradient is multiplied by in 16-mixed precision.
+        real: how many rows count, as a mean over the ranks, and how many rows there are; None where all count.
+        kept: the network's state, where the pass may change it as a forward pass does.
+    """
+
+    weights: dict[str, Tensor]
+    key: Tensor
+    scale: Tensor | None
+    real: tuple[Tensor, int] | None
+    kept: Kept | None
+
+
+class Perturbed(NamedTuple):
+    """What a step found: the gradient at w + α, and by how much the loss there is above that at w, if it is known."""
+
+    gradient: OuterGradient
+    alpha: dict[str, Tensor]
+    sharpness: Tensor | None
 
 
 class SupervisedLearner(OuterLearner):
@@ -88,8 +115,8 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        own = {"what": "rows", "again": lambda known: known["kept"] and known["kept"].restore()}
-        self._estimates = Estimates(self._slopes, network, False, rows_per_chunk, "the outer step", say, **own)
+        chunks = {"per_chunk": rows_per_chunk, "items": "rows", "begin_again": _restore}
+        self._batches = Batches(self._step_result, network, compiles=False, name="the outer step", tell=say, **chunks)
         if next(network.parameters(), None) is None:
             raise InputError(f"model.network {type(network).__name__} has no parameter that could be trained")
         self.collected = RowScores()
@@ -112,46 +139,50 @@ class SupervisedLearner(OuterLearner):
         # on the CPU: what dropout makes of it goes to the device, and nothing waits for the device
         key = torch.tensor(folded(self.seed, self.global_step))
         count = len(points.x)
-        given = points, torch.arange(count) + count * self.trainer.global_rank
+        items = points, torch.arange(count) + count * self.trainer.global_rank
         outer = self.outer()
         self.follow(outer)
         weights = {name: value.detach() for name, value in outer["network"].items()}
-        known = {"weights": weights, "key": key, "real": self._real(points), "kept": None}
-        first: list[Kept] = []
+        context = RowsContext(weights, key, self.stepper.scale, self._real(points), Kept(self.network, values=True))
+        again = False
 
-        def evaluate() -> Found:
-            for kept in first:  # it begins anew, at a smaller scale
-                kept.restore()
-            first[:] = first or [Kept(self.network, values=True)]
-            plain: list[Tensor] = []
+        def evaluate() -> Perturbed:
+            nonlocal again
+            if again:  # at a smaller scale
+                _restore(context)
+            again = True
+            return self._at_perturbed_weights(context, items)
 
-            @cache
-            def gradient() -> dict[str, Tensor]:
-                plain.append(self._pass(known | {"kept": first[0]}, given))
-                slopes, scale = self.mean_over_ranks(plain[0][1:-1]), self.scale
-                return unflatten(slopes if scale is None else slopes / scale, weights)
+        def diagnose(found: Perturbed) -> dict[str, Tensor]:
+            norms = {"weight_norm": norm(weights)}
+            norms |= {"perturbation_norm": norm(found.alpha)} if found.alpha else {}
+            return norms if found.sharpness is None else norms | {"sharpness": found.sharpness}
 
-            alpha = self.perturbation(weights, gradient, key.to(self.device)) if self.perturbation else {}
-            moved = {name: weights[name] + change for name, change in alpha.items()}
-            # buffers and all else that the network changes follow the first pass alone
-            kept = None if plain else first[0]
-            found = self._pass(known | {"weights": weights | moved, "kept": kept}, given)
-            if not plain:
-                return Found(found, alpha, {})
-            bad = torch.maximum(plain[0][-1:], found[-1:])
-            return Found(torch.cat([plain[0][:1], found[1:-1], bad]), alpha, {"sharpness": found[0] - plain[0][0]})
+        self.stepper.take(evaluate, diagnose)
 
-        def diagnose(found: Found) -> dict[str, Tensor]:
-            told = {"weight_norm": norm(weights)}
-            told |= {"perturbation_norm": norm(found.inner)} if found.inner else {}
-            return told | found.metrics
+    def _at_perturbed_weights(self, context: RowsContext, items: tuple[Points, Tensor]) -> Perturbed:
+        """The loss at w and its gradient at w + α; where α does not ask for the gradient at w, both at w + α."""
+        weights = context.weights
+        plain: list[OuterGradient] = []
 
-        self.step_outer(evaluate, diagnose)
+        @cache
+        def gradient() -> dict[str, Tensor]:
+            plain.append(self._pass(context, items))
+            mean = self.mean_over_ranks(plain[0].gradient)
+            return unflatten(mean if context.scale is None else mean / context.scale, weights)
 
-    def _pass(self, known: dict[str, Any], given: tuple[Points, Tensor]) -> Tensor:
-        """Loss and gradient at the known weights; changes the network as a forward pass does, where a state is kept."""
-        with told("model", self, given[0].x):
-            return self._estimates(known | {"scale": self.scale}, given, None).packed
+        alpha = self.perturbation(weights, gradient, context.key.to(self.device)) if self.perturbation else {}
+        moved = weights | {name: weights[name] + change for name, change in alpha.items()}
+        # buffers and all else that the network changes follow the first pass alone
+        found = self._pass(context._replace(weights=moved, kept=None if plain else context.kept), items)
+        if not plain:
+            return Perturbed(found, alpha, None)
+        return Perturbed(found.at_loss_of(plain[0]), alpha, found.loss - plain[0].loss)
+
+    def _pass(self, context: RowsContext, items: tuple[Points, Tensor]) -> OuterGradient:
+        """Loss and gradient; changes the network as a forward pass does, where a state is kept."""
+        with told("model", self, items[0].x):
+            return self._batches(context, items).gradient
 
     def _real(self, points: Points) -> tuple[Tensor, int] | None:
         """How many rows count, as a mean over the ranks, and how many rows there are; None where all do."""
@@ -168,26 +199,28 @@ class SupervisedLearner(OuterLearner):
                 "GroupNorm, or give no rows that are masked"
             )
 
-    def _slopes(self, known: dict[str, Any], given: tuple[Points, Tensor], _: None) -> Found:
-        (points, rows), scale = given, known["scale"]
+    def _step_result(self, context: RowsContext, items: tuple[Points, Tensor]) -> StepResult:
+        """The mean loss over rows and its gradient; this is what is evaluated chunk by chunk."""
+        points, rows = items
 
         def loss(network: Any) -> Tensor:
             values = row_losses(self.loss, network(points.x), points.y)
-            if known["real"] is None:
+            if context.real is None:
                 value = values.mean()
             else:
-                count, whole = known["real"]
+                count, whole = context.real
                 real = real_rows(self.loss, points.y, points.mask)
                 # a chunk counts by its share of all rows, whatever its share of those that count
                 value = values.where(real, 0.0).sum() / (count * (len(values) / whole)).squeeze()
-            return value if scale is None else scale * value
+            return value if context.scale is None else context.scale * value
 
         numbers = range(int(rows[0]), int(rows[-1]) + 1)
-        if known["kept"] is None:
-            value, slopes = gradient_at(self.network, loss, known["weights"], known["key"], rows=numbers)
+        if context.kept is None:
+            value, gradient = gradient_at(self.network, loss, context.weights, context.key, rows=numbers)
         else:
-            value, slopes = gradient_in_training(self.network, loss, known["weights"], known["key"], numbers)
-        return Found(packed(value if scale is None else value / scale, {"network": slopes}), {}, {})
+            value, gradient = gradient_in_training(self.network, loss, context.weights, context.key, numbers)
+        true = value if context.scale is None else value / context.scale
+        return StepResult(OuterGradient.of(true, {"network": gradient}), {}, {})
 
     def on_fit_start(self) -> None:
         """Try the network on two rows, before anything is trained.
@@ -292,3 +325,9 @@ class SupervisedLearner(OuterLearner):
                 "BatchDataModule, or a DataLoader of pairs"
             )
         return self.cast(batch if isinstance(batch, Points) else Points(*batch))
+
+
+def _restore(context: RowsContext) -> None:
+    """Let the network be as it was before a pass that begins again."""
+    if context.kept is not None:
+        context.kept.restore()

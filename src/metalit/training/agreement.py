@@ -1,41 +1,41 @@
-"""What single ranks wish for, and all of them then do after the same step."""
+"""What single ranks request, and all of them then do after the same step."""
 
 from collections.abc import Callable, Sequence
 
 
 class Agreement:
-    """Wishes of single ranks, such as to save or to stop, that are granted on all ranks after the same outer step.
+    """Requests of single ranks, such as to save or to stop, which all ranks learn of with the same outer step.
 
     They travel with the gradient that the ranks average anyway: no collective of their own, and none that a signal or
-    a clock could start on one rank alone. A rank by itself grants its own wishes when it is asked.
+    a clock could start on one rank alone. A rank that is alone asks itself.
 
     >>> agreement = Agreement()
-    >>> agreement.wish("stop", lambda: True)
-    >>> agreement.granted("stop"), agreement.granted("save")
+    >>> agreement.request("stop", lambda: True)
+    >>> agreement.any_rank("stop"), agreement.any_rank("save")
     (True, False)
-    >>> agreement.grant([0.0])  # the mean over several ranks: none of them wishes to stop
-    >>> agreement.granted("stop")
+    >>> agreement.resolve([0.0])  # the mean over several ranks: none of them requests to stop
+    >>> agreement.any_rank("stop")
     False
     """
 
     def __init__(self) -> None:
-        self._wishes: dict[str, Callable[[], bool]] = {}
-        self._granted: set[str] | None = None
+        self._wanted: dict[str, Callable[[], bool]] = {}
+        self._resolved: set[str] | None = None
 
-    def wish(self, name: str, wanted: Callable[[], bool]) -> None:
-        """Let ``wanted`` be asked in every outer step; all ranks name the same wishes in the same order."""
-        self._wishes[name] = wanted
+    def request(self, name: str, wanted: Callable[[], bool]) -> None:
+        """Let ``wanted`` be asked in every outer step; all ranks name the same requests in the same order."""
+        self._wanted[name] = wanted
 
-    def wants(self) -> list[float]:
-        """1 for each wish that this rank has now, 0 for each that it has not."""
-        return [float(wanted()) for wanted in self._wishes.values()]
+    def requests(self) -> list[float]:
+        """1 for each request that this rank has now, 0 for each that it has not."""
+        return [float(wanted()) for wanted in self._wanted.values()]
 
-    def grant(self, wants: Sequence[float]) -> None:
-        """Grant what any rank wants, given the means over them."""
-        self._granted = {name for name, want in zip(self._wishes, wants, strict=True) if want > 0}
+    def resolve(self, means: Sequence[float]) -> None:
+        """Take what any rank requests, given the means over them."""
+        self._resolved = {name for name, mean in zip(self._wanted, means, strict=True) if mean > 0}
 
-    def granted(self, name: str) -> bool:
-        """Whether all ranks are to do it now."""
-        if self._granted is not None:
-            return name in self._granted
-        return name in self._wishes and self._wishes[name]()
+    def any_rank(self, name: str) -> bool:
+        """Whether any rank requested it, as of the last outer step."""
+        if self._resolved is not None:
+            return name in self._resolved
+        return name in self._wanted and self._wanted[name]()

@@ -1,150 +1,168 @@
-"""The mean hypergradient over a batch of tasks: as it stands or compiled, of all tasks at once or chunk by chunk."""
+"""A function of a batch of items, as it stands or compiled, of all items at once or chunk by chunk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metalit.compiled import Compiled, Program
-from metalit.private_torch import TreeSpec, tree_flatten, tree_unflatten
-from metalit.tree import Tree, flatten
+from metalit.private_torch import TreeSpec, pytree_map, tree_flatten, tree_unflatten
+from metalit.training.outer_gradient import OuterGradient
+from metalit.tree import Tree
 
 
-class Found(NamedTuple):
-    """What a batch of tasks gives: ``packed`` and ``metrics`` are means over them, ``inner`` has a task dimension."""
+class StepResult(NamedTuple):
+    """What an outer step finds of a batch of items, such as tasks or rows.
 
-    packed: Tensor
-    inner: Tree
+    Attributes:
+        gradient: the mean outer loss over the items, and its gradient.
+        metrics: scalars by name, means over the items.
+        per_item: what each item gives, with a leading dimension of items, such as the inner variable of each task.
+    """
+
+    gradient: OuterGradient
     metrics: dict[str, Tensor]
+    per_item: Tree
 
 
-def packed(loss: Tensor, gradient: Tree) -> Tensor:
-    """All that the ranks average, as one vector: the loss, the gradient, and 1 if one of these is not finite, or 0."""
-    values = torch.cat([loss.detach().reshape(1), flatten(gradient)])
-    return torch.cat([values, (~torch.isfinite(values).all()).to(values.dtype).reshape(1)])
+class FlatResult:
+    """A :class:`StepResult` as its leaves: joining them would cost a small step much, and most need one alone."""
 
-
-@dataclass
-class Leaves:
-    """The leaves of a :class:`Found`, which becomes one where more than its first is asked for."""
-
-    values: list[Any]
-    spec: TreeSpec
+    def __init__(self, leaves: list[Any], spec: TreeSpec) -> None:
+        self.leaves = leaves
+        self.spec = spec
 
     @property
-    def packed(self) -> Tensor:
+    def gradient(self) -> OuterGradient:
         """The first leaf."""
-        return self.values[0]
+        return OuterGradient(self.leaves[0])
 
-    def found(self) -> Found:
-        """All of them."""
-        return tree_unflatten(self.values, self.spec)
+    def joined(self) -> Any:
+        """What the function returned."""
+        return tree_unflatten(self.leaves, self.spec)
 
 
-class Estimates:
-    """Evaluates ``fn(outer, tasks, start)`` over batches of tasks, in chunks whose means are weighted by their tasks.
+class Batches:
+    """Evaluates ``fn(shared, items)`` over batches of items, in chunks whose means are weighted by their sizes.
 
     Where a GPU's memory cannot hold a chunk, chunks are halved from then on.
 
     Args:
-        fn: returns a :class:`Found`.
+        fn: a function of what all items share and of trees with a leading dimension of items. It returns a named tuple:
+            its field ``per_item`` has that dimension too, and its other fields are means over the items.
         module: the module that ``fn`` knows.
         compiles: whether ``fn`` is compiled.
-        tasks_per_chunk: how many tasks are evaluated at once; all if not given.
+        per_chunk: how many items are evaluated at once; all if not given.
         name: what ``fn`` is called in messages.
         tell: what takes the messages.
-        what: what the tasks are called in messages, and in the argument ``…_per_chunk``.
+        items: what the items are called in messages, and in the argument ``…_per_chunk``.
+        begin_again: is given what is shared, where an evaluation begins again in smaller chunks.
         seconds: how long compiling may take.
-        again: is given the outer variable where an evaluation begins anew, in smaller chunks.
     """
 
     def __init__(
         self,
-        fn: Callable[..., Found],
+        fn: Callable[[Any, Any], Any],
         module: nn.Module,
         compiles: bool,
-        tasks_per_chunk: int | None,
+        per_chunk: int | None,
         name: str,
         tell: Callable[[str], None],
-        what: str = "tasks",
-        again: Callable[[Any], None] | None = None,
+        items: str = "tasks",
+        begin_again: Callable[[Any], None] = lambda shared: None,
         seconds: float = 300.0,
     ) -> None:
         self.fn = fn
         self.compiled = Compiled(fn, module, name, tell, seconds) if compiles else None
-        self.tasks_per_chunk = tasks_per_chunk
+        self.per_chunk = per_chunk
         self.tell = tell
-        self.what = what
-        self.again = again
+        self.items = items
+        self.begin_again = begin_again
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether what comes next is compiled, as far as it is known."""
+        return self.compiled is not None and not self.compiled.failed
+
+    def stay_uncompiled(self) -> None:
+        """Evaluate ``fn`` as it stands from now on."""
+        self.compiled = None
 
     def program(self, values: Sequence[Any], spec: TreeSpec) -> Program:
         """What evaluates ``fn`` on arguments of this form."""
         return Program(self.fn, spec) if self.compiled is None else self.compiled.program(values, spec)
 
-    def bind(self, outer: Any, tasks: Any, start: Any) -> "Bound":
-        """Make ready for tasks and starts of one form at one outer variable, whose tensors may change in place."""
-        return Bound(self, outer, tasks, start)
+    def bind(self, shared: Any, items: Any) -> "Bound":
+        """Make ready for items of one form, with what they share, whose tensors may change in place."""
+        return Bound(self, shared, items)
 
-    def __call__(self, outer: Any, tasks: Any, start: Any) -> Found:
-        """Evaluate."""
-        return self.bind(outer, tasks, start)(tree_flatten((tasks, start))[0]).found()
+    def __call__(self, shared: Any, items: Any) -> Any:
+        """Evaluate ``fn(shared, items)``."""
+        return self.bind(shared, items)(tree_flatten(items)[0]).joined()
 
 
 class Bound:
-    """:class:`Estimates` made ready, so that many steps look nothing up."""
+    """:class:`Batches` made ready, so that many steps look nothing up."""
 
-    def __init__(self, owner: Estimates, outer: Any, tasks: Any, start: Any) -> None:
+    def __init__(self, owner: Batches, shared: Any, items: Any) -> None:
         self.owner = owner
-        self.outer = outer
-        self.shared = tree_flatten(outer)[0]
-        self.spec = tree_flatten((outer, tasks, start))[1]
+        self.shared = shared
+        self.shared_leaves = tree_flatten(shared)[0]
+        self.spec = tree_flatten((shared, items))[1]
         self.programs: dict[int, Program] = {}
 
-    def __call__(self, values: Sequence[Any]) -> Leaves:
-        """Evaluate, given the leaves of tasks and start.
+    def __call__(self, values: Sequence[Any]) -> FlatResult:
+        """Evaluate, given the leaves of the items.
 
         Raises:
-            OutOfMemoryError: a single task does not fit.
+            OutOfMemoryError: a single item does not fit.
         """
         count = len(next(value for value in values if isinstance(value, Tensor)))
         while True:
-            sizes = _sizes(count, self.owner.tasks_per_chunk or count)
+            sizes = _sizes(count, self.owner.per_chunk or count)
             size = sizes[0]
             try:
-                return self._run(values, count) if size == count else self._in_chunks(values, count, sizes)
+                return self._run(values, count) if size == count else self._in_chunks(values, sizes)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-            if self.owner.again is not None:
-                self.owner.again(self.outer)
-            self.owner.tasks_per_chunk = (size + 1) // 2
+            self.owner.begin_again(self.shared)
+            self.owner.per_chunk = half = (size + 1) // 2
             self.owner.tell(
-                f"{size} {self.owner.what} at once do not fit into memory: going on with chunks of "
-                f"{self.owner.tasks_per_chunk}; model.{self.owner.what}_per_chunk={self.owner.tasks_per_chunk} begins "
-                "with them"
+                f"{size} {self.owner.items} at once do not fit into memory: going on with chunks of {half}; "
+                f"model.{self.owner.items}_per_chunk={half} begins with them"
             )
 
-    def _run(self, values: Sequence[Any], count: int) -> Leaves:
-        values = [*self.shared, *values]
+    def _run(self, values: Sequence[Any], count: int) -> FlatResult:
+        values = [*self.shared_leaves, *values]
         if count not in self.programs:
             self.programs[count] = self.owner.program(values, self.spec)
         program = self.programs[count]
         found = program(values)
-        return Leaves(found, program.spec)
+        return FlatResult(found, program.spec)
 
-    def _in_chunks(self, values: Sequence[Any], count: int, sizes: list[int]) -> Leaves:
+    def _in_chunks(self, values: Sequence[Any], sizes: list[int]) -> FlatResult:
         split = [value.split(sizes) if isinstance(value, Tensor) else [value] * len(sizes) for value in values]
-        parts = [self._run(piece, n) for piece, n in zip(zip(*split, strict=True), sizes, strict=True)]
-        kept = parts[0].spec.children()[1].num_leaves
-        merged = []
-        for place, leaves in enumerate(zip(*(part.values for part in parts), strict=True)):
-            if 1 <= place <= kept:
-                merged.append(torch.cat(leaves))
-            else:
-                merged.append(sum(leaf * (n / count) for leaf, n in zip(leaves, sizes, strict=True)))
-        return Leaves(merged, parts[0].spec)
+        parts = [self._run(piece, n).joined() for piece, n in zip(zip(*split, strict=True), sizes, strict=True)]
+        return FlatResult(*tree_flatten(_merged(parts, sizes)))
+
+
+def _merged(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """One named tuple of those of the chunks."""
+    shares = [size / sum(sizes) for size in sizes]
+
+    def mean(*values: Tensor) -> Any:
+        return sum(value * share for value, share in zip(values, shares, strict=True))
+
+    def joined(*values: Tensor) -> Tensor:
+        return torch.cat(values)
+
+    fields = {
+        name: pytree_map(joined if name == "per_item" else mean, *(getattr(part, name) for part in parts))
+        for name in parts[0]._fields
+    }
+    return parts[0]._replace(**fields)
 
 
 def _sizes(count: int, most: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What is not finite: noticed on the device at every outer step, and read when a log or a save is due."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -44,21 +45,31 @@ class FiniteWatch:
         bad = torch.where(flags, steps, steps[-1] + 1).amin()
         self._first = torch.where((bad <= steps[-1]) & (self._first < 0), bad, self._first)
 
-    def mark(self, step: int) -> None:
-        """Remember a step that was found otherwise."""
-        self._first = torch.full_like(self._first, step)
-
     @property
     def step(self) -> int:
         """The step, or -1; waits for the device."""
         return int(self._first)
 
+    def raise_if_noticed(self, trainer: Trainer, way_out: str) -> None:
+        """Stop the run where a step was noticed.
+
+        Raises:
+            NonFiniteError: with the step, the last good checkpoint and the way out.
+        """
+        if (step := self.step) >= 0:
+            raise _stopped(step, trainer, way_out)
+
+    def check(self, parameters: Iterable[Tensor], trainer: Trainer, way_out: str) -> None:
+        """Stop likewise where a parameter is not finite after the trainer's last step; this reads them all."""
+        self.raise_if_noticed(trainer, way_out)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+            raise _stopped(trainer.global_step, trainer, way_out)
+
 
 RATES = "Lower the inner or the outer learning rate, or set model.clip_norm, such as 10"
 
 
-def stopped(step: int, trainer: Trainer, way_out: str = RATES) -> NonFiniteError:
-    """The error that ends the run, with the step, the last good checkpoint and the way out."""
+def _stopped(step: int, trainer: Trainer, way_out: str) -> NonFiniteError:
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     saved = [Path(path) for saver in savers if (path := saver.best_model_path)]
     good = max((path for path in saved if path.exists()), key=lambda path: path.stat().st_mtime, default=None)

@@ -1,4 +1,4 @@
-"""Several outer steps in a row, compiled together with Adam as one loop, so that nothing else happens between them."""
+"""Several outer steps in a row, compiled together with the optimiser as one loop: nothing else happens between them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,167 +10,134 @@ from torch.func import functional_call
 from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
 from metalit.compiled import Compiled, repeated
-from metalit.private_torch import copy_all, count_as_stepped, has_step_hooks, pytree_map, tree_flatten, tree_unflatten
-from metalit.training.batches import Found
-from metalit.tree import Tree, leaves, tree_map, unflatten
+from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
+from metalit.training.batches import StepResult
+from metalit.training.context import StepContext
+from metalit.training.joined import JoinedOptimizer
+from metalit.tree import Tree, tree_map, unflatten
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
+class FusedResult(NamedTuple):
+    """What several outer steps found.
 
-class Taken(NamedTuple):
-    """What the last of several outer steps found, the outer variable and the start that it found it at, and flags.
-
-    ``not_finite``, ``[steps]``, tells of each step whether its loss or gradient was not finite.
+    Attributes:
+        last: the result of the last one.
+        outer, start: the outer variable and the start that the last one was taken at.
+        not_finite: for each step whether its loss or gradient was not finite, ``[steps]``.
     """
 
-    found: Found
+    last: StepResult
     outer: Outer
     start: Tree | None
     not_finite: Tensor
 
 
-class AdamSteps:
-    """Outer steps of ``torch.optim.Adam`` or ``AdamW`` as a loop over (φ, m, v), compiled with the hypergradient.
+class FusedLoop:
+    """Outer steps as a loop over (φ, optimiser state), compiled with the outer gradient.
 
-    m ← m + (1 − β₁)(g − m),  v ← β₂v + (1 − β₂)g²,  φ ← φ − lr/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε)
-
-    (Kingma, Ba 2015, algorithm 1; weight decay as torch has it.) Parameters and the optimiser's state are read before
-    the first step and written after the last; step sizes and β may change at every step, as a scheduler likes.
+    The parameters and the optimiser's state are read before the first step and written after the last. Step sizes and
+    other options may change at every step, as a scheduler likes.
 
     Args:
-        estimate: maps (outer, tasks, start) to a :class:`~metalit.training.batches.Found`.
+        optimizer: steps the outer variable.
+        evaluate: maps a :class:`~metalit.training.context.StepContext` and (items, start) to a
+            :class:`~metalit.training.batches.StepResult`.
         module: the module that it knows.
-        optimizer: one for which :meth:`suits` holds.
-        outer: the outer variable, whose leaves are the optimiser's parameters.
         tell, seconds: see :class:`~metalit.compiled.Compiled`.
     """
 
     def __init__(
         self,
-        estimate: Callable[..., Found],
+        optimizer: JoinedOptimizer,
+        evaluate: Callable[[StepContext, Any], StepResult],
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        outer: Outer,
         tell: Callable[[str], None],
         seconds: float = 300.0,
     ) -> None:
-        self.estimate = _Estimate(estimate, module)
         self.optimizer = optimizer
-        self.parameters = [parameter for _, parameter in leaves(outer)]
-        self.outer = outer
-        group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.groups = [(group_of[id(parameter)], parameter.numel()) for parameter in self.parameters]
+        self.evaluate = _Evaluate(evaluate, module)
         self.compiled = Compiled(self._loop, module, tell=tell, seconds=seconds)
 
-    @staticmethod
-    def suits(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it is an Adam of the kind above, on the CPU, whose steps nobody listens to."""
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-            return False
-        plain = not any(group[flag] for group in optimizer.param_groups for flag in ("amsgrad", "maximize"))
-        heard = has_step_hooks(optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        alike = {(parameter.dtype, parameter.device.type) for parameter in parameters}
-        counts = {float(optimizer.state[parameter].get("step", 0.0)) for parameter in parameters}
-        return plain and not heard and len(alike) == len(counts) == 1 and alike.pop()[1] == "cpu"
-
-    def is_of(self, outer: Outer) -> bool:
-        """Whether these are its leaves: others may have become trainable."""
-        return [id(parameter) for _, parameter in leaves(outer)] == [id(parameter) for parameter in self.parameters]
-
-    def __call__(self, tasks: Any, steps: int, start: Tree | None, schedule: Callable[[], None]) -> Taken | None:
+    def __call__(
+        self, items: Any, steps: int, start: Tree | None, progress: int, schedule: Callable[[], None]
+    ) -> FusedResult | None:
         """Take the steps.
 
         Args:
-            tasks: those of all steps, one step after the other along the leading dimension of every tensor.
+            items: those of all steps, one step after the other along the leading dimension of every tensor.
             steps: how many.
             start: where the inner variables of the first start; if given, each further step starts where the last
                 one ended.
-            schedule: sets the rates of the next step; called between steps.
+            progress: how many outer steps were taken before.
+            schedule: sets the options of the next step; called between steps.
 
         Returns:
             None where they cannot be compiled; then no step is taken.
         """
-        self._begin()
-        moments = [[self.optimizer.state[parameter][name] for parameter in self.parameters] for name in _MOMENTS]
-        places = [[parameter.detach() for parameter in self.parameters], *moments]
-        state = [torch.cat([value.reshape(-1) for value in values]) for values in places]
-        taken = int(self.optimizer.state[self.parameters[0]]["step"])
-        rows = [self._numbers(taken + 1)] * steps
-        like = {"dtype": state[0].dtype, "device": state[0].device}
-        values, spec = tree_flatten((torch.tensor(1), state, torch.tensor(rows, **like), tasks, start))
+        carried, taken = self.optimizer.read(), self.optimizer.steps_taken
+        first, like = torch.tensor(progress), {"dtype": carried[0].dtype, "device": carried[0].device}
+        rows = [self.optimizer.coefficients(taken + 1)] * steps
+        values, spec = tree_flatten((torch.tensor(1), carried, start, first, torch.tensor(rows, **like), items))
         program = self.compiled.program(values, spec)  # of any number of steps, but tried out on one
         if self.compiled.failed:
             return None
+        self.optimizer.note_step()
         for number in range(1, steps):
             schedule()
-            rows[number] = self._numbers(taken + 1 + number)
-        values[0], values[1 + len(state)] = torch.tensor(steps), torch.tensor(rows, **like)
-        state, found, outer, begun, flags = tree_unflatten(program(values), program.spec)
-        for values, flat in zip(places, state, strict=True):
-            pieces = flat.split([value.numel() for value in values])
-            copy_all(values, [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)])
-        for parameter in self.parameters:
-            self.optimizer.state[parameter]["step"] += steps
-        return Taken(found, unflatten(outer, self.outer), begun, flags)
+            rows[number] = self.optimizer.coefficients(taken + 1 + number)
+        values, _ = tree_flatten((torch.tensor(steps), carried, start, first, torch.tensor(rows, **like), items))
+        carried, last, outer, begun, flags = tree_unflatten(program(values), program.spec)
+        self.optimizer.write(carried, steps)
+        return FusedResult(last, unflatten(outer, self.optimizer.outer), begun, flags)
 
-    def _begin(self) -> None:
-        """What torch's own first step does."""
-        for parameter in self.parameters:
-            if not self.optimizer.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in _MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        count_as_stepped(self.optimizer)
+    # ---- the program. Inside of it, all that changes from call to call must come as an argument: what a traced
+    # function takes from elsewhere is a constant of the program. So the module's own tensors are read once, at the
+    # beginning, and handed to the loop as part of its context; and the carry keeps one form (tree, shapes, types,
+    # order of keys, contiguous) from step to step, since the loop's body is compiled for one form alone.
 
-    def _numbers(self, step: int) -> list[list[float]]:
-        return [_numbers(group, step) for group in self.optimizer.param_groups]
+    def _loop(
+        self, count: Tensor, carried: list[Tensor], start: Tree | None, first: Tensor, rows: Tensor, items: Any
+    ) -> tuple[list[Tensor], StepResult, Tensor, Tree | None, Tensor]:
+        context = self.evaluate.tensors(), first, rows, items
+        # one evaluation tells the form of what each step finds; no number of it is used, and the program leaves it out
+        form = pytree_map(_zeros, self._evaluated(torch.zeros_like(count), carried[0], start, context))
+        # a warm start travels as what "the step before the first" left
+        previous = form if start is None else form._replace(per_item=start)
 
-    def _loop(self, count: Tensor, state: list[Tensor], rows: Tensor, tasks: Any, start: Tree | None) -> tuple:
-        # read here, where a program sees its arguments in their place: its loop takes nothing from around it
-        held = self.estimate.tensors()
-        known = held, rows, tasks
-        # of the form that each step finds, and so the inner variable that the first one starts at lies there
-        nothing = pytree_map(torch.zeros_like, self._evaluated(torch.zeros_like(count), state[0], start, known))
-        before = nothing if start is None else nothing._replace(inner=start)
+        def step(number: Tensor, carry: tuple, context: tuple) -> tuple:
+            (flat, *states), previous, _, _, flags = carry
+            begun = None if start is None else previous.per_item
+            found = self._evaluated(number, flat, begun, context)
+            # not flags[number] = …: a loop's body must not write into its arguments
+            flags = torch.where(torch.arange(len(flags)) == number, found.gradient.not_finite, flags)
+            _, _, rows, _ = context
+            each = self.optimizer.of_each_parameter(_at(rows, number))
+            moved = self.optimizer.rule.update(flat, states, found.gradient.gradient, each)
+            # clones, because what a body returns must not be one of its arguments
+            return moved, found, flat.clone(), _cloned(begun), flags
 
-        def step(number: Tensor, going: tuple, known: tuple) -> tuple:
-            (flat, *moments), before, _, _, flags = going
-            begun = None if start is None else before.inner
-            found = self._evaluated(number, flat, begun, known)
-            flags = torch.where(torch.arange(len(flags)) == number, found.packed[-1], flags)
-            state = self._updated(flat, *moments, found.packed[1:-1], _at(known[1], number))
-            return state, found, flat.clone(), _copied(begun), flags
+        carry = carried, previous, carried[0], start, rows.new_zeros(len(rows))
+        return repeated(step, count, carry, context)
 
-        going = state, before, state[0], start, rows.new_zeros(len(rows))
-        return repeated(step, count, going, known)
+    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple) -> StepResult:
+        """The result of step ``number`` of the loop, at the parameters ``flat``."""
+        held, first, rows, items = context
 
-    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, known: tuple) -> Found:
-        held, rows, tasks = known
-
-        def now(leaf: Any) -> Any:
+        def of_this_step(leaf: Any) -> Any:
             return _at(leaf.reshape(len(rows), -1, *leaf.shape[1:]), number) if isinstance(leaf, Tensor) else leaf
 
-        given = unflatten(flat, self.outer), pytree_map(now, tasks), start
-        with untouched(self.estimate):
-            found = functional_call(self.estimate, held, given)
+        at = StepContext(unflatten(flat, self.optimizer.outer), None, first + number)
+        with untouched(self.evaluate):
+            found = functional_call(self.evaluate, held, (at, (pytree_map(of_this_step, items), start)))
         if start is not None:  # in the order of its keys, as it goes in again
-            found = found._replace(inner=tree_map(lambda _, value: value, start, found.inner))
+            found = found._replace(per_item=tree_map(lambda _, value: value, start, found.per_item))
         return pytree_map(Tensor.contiguous, found)
 
-    def _updated(self, flat: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor) -> list[Tensor]:
-        each = torch.cat([numbers[group].expand(size, -1) for group, size in self.groups])
-        rate, less, keep, more, root, eps, decay, shrink = each.unbind(1)
-        gradient = gradient + decay * flat
-        first = first + less * (gradient - first)
-        second = keep * second + more * gradient * gradient
-        flat = flat - shrink * flat - rate * first / (second.sqrt() / root + eps)
-        return [flat, first, second]
 
+class _Evaluate(nn.Module):
+    """The function as a module, that can be called with other tensors than its module's own."""
 
-class _Estimate(nn.Module):
-    """The estimate as a module, that can be called with other tensors than its own."""
-
-    def __init__(self, fn: Callable[..., Found], module: nn.Module) -> None:
+    def __init__(self, fn: Callable[[StepContext, Any], StepResult], module: nn.Module) -> None:
         super().__init__()
         self.fn = fn
         self.module = module
@@ -178,28 +145,18 @@ class _Estimate(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in (*self.named_parameters(), *self.named_buffers())}
 
-    def forward(self, *given: Any) -> Found:
-        return self.fn(*given)
+    def forward(self, context: StepContext, items: Any) -> StepResult:
+        return self.fn(context, items)
 
 
 def _at(rows: Tensor, number: Tensor) -> Tensor:
     return rows.index_select(0, number.reshape(1)).squeeze(0)
 
 
-def _copied(tree: Any) -> Any:
+def _zeros(leaf: Tensor) -> Tensor:
+    # not zeros_like, by which the program would depend on the leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def _cloned(tree: Any) -> Any:
     return pytree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def _numbers(group: dict[str, Any], step: int) -> list[float]:
-    (first, second), rate, decay = group["betas"], float(group["lr"]), group["weight_decay"]
-    apart = group["decoupled_weight_decay"]
-    return [
-        rate / (1 - first**step),
-        1 - first,
-        second,
-        1 - second,
-        (1 - second**step) ** 0.5,
-        group["eps"],
-        0.0 if apart else decay,
-        rate * decay if apart else 0.0,
-    ]

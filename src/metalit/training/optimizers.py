@@ -2,21 +2,72 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor
 
 from metalit.autodiff.names import matching
 from metalit.errors import InputError
 from metalit.private_torch import SCHEDULER_PROGRESS
 
+_SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau)
 # what torch's schedulers keep of their progress, beside their settings
 _MOVES_BY_ITSELF = {
     *SCHEDULER_PROGRESS,
     *("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
 }
+
+
+def made_optimizer(
+    make: OptimizerCallable | None, parameters: dict[str, Tensor], lr_by_name: dict[str, float], fused: bool
+) -> torch.optim.Optimizer:
+    """Build the outer optimiser, with a parameter group for each pattern of ``lr_by_name``.
+
+    Args:
+        make: makes it; Adam with step size 0.001 if not given.
+        parameters: the outer variable, by name.
+        lr_by_name: see :func:`groups`.
+        fused: whether that Adam is torch's fused one.
+
+    Raises:
+        InputError: it cannot be made, or evaluates the loss itself; what :func:`groups` raises.
+    """
+    parts = groups(parameters, lr_by_name)
+    make = partial(torch.optim.Adam, fused=fused) if make is None else make
+    optimizer = made("model.optimizer", make, parts, (torch.optim.Optimizer,))
+    check_takes_single_steps(optimizer)
+    return optimizer
+
+
+def made_scheduler(make: LRSchedulerCallable, optimizer: torch.optim.Optimizer, validates: bool) -> Any:
+    """Build the scheduler of the outer optimiser.
+
+    Args:
+        make: makes it.
+        optimizer: what it schedules.
+        validates: whether there are validations.
+
+    Raises:
+        InputError: it cannot be made, or cannot step; one that waits for a metric that it does not name, or that never
+            comes.
+    """
+    rehearse("model.scheduler", make, optimizer, _SCHEDULERS)
+    scheduler = made("model.scheduler", make, optimizer, _SCHEDULERS)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not hasattr(scheduler, "monitor"):
+        raise InputError(
+            "model.scheduler: torch's ReduceLROnPlateau does not know its metric; use "
+            "lightning.pytorch.cli.ReduceLROnPlateau with monitor: val/loss"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and not validates:
+        raise InputError(
+            f"model.scheduler: ReduceLROnPlateau waits for {scheduler.monitor!r}, and nothing is validated; "
+            "hold tasks out for validation, or use another scheduler"
+        )
+    return scheduler
 
 
 def made(owner: str, make: Callable[[Any], Any], argument: Any, kinds: tuple[type, ...]) -> Any:

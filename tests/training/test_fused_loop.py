@@ -1,4 +1,4 @@
-"""Outer steps that are compiled together with Adam: they are torch's own, one after the other."""
+"""Outer steps that are compiled together with their optimiser: they are torch's own, one after the other."""
 
 import copy
 import math
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from metalit import compiled
-from metalit.training.batches import Found, packed
-from metalit.training.fused_loop import AdamSteps
+from metalit.training.batches import StepResult
+from metalit.training.context import StepContext
+from metalit.training.fused_loop import FusedLoop
+from metalit.training.joined import JoinedOptimizer, rule_of
+from metalit.training.outer_gradient import OuterGradient
 
 TASKS, STEPS = 2, 3
 
@@ -24,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Pull(nn.Module):
-    """½ c‖w − x‖² + b Σ a over tasks x, where ``a`` wanders from step to step."""
+    """½ c‖w − x‖² + b t Σ a over tasks x, where ``a`` wanders from step to step, and t is the number of the step."""
 
     def __init__(self):
         super().__init__()
@@ -35,14 +38,15 @@ class Pull(nn.Module):
     def outer(self):
         return {"problem": {"w": self.w, "b": self.b}}
 
-    def estimate(self, outer, tasks, start):
-        w, b = outer["problem"]["w"], outer["problem"]["b"]
+    def evaluate(self, context, items):
+        outer, tasks, start = context.outer, *items
+        w, b = outer["problem"]["w"], outer["problem"]["b"] * context.progress
         begun = torch.zeros(TASKS, 3, dtype=torch.float64) if start is None else start["z"]["a"]
         away = w - tasks.x**tasks.power - tasks.y
         loss = (0.5 * self.c * away.square().sum(1) + b * begun.sum(1)).mean()
-        gradient = {"problem": {"w": self.c * away.mean(0), "b": begun.sum(1).mean()}}
+        gradient = {"problem": {"w": self.c * away.mean(0), "b": context.progress * begun.sum(1).mean()}}
         inner = {"count": torch.ones(TASKS) if start is None else start["count"] + 1, "z": {"a": 0.5 * begun + away}}
-        return Found(packed(loss, gradient), inner, {"b": 2 * b})
+        return StepResult(OuterGradient.of(loss, gradient), {"b": 2 * b}, inner)
 
 
 def rows(seed):
@@ -57,22 +61,28 @@ def begin(warm):
 
 
 def optimizer(kind, pull, options):
-    groups = [{"params": [pull.b], "lr": 0.3, "betas": (0.5, 0.9)}, {"params": [pull.w]}]
+    own = {"momentum": 0.5} if kind is torch.optim.SGD else {"betas": (0.5, 0.9)}
+    groups = [{"params": [pull.b], "lr": 0.3, **own}, {"params": [pull.w]}]
     made = kind(groups, lr=0.1, **options)
     return made, torch.optim.lr_scheduler.ExponentialLR(made, 0.8)
 
 
-def by_torch(pull, made, schedule, tasks, start):
+def loop(pull, made, tell=lambda line: None):
+    return FusedLoop(JoinedOptimizer(rule_of(made), made, pull.outer()), pull.evaluate, pull, tell)
+
+
+def by_torch(pull, made, schedule, tasks, start, first=0):
     """One step after the other; what was found, at which outer variable and start."""
     for number in range(STEPS):
         which = slice(number * TASKS, (number + 1) * TASKS)
         now = Rows(tasks.x[which], tasks.y[which], None, tasks.power)
         before = {"problem": {"w": pull.w.detach().clone(), "b": pull.b.detach().clone()}}
-        found, begun = pull.estimate(before, now, start), start
-        pull.w.grad, pull.b.grad = found.packed[1:4], found.packed[4]
+        context = StepContext(before, None, torch.tensor(first + number))
+        found, begun = pull.evaluate(context, (now, start)), start
+        pull.w.grad, pull.b.grad = found.gradient.gradient[:3], found.gradient.gradient[3]
         made.step()
         schedule.step()
-        start = found.inner if start is not None else None
+        start = found.per_item if start is not None else None
     return found, before, begun
 
 
@@ -87,41 +97,44 @@ def check_equal(found, right):
         (torch.optim.Adam, {}),
         (torch.optim.Adam, {"weight_decay": 0.2, "eps": 1e-2}),
         (torch.optim.AdamW, {"weight_decay": 0.2, "betas": (0.8, 0.95), "fused": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.2, "dampening": 0.3}),
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
     ],
-    ids=["Adam", "Adam, decay", "AdamW"],
+    ids=["Adam", "Adam, decay", "AdamW", "SGD", "SGD, dampening", "SGD, Nesterov"],
 )
 def test_the_steps_are_those_of_torch(kind, options, warm):
     theirs, ours = Pull(), Pull()
     (right, schedule), (made, ours_schedule) = (optimizer(kind, pull, options) for pull in (theirs, ours))
     start, begun, said = begin(warm), begin(warm), []
-    steps = AdamSteps(ours.estimate, ours, made, ours.outer(), said.append)
+    steps = loop(ours, made, said.append)
     for seed in range(2):
         tasks = rows(seed)
-        found, before, at = by_torch(theirs, right, schedule, tasks, start)
-        taken = steps(tasks, STEPS, begun, ours_schedule.step)
+        found, before, at = by_torch(theirs, right, schedule, tasks, start, seed * STEPS)
+        taken = steps(tasks, STEPS, begun, seed * STEPS, ours_schedule.step)
         ours_schedule.step()
         assert sum("compiled" in line for line in said) == 1, said
         check_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()))
         for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             check_equal(dict(made.state[one]), dict(right.state[other]))
-        assert taken.found.inner.keys() == found.inner.keys()
-        check_equal(taken.found._asdict(), found._asdict())
+        assert taken.last.per_item.keys() == found.per_item.keys()
+        check_equal(taken.last._asdict(), found._asdict())
         check_equal(taken.outer, before)
         assert taken.start is None if at is None else check_equal(taken.start, at) is None
         assert taken.not_finite.tolist() == [0.0] * STEPS
         ours.c, theirs.c = torch.tensor(5.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64)
-        start, begun = (None, None) if at is None else (found.inner, taken.found.inner)
+        start, begun = (None, None) if at is None else (found.per_item, taken.last.per_item)
 
 
 @pytest.mark.parametrize("bad", range(STEPS))
 def test_each_step_has_a_flag_of_its_own(bad):
     pull = Pull()
     made, schedule = optimizer(torch.optim.Adam, pull, {})
-    steps = AdamSteps(pull.estimate, pull, made, pull.outer(), lambda line: None)
-    steps(rows(0), STEPS, None, schedule.step)
+    steps = loop(pull, made)
+    steps(rows(0), STEPS, None, 0, schedule.step)
     tasks = rows(1)
     tasks.x[bad * TASKS] = math.nan
-    flags = steps(tasks, STEPS, None, schedule.step).not_finite
+    flags = steps(tasks, STEPS, None, STEPS, schedule.step).not_finite
     assert flags.tolist() == [float(number >= bad) for number in range(STEPS)]
 
 
@@ -133,9 +146,9 @@ def test_where_nothing_compiles_no_step_is_taken(monkeypatch):
     pull, said, called = Pull(), [], []
     made, _ = optimizer(torch.optim.Adam, pull, {})
     before = copy.deepcopy(pull.state_dict())
-    steps = AdamSteps(pull.estimate, pull, made, pull.outer(), said.append)
-    assert steps(rows(0), STEPS, None, lambda: called.append(1)) is None
+    steps = loop(pull, made, said.append)
+    assert steps(rows(0), STEPS, None, 0, lambda: called.append(1)) is None
     assert "RuntimeError: no compiler" in said[-1]
     check_equal(dict(pull.state_dict()), dict(before))
-    assert {float(state["step"]) for state in made.state.values()} == {0.0}
+    assert not made.state
     assert not called

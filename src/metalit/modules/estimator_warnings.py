@@ -1,4 +1,4 @@
-"""What an outer step tells against itself: each kind is told once in a fit."""
+"""Warnings of what an outer step tells against its hypergradient: each kind once in a fit."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,7 +8,7 @@ from metalit.notices import warn
 _SOON = 10  # steps after which a log comes early enough
 
 
-class Complaints:
+class EstimatorWarnings:
     """Warns of what the metrics of an outer step tell against the hypergradient.
 
     Args:
@@ -21,41 +21,43 @@ class Complaints:
 
     def forget(self) -> None:
         """Begin a new fit."""
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
-    def are_asked_early(self, log_every: int) -> bool:
+    def are_wanted_early(self, log_every: int) -> bool:
         """Whether the first log comes too late, if it ever does."""
-        return self.judges and not 0 < log_every <= _SOON
+        return self.has_own and not 0 < log_every <= _SOON
 
     @property
-    def judges(self) -> bool:
-        """Whether the estimator has complaints of its own."""
-        return type(self.hypergradient).complaints is not Hypergradient.complaints
+    def has_own(self) -> bool:
+        """Whether the estimator has warnings of its own."""
+        return type(self.hypergradient).warnings is not Hypergradient.warnings
 
-    def tell(self, step: int, metrics: Mapping[str, float], slope: Callable[[], float], advice: str) -> None:
+    def tell(self, step: int, metrics: Mapping[str, float], inner_gradient: Callable[[], float], advice: str) -> None:
         """Warn.
 
         Args:
             step: the outer step.
             metrics: its means over tasks, with its ``loss`` and ``grad_norm``, the norm of the outer gradient.
-            slope: finds the norm of ∂outer_loss/∂θ there.
+            inner_gradient: finds the norm of ∂outer_loss/∂θ there.
             advice: what may be done where the inner steps carry no derivative.
         """
-        found = self.hypergradient.complaints(metrics) if self.judges else {}
-        if metrics["grad_norm"] == 0 and "zero" not in self._told and not metrics.get("indefinite", 0) > 0:
-            found["zero"] = f"the outer gradient is exactly 0: {self._why_zero(metrics['loss'], slope, advice)}"
-        for kind, complaint in found.items():
-            if kind not in self._told:
-                self._told.add(kind)
-                warn(f"outer step {step}: {complaint}")
+        found = self.hypergradient.warnings(metrics) if self.has_own else {}
+        if metrics["grad_norm"] == 0 and "zero" not in self._warned and not metrics.get("indefinite", 0) > 0:
+            found["zero"] = (
+                f"the outer gradient is exactly 0: {self._why_zero(metrics['loss'], inner_gradient, advice)}"
+            )
+        for kind, warning in found.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warn(f"outer step {step}: {warning}")
 
-    def _why_zero(self, loss: float, slope: Callable[[], float], advice: str) -> str:
+    def _why_zero(self, loss: float, inner_gradient: Callable[[], float], advice: str) -> str:
         carries = type(self.hypergradient).carries
         if self.hypergradient.steps == 0:
             return "the outer loss has no slope where the outer variable stands, which may be its optimum"
         if "outer_loss" not in carries and loss == 0:  # the loss is that of the inner gradient
             return "where the inner loop starts, the inner gradient is 0 too: the inner problem is solved there"
-        if "outer_loss" in carries and slope() == 0:
+        if "outer_loss" in carries and inner_gradient() == 0:
             return (
                 "the outer loss has no slope at the inner variable that was found, which may fit it exactly: nothing "
                 "is left to learn there"

@@ -1,0 +1,130 @@
+"""What is worth knowing of an outer step beside its loss: what is logged, and what is warned of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from metalit.adapt import Outer
+from metalit.hypergradients.base import Hypergradient
+from metalit.hypergradients.tasks import for_each_task
+from metalit.modules.estimator_warnings import EstimatorWarnings
+from metalit.problem import Problem
+from metalit.scaled import Scaled
+from metalit.training.batches import Batches, StepResult
+from metalit.training.context import StepContext
+from metalit.tree import Tree, leaves, norm, unflatten
+
+
+class Means(NamedTuple):
+    """Scalars by name, means over the tasks."""
+
+    metrics: dict[str, Tensor]
+
+
+class Diagnosis:
+    """Finds the norms of the variables and of the inner gradient, and what the problem watches, of outer steps.
+
+    ``inner_grad_norm`` is ‖∇θ inner_loss‖ at the inner variable that was found, and ``inner_grad_ratio`` its share of
+    what it is at ``init``.
+
+    Attributes:
+        batches: evaluates it.
+        warnings: what is warned of.
+
+    Args:
+        problem, hypergradient: whose outer steps.
+        compile, per_chunk, tell, seconds: see :class:`~metalit.training.batches.Batches`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        hypergradient: Hypergradient,
+        compile: bool,
+        per_chunk: int | None,
+        tell: Callable[[str], None],
+        seconds: float,
+    ) -> None:
+        self.problem = problem
+        self.hypergradient = hypergradient
+        name = "what is logged of it"
+        self.batches = Batches(self._means, problem, compile, per_chunk, name, tell, seconds=seconds)
+        self.warnings = EstimatorWarnings(hypergradient)
+
+    def __call__(
+        self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None, compiled: bool
+    ) -> dict[str, Tensor]:
+        """Scalars by name.
+
+        Args:
+            context: what the step was taken at.
+            found: what it found.
+            tasks, start: what it was taken on.
+            compiled: whether it was compiled itself; else this is not worth it.
+        """
+        if not compiled:
+            self.batches.stay_uncompiled()
+        means = self.batches((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
+        return {"outer_norm": norm(context.outer), **means, **found.metrics}
+
+    def as_logged(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, float]:
+        """The numbers of a step that is not taken, uncompiled, as a log would have them."""
+        gradient = _gradient(context, found)
+        values = self._means((context, gradient), (tasks, found.per_item, start)).metrics | found.metrics
+        scale = 1.0 if context.scale is None else context.scale
+        values |= {"loss": found.gradient.loss, "grad_norm": (found.gradient.gradient / scale).norm()}
+        return {name: float(value) for name, value in values.items()}
+
+    def warn(self, step: int, metrics: dict[str, float], outer: Outer, tasks: Any, inner: Tree, advice: str) -> None:
+        """Warn of an outer step.
+
+        Args:
+            step: its number.
+            metrics: what was logged of it.
+            outer: the outer variable.
+            tasks, inner: what it was taken on, and the inner variables that it found.
+            advice: what may be done where the inner steps carry no derivative.
+        """
+        self.warnings.tell(step, metrics, partial(self._inner_gradient_norm, outer, tasks, inner), advice)
+
+    def _inner_gradient_norm(self, outer: Outer, tasks: Any, inner: Tree) -> float:
+        """The norm of ∂outer_loss/∂θ over tasks."""
+
+        def one(outer: Outer, given: tuple[Any, Tree]) -> Tensor:
+            task, inner = given
+            return norm(grad(lambda inner: self.problem.outer_loss(inner, outer["problem"], task))(inner))
+
+        return float(for_each_task(one, outer, (tasks, inner), self.problem).norm())
+
+    def _means(self, shared: tuple[StepContext, Tree], items: tuple[Any, Tree, Tree | None]) -> Means:
+        context, gradient = shared
+        outer, own, step = context.outer, context.outer["problem"], self.hypergradient.steps
+        scaled = self.problem if context.scale is None else Scaled(self.problem, context.scale)
+
+        def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
+            task, inner, start = given
+            init = self.problem.init(own, task)
+            inner_grad = partial(scaled.inner_grad, outer=own, task=task, step=step)
+            values = dict(self.problem.watch(init if start is None else start, inner, own, gradient, task))
+            if next(leaves(inner), None) is not None:
+                left, at_init = norm(inner_grad(inner)), norm(inner_grad(init))
+                values |= {
+                    "inner_norm": norm(inner),
+                    "inner_grad_norm": left,
+                    "inner_grad_ratio": left / torch.where(at_init > 0, at_init, 1.0),
+                }
+            return values
+
+        dtype = next(leaves(outer))[1].dtype
+        values = for_each_task(one, outer, items, self.problem)
+        return Means({name: value.to(dtype).mean() for name, value in values.items()})
+
+
+def _gradient(context: StepContext, found: StepResult) -> Tree:
+    """The true gradient of the problem's own outer variable."""
+    gradient = found.gradient.gradient if context.scale is None else found.gradient.gradient / context.scale
+    return unflatten(gradient, context.outer)["problem"]

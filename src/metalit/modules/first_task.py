@@ -1,0 +1,93 @@
+"""What is checked on the first tasks that come: what only a whole outer step shows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalit.adapt import Outer
+from metalit.autodiff.draws import Elsewhere
+from metalit.errors import InputError
+from metalit.hypergradients.base import Hypergradient, over_tasks
+from metalit.inner.base import InnerOptimizer
+from metalit.modules.learned import ParameterTree, alike, brought
+from metalit.private_torch import pytree_map
+from metalit.problem import Problem
+from metalit.training.context import StepContext
+from metalit.training.outer_gradient import OuterGradient
+from metalit.tree import Tree
+
+
+def first_of(tasks: Any) -> Any:
+    """The first task of a batch."""
+    return pytree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def few_of(tasks: Any) -> Any:
+    """The first two tasks of a batch."""
+    return pytree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def check_first_task(
+    hypergradient: Hypergradient,
+    problem: Problem,
+    optimizer: InnerOptimizer,
+    context: StepContext,
+    tasks: Any,
+    start: Tree | None,
+) -> None:
+    """Take an outer step on a few tasks, to no effect.
+
+    Raises:
+        InputError: what :meth:`~metalit.hypergradients.base.Hypergradient.check` raises; derivatives that are missing;
+            random numbers from elsewhere than a key; a matrix that cannot be inverted.
+    """
+    hypergradient.check(problem, optimizer, context.outer, first_of(tasks), first_of(start))
+    try:
+        given = few_of(tasks), few_of(start), context.progress
+        with Elsewhere() as elsewhere:
+            found = over_tasks(hypergradient, problem, optimizer, context.outer, *given)
+    except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
+        return
+    if elsewhere.drawn:
+        raise InputError(
+            "model.problem: it, or its network, draws from the generators of Python or numpy, so nothing could be "
+            "resumed or repeated; draw by metalit.keys from the task's key"
+        )
+    damping = damping_of(hypergradient, optimizer)
+    if damping and bool(OuterGradient.of(found.loss, found.gradient).not_finite):
+        raise InputError(f"model: the outer loss or its gradient is not finite from the start. {if_singular(damping)}")
+
+
+def check_still_fits(
+    problem: Problem, optimizer: InnerOptimizer, learned: ParameterTree, outer: Outer, task: Any, start: Tree | None
+) -> None:
+    """Check that what was made for the inner variable fits it still, when others are trainable than before.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not alike(brought(problem, optimizer), learned.tree):
+        raise InputError(
+            f"inner_optimizer {type(optimizer).__name__} learns parameters for what adapts, which a callback froze or "
+            "unfroze in mid-training; do so before training, or use SGD inside"
+        )
+    begin = problem.init(outer["problem"], task)
+    if start is not None and not alike(begin, first_of(start)):
+        raise InputError(
+            "model.warm_start: a callback froze or unfroze in mid-training what adapts, and so there is nowhere to "
+            "go on from; do so before training, or leave it out"
+        )
+
+
+def damping_of(hypergradient: Hypergradient, optimizer: InnerOptimizer) -> str:
+    """The argument that makes invertible what is inverted, or the empty string where nothing is."""
+    return optimizer.damped_by or hypergradient.damped_by
+
+
+def if_singular(damping: str) -> str:
+    """What to try where a matrix may be singular that the argument ``damping`` makes invertible."""
+    return (
+        f"The Hessian of the inner loss, which is inverted, may be singular: raise {damping}, such as to 1e-3, or "
+        "regularise the inner loss"
+    )
