@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from metalit.autodiff import SAM, WeightNoise
-from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, ScoreTable
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, ReportWriter
 from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.hypergradients import Implicit, Unrolled
 from metalit.inner import SGD, MetaSGD
@@ -137,7 +137,7 @@ def fit(root: Path, ranks: int, name: str, halfway: int, steps: int = 50) -> Non
     make, data, options = ALL[name]
     for until in filter(None, (halfway, steps)):
         module = make()
-        callbacks = [FitFigures(tasks=2 if name == "MAML" else 0), ScoreTable(), BestCheckpoint(), LastCheckpoint()]
+        callbacks = [FitFigures(tasks=2 if name == "MAML" else 0), ReportWriter(), BestCheckpoint(), LastCheckpoint()]
         given = options() if callable(options) else options
         devices = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
         settings = {"log_every_n_steps": 1, "val_check_interval": 10, "callbacks": callbacks, **given, **devices}

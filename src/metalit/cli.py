@@ -27,9 +27,8 @@ from metalit.callbacks import (
     LastCheckpoint,
     PredictionWriter,
     Progress,
-    Report,
+    ReportWriter,
     SampleGradientNorms,
-    ScoreTable,
     SignsOfLife,
     StopOnSignal,
 )
@@ -234,7 +233,7 @@ class MetalitCLI(LightningCLI):
         self.save_config_kwargs["config_filename"] = name
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         own = [callback for callback in own if callback is not None]
-        callbacks: list[Callback] = [Report(), ScoreTable(), PredictionWriter(), Ending()]
+        callbacks: list[Callback] = [ReportWriter(), PredictionWriter(), Ending()]
         if config.enable_checkpointing is False:
             self._without_checkpoints()
         else:
@@ -326,7 +325,7 @@ class MetalitCLI(LightningCLI):
                 show(f"nothing was trained: {why}; to train, {way}")
             return
         if self.resumes and isinstance(self.model, BilevelLearner) and self.trainer.limit_val_batches:
-            self._callback(ScoreTable).ends_fit = True
+            self._callback(ReportWriter).ends_fit = True
             self.trainer.validate(
                 self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True, verbose=False
             )

@@ -244,8 +244,8 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard's files in the folder of the run, where what a person wants first is first.
 
     The two losses are written as ``loss/train`` and ``loss/val`` too, since TensorBoard sorts its cards by name. The
-    scalars of a test are left out: each would be a card with a single dot. :class:`~metalit.callbacks.Report` and
-    :class:`~metalit.callbacks.ScoreTable` write a picture and a table in their place.
+    scalars of a test are left out: each would be a card with a single dot. :class:`~metalit.callbacks.ReportWriter`
+    writes a picture and a table in their place.
     """
 
     def __init__(self, run: RunFolder) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metalit.callbacks import FitFigures, PredictionWriter, Report, SampleGradientNorms, ScoreTable
+from metalit.callbacks import FitFigures, PredictionWriter, ReportWriter, SampleGradientNorms
 from metalit.callbacks.drawing import literal, pixels
 from metalit.callbacks.errors import draw_errors
 from metalit.callbacks.figures import _limits, draw_fits
@@ -34,6 +34,7 @@ from metalit.data import (
 from metalit.data.table import read_asked
 from metalit.errors import InputError
 from metalit.evaluation.judged import LOSS, Judged
+from metalit.evaluation.task_report import chart_of
 from metalit.hypergradients import Implicit, Unrolled
 from metalit.inner import SGD, Newton
 from metalit.keys import fold, normal
@@ -87,7 +88,7 @@ class TestNeverEndARun:
     @pytest.mark.parametrize("shape", [(2,), (3, 4)], ids=["columns", "images"])
     def test_classes_are_trained_and_tested_without_a_warning(self, shape, tmp_path, recwarn):
         learner, data = classifier(*shape)
-        run = trainer(tmp_path, callbacks=[FitFigures(2), Report()])
+        run = trainer(tmp_path, callbacks=[FitFigures(2), ReportWriter()])
         run.fit(learner, data)
         (found,) = run.test(learner, data, verbose=False)
         assert "test/loss_step_2" in found
@@ -113,7 +114,7 @@ class TestNeverEndARun:
         bilevel = BilevelLearner(Ridge(3), Newton(), Implicit(1)).double()
         plain = SupervisedLearner(torch.nn.Linear(4, 3))
         for learner, data, callback in (
-            (bilevel, SplitsDataModule(regression()), ScoreTable()),
+            (bilevel, SplitsDataModule(regression()), ReportWriter()),
             (plain, BatchDataModule(blobs(), batch_size=8), SampleGradientNorms()),
         ):
             run = trainer(tmp_path, callbacks=[callback])
@@ -123,7 +124,7 @@ class TestNeverEndARun:
 
 class TestNamesOfTheUser:
     def test_stand_in_the_table_and_in_the_files(self, tmp_path, capsys):
-        run = trainer(tmp_path, 2, callbacks=[FitFigures(10), Report()])
+        run = trainer(tmp_path, 2, callbacks=[FitFigures(10), ReportWriter()])
         learner, data = regressor(), TaskDataModule(curves(tmp_path), *[Episodes(2, 2)] * 3)
         run.fit(learner, data)
         run.test(learner, data, verbose=False)
@@ -138,7 +139,7 @@ class TestNamesOfTheUser:
             raise UnicodeEncodeError("ascii", "±", 0, 1, "no such letter")
 
         learner, data = regressor(), TaskDataModule(Sine(), *[Episodes(2, 2, 2)] * 3)
-        run = trainer(tmp_path, 2, callbacks=[Report()])
+        run = trainer(tmp_path, 2, callbacks=[ReportWriter()])
         run.fit(learner, data)
         monkeypatch.setattr("metalit.callbacks.report.show", fails)
         with pytest.raises(UnicodeEncodeError):
@@ -336,14 +337,14 @@ class TestTensorBoard:
 
 
 class TestErrors:
-    def judged(self, losses, baseline):
+    def chart(self, losses, baseline):
         tasks = torch.arange(len(losses))
         learner = Judged("learner", {LOSS: losses}, tasks)
-        return [learner, Judged("a [b] $ line", {LOSS: baseline}, tasks)]
+        return chart_of([learner, Judged("a [b] $ line", {LOSS: baseline}, tasks)])
 
     def test_are_a_curve_in_a_band_beside_lines(self):
         losses = torch.tensor([[4.0, 2.0, 1.0], [6.0, 2.0, 3.0]])
-        figure = draw_errors(self.judged(losses, torch.tensor([[3.0], [5.0]])))
+        figure = draw_errors(self.chart(losses, torch.tensor([[3.0], [5.0]])))
         pixels(figure)
         (axes,) = figure.axes
         curve, line = axes.lines
@@ -356,9 +357,9 @@ class TestErrors:
     @pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
     def test_where_steps_diverge_the_rest_is_to_be_seen(self, value):
         losses = torch.tensor([[4.0, 2.0, value], [6.0, 2.0, value]])
-        figure = draw_errors(self.judged(losses, torch.tensor([[3.0], [5.0]])))
+        figure = draw_errors(self.chart(losses, torch.tensor([[3.0], [5.0]])))
         pixels(figure)
         assert figure.axes[0].get_ylim() == (0, pytest.approx(1.05 * 6.96))
 
     def test_of_one_task(self):
-        pixels(draw_errors(self.judged(torch.tensor([[4.0, 2.0]]), torch.tensor([[3.0]]))))
+        pixels(draw_errors(self.chart(torch.tensor([[4.0, 2.0]]), torch.tensor([[3.0]]))))

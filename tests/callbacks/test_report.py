@@ -8,7 +8,7 @@ from fits import trainer
 from test_pictures import classifier
 from torch.utils.data import DataLoader
 
-from metalit.callbacks import Report
+from metalit.callbacks import ReportWriter
 from metalit.data import Curves, Episodes, Sine, TaskDataModule
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
@@ -40,7 +40,7 @@ def tested(tmp_path, capsys):
         learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=2)
         source = patients(tmp_path)
         data = TaskDataModule(source, Episodes(2, 2), Episodes(3, 2), Episodes(draws, 2))
-        run = trainer(tmp_path, callbacks=[Report()])
+        run = trainer(tmp_path, callbacks=[ReportWriter()])
         (returned,) = run.test(learner, data, verbose=False)
         folder = tmp_path / "run/version_0"
         files = {name: pd.read_csv(folder / f"{name}.csv") for name in ("test", "test_tasks")}
@@ -118,21 +118,21 @@ class TestErrorsByTask:
     def test_tasks_without_a_name_have_a_number(self, tmp_path):
         learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
         data = TaskDataModule(Sine(), *[Episodes(5, 2, 2)] * 3)
-        trainer(tmp_path, callbacks=[Report()]).validate(learner, data, verbose=False)
+        trainer(tmp_path, callbacks=[ReportWriter()]).validate(learner, data, verbose=False)
         assert list(pd.read_csv(tmp_path / "run/version_0/val_tasks.csv")["task"]) == [0, 1, 2, 3, 4]
 
     def test_of_a_loader_of_ones_own(self, tmp_path):
         learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
         batches = list(TaskDataModule(Sine(), *[Episodes(3, 2, 2)] * 3).test_dataloader()) * 2
         loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
-        trainer(tmp_path, callbacks=[Report()]).test(learner, loader, verbose=False)
+        trainer(tmp_path, callbacks=[ReportWriter()]).test(learner, loader, verbose=False)
         assert list(pd.read_csv(tmp_path / "run/version_0/test_tasks.csv")["task"]) == list(range(6))
 
 
 class TestClasses:
     def test_have_an_accuracy(self, tmp_path, capsys):
         learner, data = classifier(2)
-        run = trainer(tmp_path, callbacks=[Report()])
+        run = trainer(tmp_path, callbacks=[ReportWriter()])
         run.fit(learner, data)
         assert {"val/accuracy_step_0", "val/accuracy_step_2"} <= set(run.callback_metrics)
         (returned,) = run.test(learner, data, verbose=False)

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from metalit.callbacks import FitFigures, LastCheckpoint, Report, SampleGradientNorms, ScoreTable
+from metalit.callbacks import FitFigures, LastCheckpoint, ReportWriter, SampleGradientNorms
 from metalit.data import BatchDataModule, Episodes, MatrixDataModule, Sine, SplitsDataModule, TaskDataModule
 from metalit.data.rows import Rows
 from metalit.errors import InputError, NonFiniteError
@@ -58,10 +58,10 @@ def table(printed):
     return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
 
 
-class TestScoreTable:
+class TestScores:
     def test_at_the_end_of_a_fit(self, tmp_path, capsys):
         module, data = ridge(), noisy()
-        trainer(tmp_path, precision="64-true", callbacks=[ScoreTable()]).fit(module, data)
+        trainer(tmp_path, precision="64-true", callbacks=[ReportWriter()]).fit(module, data)
         printed = capsys.readouterr().out
         assert "scores on val after 4 outer steps" in printed
         names = ["learned", "0.00248 for all", "0.0183 for all", "0.135 for all", "1 for all"]
@@ -75,7 +75,7 @@ class TestScoreTable:
 
     def test_what_was_found_is_a_file_of_full_precision(self, tmp_path):
         module, data = ridge(), noisy()
-        trainer(tmp_path, precision="64-true", callbacks=[ScoreTable()]).fit(module, data)
+        trainer(tmp_path, precision="64-true", callbacks=[ReportWriter()]).fit(module, data)
         frame = exact(run_of(tmp_path) / "results/features.csv")
         assert list(frame.index) == ["x0", "x1", "x2", "noise1", "noise2"]
         assert list(frame.columns) == ["log_penalty", "weight"]
@@ -89,7 +89,7 @@ class TestScoreTable:
         data = SplitsDataModule(Given(rows), corrupt=0.5)
         torch.manual_seed(0)
         module = BilevelLearner(Cleaning(MLP([4, 2]), 4), SGD(0.5), Unrolled(1))
-        trainer(tmp_path, callbacks=[ScoreTable()]).fit(module, data)
+        trainer(tmp_path, callbacks=[ReportWriter()]).fit(module, data)
         frame = pd.read_csv(run_of(tmp_path) / "results/examples.csv", index_col="row")
         assert list(frame.index) == [0, 1, 2, 3]
         assert frame["corrupted"].tolist() == data.splits.corrupted.tolist()
@@ -99,7 +99,7 @@ class TestScoreTable:
     def test_columns_of_matrices_are_numbered(self, tmp_path):
         torch.manual_seed(0)
         module = BilevelLearner(LowRank(3, 4, 2), SGD(), Direct())
-        trainer(tmp_path, callbacks=[ScoreTable()]).fit(module, MatrixDataModule(rows=3, columns=4))
+        trainer(tmp_path, callbacks=[ReportWriter()]).fit(module, MatrixDataModule(rows=3, columns=4))
         frame = pd.read_csv(run_of(tmp_path) / "results/u.csv", index_col="row")
         assert list(frame.columns) == ["u1", "u2"]
         np.testing.assert_allclose(frame.to_numpy(), module.problem.u.detach().numpy(), rtol=1e-6)
@@ -109,14 +109,14 @@ class TestScoreTable:
         torch.manual_seed(0)
         module = BilevelLearner(LowRank(3, 4, 2), SGD(), Direct())
         data = MatrixDataModule(rows=3, columns=4)
-        trainer(tmp_path, precision="bf16-true", callbacks=[ScoreTable()]).fit(module, data)
+        trainer(tmp_path, precision="bf16-true", callbacks=[ReportWriter()]).fit(module, data)
         frame = pd.read_csv(run_of(tmp_path) / "results/u.csv", index_col="row")
         assert (frame.to_numpy() == module.problem.u.detach().double().numpy()).all()
 
     def test_what_is_not_finite_has_no_table(self, tmp_path, capsys):
         torch.manual_seed(0)
         module = BilevelLearner(LowRank(3, 4), SGD(), Direct(), optimizer=partial(torch.optim.SGD, lr=3e38))
-        run = trainer(tmp_path, 1, callbacks=[ScoreTable()])
+        run = trainer(tmp_path, 1, callbacks=[ReportWriter()])
         with pytest.raises(NonFiniteError, match="at outer step 1"):
             run.fit(module, MatrixDataModule(rows=3, columns=4))
         assert "scores on val" not in capsys.readouterr().out
@@ -124,7 +124,7 @@ class TestScoreTable:
 
     def test_after_validate_and_test(self, tmp_path, capsys):
         module, data = ridge(), noisy()
-        run = trainer(tmp_path, precision="64-true", callbacks=[ScoreTable(), LastCheckpoint()])
+        run = trainer(tmp_path, precision="64-true", callbacks=[ReportWriter(), LastCheckpoint()])
         for split, judge in (("val", run.validate), ("test", run.test)):
             judge(module, data, verbose=False)
             printed = capsys.readouterr().out
@@ -135,14 +135,14 @@ class TestScoreTable:
             assert frame.to_dict("index") == module.scores
         # from a checkpoint, at its step
         run.fit(module, data)
-        run = trainer(tmp_path, precision="64-true", callbacks=[ScoreTable()])
+        run = trainer(tmp_path, precision="64-true", callbacks=[ReportWriter()])
         run.test(ridge(), data, ckpt_path=last(tmp_path), verbose=False)
         assert [step for step, _ in scalars(tmp_path)["test/loss"]] == [0, 4]
 
     def test_of_a_supervised_learner(self, tmp_path, capsys):
         torch.manual_seed(0)
         module, data = SupervisedLearner(MLP([4, 3])), BatchDataModule(blobs())
-        run = trainer(tmp_path, callbacks=[ScoreTable()])
+        run = trainer(tmp_path, callbacks=[ReportWriter()])
         run.fit(module, data)
         assert "scores" not in capsys.readouterr().out
         assert not (run_of(tmp_path) / "results").exists()
@@ -152,7 +152,7 @@ class TestScoreTable:
 
     def test_histograms_of_the_outer_variable(self, tmp_path):
         module = ridge()
-        trainer(tmp_path, precision="64-true", callbacks=[ScoreTable()]).fit(module, noisy())
+        trainer(tmp_path, precision="64-true", callbacks=[ReportWriter()]).fit(module, noisy())
         found = events(tmp_path)
         assert found.Tags()["histograms"] == ["outer/problem.log_penalty"]
         drawn = found.Histograms("outer/problem.log_penalty")
@@ -162,35 +162,41 @@ class TestScoreTable:
         assert drawn[-1].histogram_value.sum == pytest.approx(float(final.sum()))
 
     def test_without_a_logger_and_with_another_one(self, tmp_path, capsys):
-        bare(tmp_path, precision="64-true", callbacks=[ScoreTable()]).fit(ridge(), noisy())
+        bare(tmp_path, precision="64-true", callbacks=[ReportWriter()]).fit(ridge(), noisy())
         assert "scores on val after 4 outer steps" in capsys.readouterr().out
         logger = CSVLogger(tmp_path, "csv", version=0)
-        trainer(tmp_path, logger=logger, precision="64-true", callbacks=[ScoreTable()]).fit(ridge(), noisy())
+        trainer(tmp_path, logger=logger, precision="64-true", callbacks=[ReportWriter()]).fit(ridge(), noisy())
         written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")}
         tables = {"val.csv", "results/features.csv"}
         assert written == tables | {f"csv/version_0/{name}" for name in (*tables, "metrics.csv")}
 
-    def test_is_silent_for_a_meta_learner(self, tmp_path, capsys):
-        module = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1)
-        data = TaskDataModule(Sine(), *[Episodes(4, 5, 5)] * 3)
-        run = trainer(tmp_path, callbacks=[ScoreTable()])
-        run.fit(module, data)
-        run.test(module, data, verbose=False)
-        assert "scores" not in capsys.readouterr().out
-        assert not list(tmp_path.rglob("*.csv"))
+
+@pytest.mark.parametrize("kind", ["meta", "supervised"])
+def test_a_fit_that_leaves_nothing_but_weights_has_no_report(kind, tmp_path, capsys):
+    torch.manual_seed(0)
+    module, data = {
+        "meta": lambda: (
+            MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(1), eval_steps=1),
+            TaskDataModule(Sine(), *[Episodes(4, 5, 5)] * 3),
+        ),
+        "supervised": lambda: (SupervisedLearner(MLP([4, 3])), BatchDataModule(blobs())),
+    }[kind]()
+    trainer(tmp_path, callbacks=[ReportWriter()]).fit(module, data)
+    printed = capsys.readouterr().out
+    assert not [sign for sign in ("scores", "┃") if sign in printed]
+    assert not list(tmp_path.rglob("*.csv"))
 
 
-def test_the_report_and_the_pictures_of_few_shot_learning_are_silent_for_others(tmp_path, capsys):
+def test_the_pictures_of_few_shot_learning_are_silent_for_others(tmp_path):
     torch.manual_seed(0)
     for number, (module, data) in enumerate(
         [(ridge(), noisy()), (SupervisedLearner(MLP([4, 3])), BatchDataModule(blobs()))]
     ):
-        run = trainer(tmp_path / str(number), callbacks=[Report(), FitFigures()])
+        run = trainer(tmp_path / str(number), callbacks=[ReportWriter(), FitFigures()])
         run.fit(module.float(), data)
         run.validate(module, data, verbose=False)
         run.test(module, data, verbose=False)
-    assert "┃" not in capsys.readouterr().out
-    assert not [*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.png")]
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def norms_by_hand(losses, point):

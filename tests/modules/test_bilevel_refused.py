@@ -7,7 +7,7 @@ import torch
 from bilevel_learners import Centre, Mean, Own, Renamed, cleaning, offset, ridge, sgd, table
 from fits import bare, blobs, last, parameters, regression, same, trainer
 
-from metalit.callbacks import LastCheckpoint, ScoreTable
+from metalit.callbacks import LastCheckpoint, ReportWriter
 from metalit.data import (
     BatchDataModule,
     MatrixDataModule,
@@ -198,7 +198,7 @@ class Even(torch.optim.Optimizer):
 
 def test_an_outer_variable_that_is_not_finite_is_neither_judged_nor_drawn(tmp_path):
     module = BilevelLearner(Centre(), SGD(2.0), Unrolled(1), optimizer=sgd(3e38))
-    run = trainer(tmp_path, steps=2, val_check_interval=1, callbacks=[ScoreTable(), LastCheckpoint()])
+    run = trainer(tmp_path, steps=2, val_check_interval=1, callbacks=[ReportWriter(), LastCheckpoint()])
     with pytest.raises(NonFiniteError, match=r"at outer step 1\. No checkpoint"):
         run.fit(module, Own())
     assert not list(tmp_path.rglob("*.ckpt"))

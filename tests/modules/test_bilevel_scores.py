@@ -7,7 +7,7 @@ from cases import task_at
 from fits import bare, last, same, scalars, trainer
 
 from metalit.adapt import adapt
-from metalit.callbacks import LastCheckpoint, ScoreTable
+from metalit.callbacks import LastCheckpoint, ReportWriter
 from metalit.errors import InputError
 from metalit.hypergradients import Implicit, Unrolled, over_tasks
 from metalit.inner import SGD
@@ -17,7 +17,7 @@ from metalit.problems import Ridge
 
 def test_scores_are_means_over_tasks_and_batches(tmp_path, capsys):
     module, data = BilevelLearner(Centre(), SGD(0.5), Unrolled(2), eval_steps=3), Own()
-    run = trainer(tmp_path, callbacks=[ScoreTable()])
+    run = trainer(tmp_path, callbacks=[ReportWriter()])
     run.fit(module, data)
     tasks = [task_at(batch, index) for batch in data.val_dataloader() for index in range(2)]
     answers = [adapt(module.problem, module.inner_optimizer, constants(module), task, 3) for task in tasks]
@@ -123,7 +123,7 @@ def test_validations_of_a_fit_leave_baselines_out(tmp_path):
 
 def test_runs_without_validation(tmp_path):
     module = ridge()
-    run = trainer(tmp_path, limit_val_batches=0, callbacks=[ScoreTable(), LastCheckpoint()])
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[ReportWriter(), LastCheckpoint()])
     run.fit(module, table())
     assert run.global_step == 4
     assert module.scores == {}

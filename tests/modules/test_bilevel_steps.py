@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from metalit.adapt import adapt
-from metalit.callbacks import ScoreTable
+from metalit.callbacks import ReportWriter
 from metalit.data import (
     SklearnTable,
     SplitsDataModule,
@@ -196,14 +196,14 @@ def test_arguments_go_by_their_places(hypergradient, tmp_path):
 
 def test_the_rule_writes_the_pair_that_it_reached(tmp_path):
     module = BilevelLearner(ThetaPhi([0.7, 0.2], [0.5, 0.9]), SGD(0.1), JTg(), warm_start=True, optimizer=sgd(0.05))
-    bare(tmp_path, 5, callbacks=[ScoreTable()]).fit(module)
+    bare(tmp_path, 5, callbacks=[ReportWriter()]).fit(module)
     theta, phi = module.results(torch.zeros(1, dtype=torch.int64))["theta"]["theta"], module.problem.phi.detach()
     assert torch.equal(theta, module.inner[0])
     assert module.scores["learned"]["loss"] == pytest.approx(float(theta @ theta * (phi @ phi)), rel=1e-6)
 
 
 def test_fast_dev_run(tmp_path):
-    run = bare(tmp_path, fast_dev_run=True, callbacks=[ScoreTable()])
+    run = bare(tmp_path, fast_dev_run=True, callbacks=[ReportWriter()])
     run.fit(ridge(warm_start=True), table(draws=2))
     assert run.global_step == 1
 
@@ -212,7 +212,7 @@ def test_a_fit_leaves_the_modes_of_modules_as_they_were(tmp_path):
     module = cleaning()
     module.problem.network.out.eval()
     modes = [part.training for part in module.modules()]
-    run = bare(tmp_path, callbacks=[ScoreTable()])
+    run = bare(tmp_path, callbacks=[ReportWriter()])
     run.fit(module, SplitsDataModule(blobs()))
     assert [part.training for part in module.modules()] == modes
 

@@ -5,9 +5,8 @@ from metalit.callbacks.ending import Ending
 from metalit.callbacks.figures import FitFigures
 from metalit.callbacks.predictions import PredictionWriter
 from metalit.callbacks.progress import Progress
-from metalit.callbacks.report import Report
+from metalit.callbacks.report import ReportWriter
 from metalit.callbacks.sample_gradients import SampleGradientNorms
-from metalit.callbacks.scores import ScoreTable
 from metalit.callbacks.signals import StopOnSignal
 from metalit.callbacks.signs import SignsOfLife
 
@@ -18,9 +17,8 @@ __all__ = [
     "LastCheckpoint",
     "PredictionWriter",
     "Progress",
-    "Report",
+    "ReportWriter",
     "SampleGradientNorms",
-    "ScoreTable",
     "SignsOfLife",
     "StopOnSignal",
 ]

@@ -1,13 +1,13 @@
 """A picture of the errors by inner step: the learner's as a curve in its interval, those of baselines as lines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from metalit.callbacks.drawing import COLOURS, labelled, literal, panels
 from metalit.evaluation.interval import Interval
-from metalit.evaluation.judged import Judged, Measure
+from metalit.evaluation.report import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,39 +16,34 @@ if TYPE_CHECKING:
 _PANELS = 4  # the numbers of more measures are in the table
 
 
-def draw_errors(judged: Sequence[Judged]) -> "Figure":
+def draw_errors(chart: Chart) -> "Figure":
     """Draw the means over tasks after each number of inner steps, one panel for each measure.
 
     The limits hold the learner before adapting and the baselines; where inner steps diverge, the curve leaves them.
 
     Args:
-        judged: the learner, then the baselines.
+        chart: the learner first, then the baselines.
     """
-    figure, places = panels(min(len(judged[0].values), _PANELS))
-    for axes, measure in zip(places, judged[0].values, strict=False):
-        _draw_measure(axes, judged, measure)
+    figure, places = panels(min(len(chart), _PANELS))
+    for axes, (heading, predictors) in zip(places, chart.items(), strict=False):
+        _draw_measure(axes, heading, predictors)
     labelled(figure, places, "inner steps", "", "top")
     return figure
 
 
-def _draw_measure(axes: "Axes", judged: Sequence[Judged], measure: Measure) -> None:
-    by_step, *baselines = (
-        [row[list(predictor.values).index(measure)] for row in predictor.means()]
-        for predictor in judged
-        if measure in predictor.values
-    )
-    names = [predictor.name for predictor in judged if measure in predictor.values]
+def _draw_measure(axes: "Axes", heading: str, predictors: Mapping[str, Sequence[Interval]]) -> None:
+    (learner, by_step), *baselines = predictors.items()
     colours = cycle(COLOURS)
-    axes.plot([each.mean for each in by_step], marker="o", color=(colour := next(colours)), label=names[0], zorder=3)
+    axes.plot([each.mean for each in by_step], marker="o", color=(colour := next(colours)), label=learner, zorder=3)
     axes.fill_between(range(len(by_step)), *_band(by_step), color=colour, alpha=0.2, linewidth=0)
-    for name, (interval,), colour, dashes in zip(names[1:], baselines, colours, cycle(("--", "-.", ":")), strict=False):
+    for (name, (interval,)), colour, dashes in zip(baselines, colours, cycle(("--", "-.", ":")), strict=False):
         axes.axhline(interval.mean, color=colour, linestyle=dashes, label=literal(name))
         axes.fill_between([0, len(by_step) - 1], *_band([interval] * 2), color=colour, alpha=0.1, linewidth=0)
-    held = [*by_step[:1], *(interval for (interval,) in baselines)]
+    held = [*by_step[:1], *(interval for _, (interval,) in baselines)]
     highest = max((high for _, high in zip(*_band(held), strict=True) if isfinite(high)), default=0.0)
     if highest > 0:
         axes.set_ylim(0, 1.05 * highest)
-    axes.set_title(literal(measure.heading, 32), fontsize=10, pad=3)
+    axes.set_title(literal(heading, 32), fontsize=10, pad=3)
     axes.locator_params(axis="x", integer=True)
 
 

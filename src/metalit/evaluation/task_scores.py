@@ -1,5 +1,6 @@
 """What an evaluation of a meta-learner finds, draw by draw of its tasks, over all ranks."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,17 @@ from torchmetrics.aggregation import CatMetric
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import EvalStream
-from metalit.evaluation.interval import Interval, mean_with_interval
+from metalit.evaluation.judged import LEARNER, LOSS, Judged, Measure
 from metalit.judging import real_rows, right_rows
 from metalit.problem import Points
 
 
 class TaskScores(nn.Module):
-    """Collects the query losses, for classes the accuracies too, of every draw, and says which task each draw is of.
+    """Collects what the learner and baselines did on every draw, and which task each draw is of.
 
     Attributes:
-        tasks: the number of the task that each draw of the last evaluation was of, ``[draws]``.
-        losses: after each number of inner steps, ``[draws, steps + 1]``.
-        accuracies: likewise; None where the targets are no classes.
+        judged: what each did in the last evaluation, the learner first.
+        tasks: the number of the task that each draw was of, ``[draws]``.
 
     Args:
         steps: the inner steps that are taken.
@@ -29,40 +29,48 @@ class TaskScores(nn.Module):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self._rows = CatMetric(nan_strategy="disable")
+        self._columns: list[tuple[str, Measure, int]] = []  # of a row: whose, of what, in how many steps
         self.tasks = torch.empty(0, dtype=torch.long)
-        self.losses = torch.empty(0, steps + 1)
-        self.accuracies: Tensor | None = None
+        self.judged = [Judged(LEARNER, {LOSS: torch.empty(0, steps + 1)}, self.tasks)]
 
     def start(self) -> None:
         """Collect in double precision, which torchmetrics forgets whenever a module moves."""
         self._rows.set_dtype(torch.float64)
 
-    def add(self, index: Tensor | None, losses: Tensor, accuracies: Tensor | None) -> None:
-        """Take a batch of draws, and their global indices, where these are known."""
-        places = losses.new_full((len(losses),), -1) if index is None else index.to(losses.device)
-        parts = [places.double().unsqueeze(1), losses.double()]
-        self._rows.update(torch.cat(parts if accuracies is None else [*parts, accuracies.double()], 1))
+    def add(self, index: Tensor | None, found: Mapping[str, Mapping[Measure, Tensor]]) -> None:
+        """Take a batch of draws.
 
-    def finish(self, data: Any, split: Split) -> dict[str, list[Interval]]:
-        """Gather all ranks' draws; returns the means over tasks after each number of inner steps, by measure."""
-        steps = self.losses.shape[1]
-        index, self.losses, right = self._rows.compute().tensor_split([1, 1 + steps], dim=1)
+        Args:
+            index: their global indices, ``[draws]``, where these are known.
+            found: by predictor, the learner first, then by measure: ``[draws, steps]``.
+        """
+        parts = [(name, measure, values) for name, measures in found.items() for measure, values in measures.items()]
+        self._columns = [(name, measure, values.shape[1]) for name, measure, values in parts]
+        losses = parts[0][2]
+        places = losses.new_full((len(losses),), -1) if index is None else index.to(losses.device)
+        columns = [places.unsqueeze(1), *(values for _, _, values in parts)]
+        self._rows.update(torch.cat([values.double() for values in columns], 1))
+
+    def finish(self, data: Any, split: Split) -> Judged:
+        """Gather all ranks' draws; returns what the learner did."""
+        widths = [width for _, _, width in self._columns]
+        index, *parts = self._rows.compute().split([1, *widths], dim=1)
         self._rows.reset()
-        self.accuracies = right if right.shape[1] else None
         index = index[:, 0].long()
         if isinstance(data, TaskDataModule) and bool((index >= 0).all()):
             self.tasks = data.tasks.which(split, index)
         else:
             self.tasks = torch.arange(len(index), device=index.device)
-        return {name: self.means(values) for name, values in self.measures().items()}
+        found: dict[str, dict[Measure, Tensor]] = {}
+        for (name, measure, _), values in zip(self._columns, parts, strict=True):
+            found.setdefault(name, {})[measure] = values
+        self.judged = [Judged(name, measures, self.tasks) for name, measures in found.items()]
+        return self.judged[0]
 
-    def measures(self) -> dict[str, Tensor]:
-        """``loss``, and for classes ``accuracy``: ``[draws, steps + 1]``."""
-        return {"loss": self.losses} | ({} if self.accuracies is None else {"accuracy": self.accuracies})
-
-    def means(self, values: Tensor) -> list[Interval]:
-        """Over the tasks, for each column of ``[draws, columns]``."""
-        return [mean_with_interval(column, self.tasks) for column in values.unbind(1)]
+    @property
+    def losses(self) -> Tensor:
+        """The learner's, ``[draws, steps + 1]``."""
+        return self.judged[0].values[LOSS]
 
 
 def indices(loader: Any, batch: int) -> Tensor | None:
@@ -83,3 +91,25 @@ def accuracies(loss: nn.Module | None, predictions: Tensor, query: Points) -> Te
     weights = torch.ones_like(right[0]) if counts is None else counts.to(right[0].dtype)
     weights = weights.reshape(len(query.y), -1)
     return torch.stack([(values.view_as(weights) * weights).sum(1) / weights.sum(1) for values in right], 1)
+
+
+def absolute_errors(
+    predictions: Tensor, query: Points, outputs: Sequence[str], deviations: Sequence[float]
+) -> dict[Measure, Tensor]:
+    """The mean absolute error of each output over the query rows, in the user's units, ``[tasks, steps]``.
+
+    Args:
+        predictions: ``[tasks, steps, rows, outputs]``, normalised.
+        query: what is true.
+        outputs: the names of the outputs.
+        deviations: their standard deviations, by which they were normalised.
+    """
+    truth = query.y.unsqueeze(1).double()
+    errors = (predictions.double() - truth).abs() * truth.new_tensor(deviations)
+    if query.mask is None:
+        means = errors.mean(2)
+    else:
+        weights = query.mask[:, None, :, None].double()
+        means = (errors * weights).sum(2) / weights.sum(2)
+    names = [Measure(f"{output}_absolute_error", f"|error| in {output}") for output in outputs]
+    return dict(zip(names, means.unbind(2), strict=True))

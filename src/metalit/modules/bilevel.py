@@ -1,6 +1,8 @@
 """The bilevel learner: hyperparameters, weights of examples, factors: any outer variable of any problem."""
 
+import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from metalit.data.base import Split
 from metalit.data.draws import KeysDataModule
 from metalit.data.stream import EvalStream, TrainStream
 from metalit.errors import InputError
+from metalit.evaluation.report import Report
+from metalit.evaluation.score_report import results_frames, score_report
 from metalit.evaluation.scores import LEARNED, Scores, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
@@ -21,7 +25,7 @@ from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem
 from metalit.training.ranks import items_of_ranks
-from metalit.tree import Tree, tree_map
+from metalit.tree import Tree, leaves, tree_map
 
 
 class BilevelLearner(TwoLevelLearner):
@@ -172,6 +176,31 @@ class BilevelLearner(TwoLevelLearner):
         """The scores of the learned outer variable."""
         self.scores = means(items_of_ranks(self.trainer, self._collected))
         return self.scores[LEARNED]
+
+    def report(self, split: Split) -> Report:
+        """The scores, beside those of baselines."""
+        return score_report(self.scores, split)
+
+    def final_report(self) -> Report | None:
+        """The scores of the outer variable as training left it, beside those of baselines, and what it is."""
+        trainer, loader = self.trainer, self.trainer.val_dataloaders
+        if not loader:
+            return None
+        with self.evaluating(), torch.no_grad():
+            if trainer.state.fn == "fit":  # whose validations leave baselines out
+                self.stepper.check_finite()
+                self.start_evaluation()
+                most = trainer.num_val_batches[0]
+                for tasks in islice(loader, None if most == math.inf else most):
+                    self._collected += self.judge(tasks, "val", baselines=True)
+                self.evaluated("val")
+            results = self.results(next(iter(loader)))
+        frames = results_frames(results, getattr(trainer.datamodule, "columns", None))
+        return score_report(self.scores, "val", f" after {self.outer_step} outer steps", frames)
+
+    def histograms(self) -> dict[str, Tensor]:
+        """The outer variable."""
+        return {f"outer/{name}": value for name, value in leaves(self.constants())}
 
     def judge(self, tasks: Any, split: Split, baselines: bool) -> list[Scores]:
         """Score the learned outer variable on each task of a batch, and the problem's baselines if they are asked for.

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from metalit.checks.data import check_one_loader
 from metalit.checks.monitors import check_monitors
 from metalit.data.base import Split
 from metalit.errors import InputError
 from metalit.evaluation.handed_back import HandedBack
+from metalit.evaluation.report import Report
 from metalit.modules.hyperparameters import best_so_far
 
 
@@ -42,6 +44,18 @@ class EvaluatedLearner(LightningModule, ABC):
     @abstractmethod
     def evaluated(self, split: Split) -> dict[str, float]:
         """The metrics of all that was collected on all ranks, by name, without the name of the split."""
+
+    def report(self, split: Split) -> Report | None:
+        """What the last evaluation found, as a table; None where there is nothing to tell."""
+        return None
+
+    def final_report(self) -> Report | None:
+        """What training left, as a table: called at its end, or after a validation of what it left."""
+        return None
+
+    def histograms(self) -> dict[str, Tensor]:
+        """What each validation of a fit shows as histograms, by name."""
+        return {}
 
     # ---- the Trainer's hooks
 

@@ -16,7 +16,10 @@ from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.data.stream import Fused
 from metalit.errors import InputError
-from metalit.evaluation.task_scores import TaskScores, accuracies, indices
+from metalit.evaluation.judged import ACCURACY, LEARNER, LOSS, Measure
+from metalit.evaluation.report import Report
+from metalit.evaluation.task_report import task_report
+from metalit.evaluation.task_scores import TaskScores, absolute_errors, accuracies, indices
 from metalit.hypergradients.base import Hypergradient
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
@@ -140,20 +143,37 @@ class MetaLearner(TwoLevelLearner):
         self.evaluation.start()
 
     def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
-        """Adapt, and collect the query losses."""
+        """Adapt, and collect the query losses; beside baselines only where it is none of the many validations of a fit.
+
+        Where the data has units, each output's mean absolute error in them is collected beside the loss.
+        """
         loader = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
-        tasks = self._tasks_of(batch, batch_idx)
-        right = None
+        tasks, data = self._tasks_of(batch, batch_idx), self.trainer.datamodule
+        found = {LEARNER: {LOSS: self.query_losses(tasks)}}
+        compares = isinstance(data, TaskDataModule) and self.trainer.state.fn != "fit"
+        units = compares and data.tasks.scaling().changes
+
+        def errors(predictions: Tensor) -> dict[Measure, Tensor]:
+            return absolute_errors(predictions, tasks.query, data.tasks.columns.y, self.scaling.y_std)
+
         if not tasks.query.y.is_floating_point():
+            units = False
             right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
-        self.evaluation.add(indices(loader, batch_idx), self.query_losses(tasks), right)
+            found[LEARNER] |= {} if right is None else {ACCURACY: right}
+        elif units:
+            found[LEARNER] |= errors(self.query_predictions(tasks))
+        for name, prediction in data.tasks.baselines(tasks).items() if compares else ():
+            found[name] = {LOSS: self.judge(prediction, tasks).unsqueeze(1)}
+            found[name] |= errors(prediction.unsqueeze(1)) if units else {}
+        self.evaluation.add(indices(loader, batch_idx), found)
 
     def evaluated(self, split: Split) -> dict[str, float]:
         """The means after every inner step; of a validation the loss after as many as are trained, of a test intervals.
 
         A validation of training remembers after how many steps the loss is lowest.
         """
-        found = self.evaluation.finish(self.trainer.datamodule, split)
+        learner = self.evaluation.finish(self.trainer.datamodule, split)
+        found = {measure.name: learner.intervals(measure) for measure in (LOSS, ACCURACY) if measure in learner.values}
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
             self._best_steps = min(losses, key=losses.get, default=None)
@@ -164,6 +184,11 @@ class MetaLearner(TwoLevelLearner):
                 if split == "test":
                     metrics[f"{name}_step_{k}_ci95"] = interval.half_width
         return metrics
+
+    def report(self, split: Split) -> Report:
+        """The errors after each number of inner steps, beside baselines."""
+        data = self.trainer.datamodule
+        return task_report(self.evaluation.judged, split, data if isinstance(data, TaskDataModule) else None)
 
     def on_predict_start(self) -> None:
         """Tell of points that lie far from what was trained on."""

@@ -19,7 +19,9 @@ from metalit.autodiff.usable import check_network
 from metalit.data.base import Split
 from metalit.data.batches import BatchDataModule
 from metalit.errors import InputError
+from metalit.evaluation.report import Report
 from metalit.evaluation.row_scores import RowScores
+from metalit.evaluation.score_report import score_report
 from metalit.evaluation.scores import LEARNED, Scores
 from metalit.judging import real_rows, right_rows
 from metalit.keys import folded
@@ -281,6 +283,10 @@ class SupervisedLearner(OuterLearner):
         self.collected.reset()
         self.scores = {LEARNED: {"loss": loss} | ({} if isnan(accuracy) else {"accuracy": accuracy})}
         return self.scores[LEARNED]
+
+    def report(self, split: Split) -> Report:
+        """The scores."""
+        return score_report(self.scores, split)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """The network's outputs at a batch of inputs, alone or with their targets."""
