@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sine_maml.yaml
 
-.PHONY: help install fit examples compare bench test test-long test-cluster lint tensorboard clean
+.PHONY: help install fit examples compare bench test test-long test-cluster test-gpu lint tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +32,16 @@ bench: install ## install what metalit is compared with, measure, and write benc
 	$(BIN)/python -m benchmarks
 
 test: install ## run the test suite
-	$(BIN)/python -m pytest -m "not long and not cluster"
+	$(BIN)/python -m pytest -m "not long and not cluster and not gpu"
 
 test-long: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
 test-cluster: install ## run a job on a real SLURM of two nodes on this machine; needs root, slurm-wlm and munge
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
+
+test-gpu: install ## run the tests of a GPU, that of torch or, with METALIT_DEVICE=cpu, as far as they go without one
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: install ## check style
 	$(BIN)/ruff check .
