@@ -2,6 +2,7 @@
 
     python -m benchmarks                  all of them, to benchmarks/results.md
     python -m benchmarks meta_step        this one; the others' sections stay, if they are of the same machine
+    python -m benchmarks gpu              those of a GPU, to benchmarks/gpu.md; see --help of it
 
 Peers that are not installed are left out; ``pip install jax higher torchopt opacus backpack-for-pytorch`` brings all.
 """
@@ -55,6 +56,8 @@ def kept(file: Path, head: str) -> dict[str, str]:
 
 def main() -> int:
     """Choose, run, compose."""
+    if sys.argv[1:2] == ["gpu"]:
+        return import_module("benchmarks.gpu").main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
