@@ -112,7 +112,7 @@ def test_buffers_are_those_of_one_pass_where_memory_ends_in_another(tmp_path):
             on_train_start=lambda *_, network=network, full=full: setattr(network[2], "counts", full)
         )
         bare(tmp_path, 2, callbacks=[begin]).fit(module, classes())
-        assert module._estimates.tasks_per_chunk == 8
+        assert module.rows_per_chunk == 8
         ends.append(dict(network.named_buffers()) | parameters(module))
     for name, value in ends[0].items():
         assert torch.equal(ends[1][name], value), name

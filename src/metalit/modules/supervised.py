@@ -124,6 +124,11 @@ class SupervisedLearner(OuterLearner):
         self.collected = RowScores()
         self.scores: Scores = {}
 
+    @property
+    def rows_per_chunk(self) -> int | None:
+        """How many rows at most are evaluated at once on each rank: fewer than asked for where memory was short."""
+        return self._batches.per_chunk
+
     def outer(self) -> Outer:
         """``{"network": …}``: its trainable parameters by name."""
         return {"network": {name: value for name, value in self.network.named_parameters() if value.requires_grad}}

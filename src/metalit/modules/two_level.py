@@ -99,6 +99,16 @@ class TwoLevelLearner(OuterLearner):
         self._first_is_checked = False
         self._last: tuple[Any, OuterGradient] | None = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether outer steps are compiled, as far as it is known: not if it failed, or was not asked for."""
+        return self._batches.is_compiled
+
+    @property
+    def tasks_per_chunk(self) -> int | None:
+        """How many tasks at most are evaluated at once on each rank: fewer than asked for where memory was short."""
+        return self._batches.per_chunk
+
     def outer(self) -> Outer:
         """``{"problem": …, "optimizer": …}``"""
         return {"problem": self.problem.outer(), "optimizer": self.learned.tree}
