@@ -1,8 +1,8 @@
 """The table of cases: every problem, inner optimiser and hypergradient, in float64, beside its answer by hand.
 
-A new algorithm adds an entry to ``PROBLEMS``, ``ESTIMATORS`` or ``OPTIMIZERS``, and derivatives by hand to
-``derivatives.py``; the rows of ``CASES`` are the pairs of them that are valid. Which ones are not is said here too, by
-hand.
+A new algorithm adds an entry to ``PROBLEMS``, ``ESTIMATORS`` or ``OPTIMIZERS``; a problem its derivatives by hand to
+``derivatives.py``, an estimator or inner optimiser its linear algebra to ``references.py``. The rows of ``CASES`` are
+the pairs of them that are valid. Which ones are not is said here too, by hand.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from derivatives import Derivatives, OfBowl, OfCleaning, OfLogistic, OfLowRank, OfRegression, OfRidge, OfThetaPhi
-from references import reference
+from references import HeavyBall, reference
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map as pytree_map
 
@@ -188,7 +188,7 @@ ESTIMATORS = {
     "Direct": Direct(),
 }
 
-OPTIMIZERS = {"SGD": SGD, "MetaSGD": MetaSGD, "Newton": lambda lr: Newton(damping=1.5)}
+OPTIMIZERS = {"SGD": SGD, "MetaSGD": MetaSGD, "Newton": lambda lr: Newton(damping=1.5), "HeavyBall": HeavyBall}
 
 # which pairs are not valid, and why
 
@@ -202,7 +202,7 @@ NO_PATH = {
     "Implicit": _INIT_ALONE | _OUTER_LOSS_ALONE,
     "JTg": _INIT_ALONE | _OUTER_LOSS_ALONE,
 }
-NOT_WITH = {"FirstOrder": "Newton", "Direct": "MetaSGD", "Implicit": "MetaSGD", "JTg": "MetaSGD"}
+NOT_WITH = {"FirstOrder": {"Newton"}, "Direct": {"MetaSGD"}, "Implicit": {"MetaSGD"}, "JTg": {"MetaSGD"}}
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,8 @@ class Case:
 
 def is_valid(case: Case) -> bool:
     estimator = type(case.hypergradient).__name__
-    return case.problem_name not in NO_PATH.get(estimator, ()) and case.optimizer_name != NOT_WITH.get(estimator)
+    no_path, not_with = NO_PATH.get(estimator, set()), NOT_WITH.get(estimator, set())
+    return case.problem_name not in no_path and case.optimizer_name not in not_with
 
 
 TRIPLES = [Case(*names) for names in product(PROBLEMS, OPTIMIZERS, ESTIMATORS)]

@@ -3,6 +3,7 @@
 Z = dθ/d(φ, rates) is carried along with θ: a step of gradient descent makes it (I − αH)Z − α[J, 0] − [0, diag(g)].
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,29 @@ from torch.linalg import matrix_power, solve
 
 from metalit.adapt import Outer
 from metalit.hypergradients import Direct, Estimate, FirstOrder, Hypergradient, Implicit, JTg, Truncated
-from metalit.inner import InnerOptimizer, MetaSGD, Newton
+from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
+from metalit.inner.base import GradFn
 from metalit.linsolve import Neumann
-from metalit.tree import Tree, flatten, leaves, unflatten
+from metalit.tree import Tree, axpy, flatten, leaves, tree_map, unflatten
+
+
+@dataclass(frozen=True)
+class HeavyBall(InnerOptimizer):
+    """An inner optimiser of the tests' own, that has a state: v ← momentum · v + ∇θ f, θ ← θ − lr · v."""
+
+    lr: float
+    momentum: float = 0.7
+
+    def init(self, inner: Tree) -> Tree:
+        return tree_map(torch.zeros_like, inner)
+
+    def update(self, grad_fn: GradFn, inner: Tree, state: Tree, outer: Any, step: int) -> tuple[Tree, Tree]:
+        state = axpy(self.momentum, state, grad_fn(inner))
+        return axpy(-self.lr, state, inner), state
 
 
 class Point:
-    """θ and Z after some steps."""
+    """θ and Z after some steps, and what the inner optimiser carries along: its state and the derivative of that."""
 
     def __init__(self, hand: Derivatives, optimizer: InnerOptimizer, outer: Outer, start: Tree | None) -> None:
         self.hand, self.optimizer = hand, optimizer
@@ -27,35 +44,30 @@ class Point:
         if start is not None:
             self.theta, by_phi = _flat(start), 0 * by_phi
         self.Z = torch.cat([by_phi, self.phi.new_zeros(len(self.theta), len(self.rates))], 1)
+        self.state: Tensor = torch.zeros_like(self.theta)
+        self.state_by_outer: Tensor = torch.zeros_like(self.Z)
 
     def step(self, number: int, first_order: bool = False, dropped: bool = False) -> None:
-        """Take one inner step; a dropped one leaves Z as it is."""
+        """Take one inner step; a dropped one leaves Z as it is, and its state is a constant."""
         given = (self.theta, self.phi, number)
-        g, slope = self.hand.g(*given), 0 * self.Z
+        g, by_outer = self.hand.g(*given), 0 * self.Z
         if not first_order:
-            slope = self.hand.H(*given) @ self.Z + self._padded(self.hand.J(*given))
-        if isinstance(self.optimizer, Newton):
-            K = self.hand.H(*given) + self.optimizer.damping * torch.eye(len(g), dtype=g.dtype)
-            move = solve(K, g)
-            by_theta, by_phi = self.hand.twist(*given, move)
-            turn = solve(K, slope - by_theta @ self.Z - self._padded(by_phi))
-        elif isinstance(self.optimizer, MetaSGD):
-            move = self.rates * g
-            turn = self.rates[:, None] * slope
-            turn[:, len(self.phi) :] += g.diag()
-        else:
-            move, turn = self.optimizer.lr * g, self.optimizer.lr * slope
+            by_outer = self.hand.H(*given) @ self.Z + self.padded(self.hand.J(*given))
+        move, turn = RULES[type(self.optimizer)](self, given, g, by_outer)
         self.theta = self.theta - move
-        if not dropped:
+        if dropped:
+            self.state_by_outer = 0 * self.state_by_outer
+        else:
             self.Z = self.Z - turn
 
-    def _padded(self, by_phi: Tensor) -> Tensor:
+    def padded(self, by_phi: Tensor) -> Tensor:
+        """A derivative with respect to φ as one with respect to (φ, rates)."""
         return torch.cat([by_phi, by_phi.new_zeros(*by_phi.shape[:-1], len(self.rates))], -1)
 
     def judge(self) -> tuple[Tensor, Tensor]:
         """The outer loss, and its gradient with respect to (φ, rates)."""
         loss, by_theta, by_phi = self.hand.outer(self.theta, self.phi)
-        return loss, self.Z.T @ by_theta + self._padded(by_phi)
+        return loss, self.Z.T @ by_theta + self.padded(by_phi)
 
     def implicit(self, kind: Implicit) -> tuple[Tensor, Tensor]:
         """The outer loss, and ∂L/∂φ − Jᵀ(H + damping · I)⁻¹ ∂L/∂θ, or the Neumann series for the inverse."""
@@ -68,7 +80,36 @@ class Point:
             q = eta * sum(matrix_power(identity - eta * K, i) @ by_theta for i in range(kind.solver.terms))
         else:
             q = solve(K, by_theta)
-        return loss, self._padded(by_phi - self.hand.J(*given).T @ q)
+        return loss, self.padded(by_phi - self.hand.J(*given).T @ q)
+
+
+# ---- inner optimisers by hand: what a step takes from θ, and its derivative; a state is carried along at the point
+
+
+def _sgd(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
+    return at.optimizer.lr * g, at.optimizer.lr * by_outer
+
+
+def _meta_sgd(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
+    turn = at.rates[:, None] * by_outer
+    turn[:, len(at.phi) :] += g.diag()
+    return at.rates * g, turn
+
+
+def _newton(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
+    K = at.hand.H(*given) + at.optimizer.damping * torch.eye(len(g), dtype=g.dtype)
+    move = solve(K, g)
+    by_theta, by_phi = at.hand.twist(*given, move)
+    return move, solve(K, by_outer - by_theta @ at.Z - at.padded(by_phi))
+
+
+def _heavy_ball(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
+    at.state = at.optimizer.momentum * at.state + g
+    at.state_by_outer = at.optimizer.momentum * at.state_by_outer + by_outer
+    return at.optimizer.lr * at.state, at.optimizer.lr * at.state_by_outer
+
+
+RULES = {SGD: _sgd, MetaSGD: _meta_sgd, Newton: _newton, HeavyBall: _heavy_ball}
 
 
 def reference(
@@ -80,7 +121,7 @@ def reference(
     dropped = kind.steps - kind.kept if isinstance(kind, Truncated) else 0
     if isinstance(kind, JTg):
         g, J = hand.g(at.theta, at.phi, 0), hand.J(at.theta, at.phi, 0)
-        found = 0.5 * g @ g, at._padded(J.T @ g)
+        found = 0.5 * g @ g, at.padded(J.T @ g)
     else:
         found = at.judge() if isinstance(kind, Direct) else (0.0, 0.0)
     for step in range(kind.steps):

@@ -47,13 +47,12 @@ class Recomputed(Unrolled):
         """Adapt, then sweep back."""
         own = outer["problem"]
 
-        def begin(own: dict[str, Tensor]) -> tuple[Tree, Tree]:
+        def begin(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
             inner = problem.init(own, task) if start is None else tree_map(Tensor.detach, start)
             return inner, _tree(optimizer.init(inner))
 
-        def step(number: int, inner: Tree, state: Tree, outer: Outer) -> tuple[Tree, Tree]:
-            before = None if isinstance(state, dict) and not state else state
-            inner, after = inner_step(problem, optimizer, inner, before, outer, task, number)
+        def step(number: int, inner: Tree, state: dict[str, Any], outer: Outer) -> tuple[Tree, dict[str, Any]]:
+            inner, after = inner_step(problem, optimizer, inner, state.get("state"), outer, task, number)
             return inner, _tree(after)
 
         path = [begin(own)]
@@ -88,6 +87,6 @@ def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[
     return back(pull)
 
 
-def _tree(state: Any) -> Any:
+def _tree(state: Any) -> dict[str, Any]:
     """``vjp`` takes trees of tensors alone, and most inner optimisers have no state."""
-    return {} if state is None else state
+    return {} if state is None else {"state": state}
