@@ -1,16 +1,10 @@
-"""Trains every kind of learner on as many processes as it is told: ``python ranks.py FOLDER RANKS HALFWAY NAME ...``.
+"""Learners of every kind, that are trained on several ranks."""
 
-HALFWAY is the step at which it is stopped, to go on from its checkpoint, or 0.
-"""
-
-import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from fits import blobs, last, regression, trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
@@ -27,8 +21,9 @@ from metalit.networks import MLP
 from metalit.problems import Cleaning, FewShot, Logistic, Ridge
 from metalit.tree import flatten
 
+STEPS = 20
 ADAM = partial(torch.optim.Adam, lr=0.01)
-COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=50)
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=STEPS)
 # one that would let the ranks drift apart if they judged differently
 PLATEAU = partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.05)
 
@@ -50,7 +45,7 @@ def meta(inner=None, **options):
 
 
 def sine():
-    return TaskDataModule(Sine(), Episodes(24, 5, 5), Episodes(12, 5, 5), Episodes(6, 5, 5))
+    return TaskDataModule(Sine(), Episodes(12, 5, 5), Episodes(12, 5, 5), Episodes(6, 5, 5))
 
 
 def ridge(**options):
@@ -97,13 +92,13 @@ def judged():
 
 
 def uneven():
-    return TaskDataModule(Sine(), Episodes(24, 5, 5), Episodes(5, 5, 5), Episodes(6, 5, 5))
+    return TaskDataModule(Sine(), Episodes(12, 5, 5), Episodes(5, 5, 5), Episodes(6, 5, 5))
 
 
 CASES = {
     "MAML": (meta, sine, DOUBLE),
     "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
-    "MAML, fused": (lambda: meta(fused_steps=5), sine, DOUBLE | {"log_every_n_steps": 5}),
+    "MAML, fused": (lambda: meta(fused_steps=2), sine, DOUBLE | {"log_every_n_steps": 2}),
     "Meta-SGD, clipped": (lambda: meta(MetaSGD(0.05), clip_norm=0.1), sine, DOUBLE),
     "ridge, warm": (lambda: ridge(warm_start=True), lambda: splits(regression()), DOUBLE),
     "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),
@@ -119,9 +114,9 @@ CASES = {
 COMPILED = {
     "MAML, compiled": (lambda: meta(compile=True), sine, DOUBLE),
     "MAML, compiled, chunks, fused": (
-        lambda: meta(compile=True, tasks_per_chunk=4, fused_steps=5),
+        lambda: meta(compile=True, tasks_per_chunk=4, fused_steps=2),
         sine,
-        DOUBLE | {"log_every_n_steps": 5},
+        DOUBLE | {"log_every_n_steps": 2},
     ),
     "ridge, compiled, warm": (lambda: ridge(compile=True, warm_start=True), lambda: splits(regression()), DOUBLE),
 }
@@ -133,17 +128,17 @@ HALF = {
 ALL = CASES | COMPILED | HALF
 
 
-def fit(root: Path, ranks: int, name: str, halfway: int, steps: int = 50) -> None:
-    """Train one of them."""
+def fit(root: Path, ranks: int, name: str, halfway: int) -> None:
+    """Train one of them; where ``halfway`` is not 0, it is stopped after that step, and goes on from its checkpoint."""
     make, data, options = ALL[name]
-    for until in filter(None, (halfway, steps)):
+    for until in filter(None, (halfway, STEPS)):
         module = make()
         callbacks = [FitFigures(tasks=2 if name == "MAML" else 0), ReportWriter(), BestCheckpoint(), LastCheckpoint()]
         given = options() if callable(options) else options
         devices = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-        settings = {"log_every_n_steps": 1, "val_check_interval": 10, "callbacks": callbacks, **given, **devices}
+        settings = {"log_every_n_steps": 1, "val_check_interval": 4, "callbacks": callbacks, **given, **devices}
         run = trainer(root / name, until, num_sanity_val_steps=0, **settings)
-        resumed = halfway and until == steps
+        resumed = halfway and until == STEPS
         run.fit(module, data(), ckpt_path=last(root / name) if resumed else None)
         assert name not in COMPILED or module.is_compiled, name
         own = flatten(module.outer()).detach()
@@ -151,7 +146,7 @@ def fit(root: Path, ranks: int, name: str, halfway: int, steps: int = 50) -> Non
             assert torch.equal(own, other), f"{name}: the ranks drifted apart"
 
 
-if __name__ == "__main__":
-    folder, count, step, *names = sys.argv[1:]
+def fit_each(root: Path, ranks: int, halfway: int, names: Iterable[str]) -> None:
+    """Train several, one after the other."""
     for name in names:
-        fit(Path(folder), int(count), name, int(step))
+        fit(root, ranks, name, halfway)

@@ -1,32 +1,27 @@
 """Several processes are one: they share the very tasks that one would draw, and write what one would write, once."""
 
-import subprocess
-import sys
 from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT
 from fits import last, scalars
-from ranks import CASES, COMPILED, HALF
+from forks import run_ranks
+from ranks import CASES, COMPILED, HALF, STEPS, fit_each
 from torch.utils._pytree import tree_flatten
 
 STATES = ("state_dict", "inner", "optimizer_states", "lr_schedulers", "global_step", "scaling")
 LONG = pytest.mark.long
-AGAINST_ONE = [2, 3]
 THREE = ("MAML", "ridge, warm", "tasks, judged", "supervised", "SAM, chunks")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Where the cases of a kind have been trained on a number of ranks, in processes of their own."""
+    """Where the cases of a kind have been trained on a number of ranks, forked from this one."""
 
     @cache
     def train(names, ranks, halfway=0):
         root = tmp_path_factory.mktemp(f"ranks{ranks}")
-        command = [sys.executable, "tests/ranks.py", str(root), str(ranks), str(halfway), *names]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_ranks(ranks, root / "log", fit_each, root, ranks, halfway, names)
         return root
 
     return train
@@ -63,7 +58,7 @@ def same_folder(one, several, rel):
 def compared(trained, kind, name, ranks, shown=None):
     roots = [trained(tuple(kind), 1) / name, trained(tuple(shown or kind), ranks) / name]
     states = [torch.load(last(root), weights_only=True) for root in roots]
-    assert states[0]["global_step"] == 50
+    assert states[0]["global_step"] == STEPS
     return roots, states
 
 
@@ -83,7 +78,7 @@ def test_three_ranks_are_one(trained, name):
 
 
 @LONG
-@pytest.mark.parametrize("ranks", AGAINST_ONE)
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", COMPILED)
 def test_several_ranks_that_compile_are_one(trained, name, ranks):
     roots, states = compared(trained, COMPILED, name, ranks)
@@ -91,7 +86,7 @@ def test_several_ranks_that_compile_are_one(trained, name, ranks):
     same_folder(*roots, rel=1e-5)
 
 
-@pytest.mark.parametrize("ranks", AGAINST_ONE)
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=LONG)])
 @pytest.mark.parametrize("name", HALF)
 def test_several_ranks_in_half_precision_agree_on_the_scale(trained, name, ranks):
     # parameters that differ in the last digit may round differently in half precision, and so only stay near
@@ -110,7 +105,7 @@ def test_chunks_are_the_whole(trained):
 
 
 @LONG
-@pytest.mark.parametrize("halfway", [20, 25])  # a validation comes after every tenth step
+@pytest.mark.parametrize("halfway", [8, 10])  # a validation comes after every fourth step
 @pytest.mark.parametrize("name", [*CASES, *HALF])
 def test_two_ranks_are_resumed_bit_for_bit(trained, name, halfway):
     kind = tuple(CASES if name in CASES else HALF)
