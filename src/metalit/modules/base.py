@@ -125,7 +125,9 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         if self.make_scheduler is None:
             self._settings.configured = rates
             return {"optimizer": optimizer}
-        scheduler = made_scheduler(self.make_scheduler, optimizer, self.trainer.limit_val_batches != 0)
+        trainer = trainer_of(self)  # none yet, where a loaded learner is asked
+        validates = trainer is None or trainer.limit_val_batches != 0
+        scheduler = made_scheduler(self.make_scheduler, optimizer, validates)
         self._settings.configured = settings(optimizer, scheduler) | rates
         # for LearningRateMonitor: it is stepped by hand
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
