@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from metalit.errors import InputError
-from metalit.training.optimizers import changes, plain
+from metalit.training.settings import changes, plain
 
 _NEW_RUN = "go on as the run began, or load the weights into a new run (load_from_checkpoint)"
 

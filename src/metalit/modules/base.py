@@ -32,9 +32,9 @@ from metalit.training.optimizers import (
     check_not_frozen,
     made_optimizer,
     made_scheduler,
-    settings,
 )
 from metalit.training.ranks import mean_of_ranks
+from metalit.training.settings import settings
 from metalit.training.stepper import OuterStepper
 from metalit.tree import leaves
 

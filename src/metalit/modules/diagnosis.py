@@ -1,6 +1,5 @@
 """What is worth knowing of an outer step beside its loss: what is logged, and what is warned of."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,36 +36,25 @@ class Diagnosis:
 
     Args:
         problem, hypergradient: whose outer steps.
-        compile, per_chunk, tell, seconds: see :class:`~metalit.training.batches.Batches`.
+        steps: evaluates the outer steps; this is compiled as they are.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        hypergradient: Hypergradient,
-        compile: bool,
-        per_chunk: int | None,
-        tell: Callable[[str], None],
-        seconds: float,
-    ) -> None:
+    def __init__(self, problem: Problem, hypergradient: Hypergradient, steps: Batches) -> None:
         self.problem = problem
         self.hypergradient = hypergradient
-        name = "what is logged of it"
-        self.batches = Batches(self._means, problem, compile, per_chunk, name, tell, seconds=seconds)
+        self.steps = steps
+        self.batches = steps.alike(self._means, "what is logged of it")
         self.warnings = EstimatorWarnings(hypergradient)
 
-    def __call__(
-        self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None, compiled: bool
-    ) -> dict[str, Tensor]:
+    def __call__(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
         """Scalars by name.
 
         Args:
             context: what the step was taken at.
             found: what it found.
             tasks, start: what it was taken on.
-            compiled: whether it was compiled itself; else this is not worth it.
         """
-        if not compiled:
+        if not self.steps.is_compiled:
             self.batches.stay_uncompiled()
         means = self.batches((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
         return {"outer_norm": norm(context.outer), **means, **found.metrics}

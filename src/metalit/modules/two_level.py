@@ -1,8 +1,6 @@
 """What the learners with an inner variable share: the outer variable of problem and inner optimiser, and its step."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +17,13 @@ from metalit.modules.diagnosis import Diagnosis
 from metalit.modules.first_task import check_first_task, check_still_fits, damping_of, few_of, first_of, if_singular
 from metalit.modules.learned import ParameterTree, alike, brought, updated
 from metalit.notices import say
-from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.problem import Problem
 from metalit.scaled import Scaled
-from metalit.training.batches import Batches, FlatResult, StepResult
+from metalit.training.batches import Batches, StepResult
 from metalit.training.context import StepContext
 from metalit.training.counters import FusedCounters
-from metalit.training.fused_loop import FusedLoop
-from metalit.training.joined import JoinedOptimizer, rule_of
 from metalit.training.outer_gradient import OuterGradient
+from metalit.training.outer_loop import OuterLoop, items_of_step
 from metalit.training.ranks import compile_patience
 from metalit.tree import Tree, tree_map
 
@@ -91,10 +87,11 @@ class TwoLevelLearner(OuterLearner):
         self.hypergradient = hypergradient
         self.fused_steps = fused_steps
         self.compile_seconds = compile_seconds
-        chunks = {"per_chunk": tasks_per_chunk, "seconds": compile_seconds}
-        self._batches = Batches(self._step_result, problem, compile, name="the outer step", tell=say, **chunks)
-        self._diagnosis = Diagnosis(problem, hypergradient, compile, tell=say, **chunks)
-        self._fused_loop: FusedLoop | None = None
+        self._batches = Batches(
+            self._step_result, problem, compile, tasks_per_chunk, "the outer step", say, seconds=compile_seconds
+        )
+        self._diagnosis = Diagnosis(problem, hypergradient, self._batches)
+        self._loop = OuterLoop(self.stepper, self._batches, problem, say, compile_seconds)
         self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._first_is_checked = False
         self._last: tuple[Any, OuterGradient] | None = None
@@ -185,7 +182,7 @@ class TwoLevelLearner(OuterLearner):
                 f"model.fused_steps={self.fused_steps}: the data gives the tasks of {steps} step(s) at once; leave it "
                 "out with a DataLoader of your own, or yield metalit.data.Fused"
             )
-        first = _of_step(tasks, steps, 0)
+        first = items_of_step(tasks, steps, 0)
         changed = self.follow(self.outer())
         start = self.start(first)
         if changed:
@@ -209,54 +206,9 @@ class TwoLevelLearner(OuterLearner):
         """
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
         start = self._checked(tasks, steps)
-        inner = self._steps_in_a_program(tasks, steps, start) if self._fuses() else None
-        return self._steps_one_by_one(tasks, steps, start) if inner is None else inner
-
-    def _steps_one_by_one(self, tasks: Any, steps: int, start: Tree | None) -> Tree:
-        values, form = tree_flatten(tasks)
-        each = list(zip(*(_split(value, steps) for value in values), strict=True))
-        last = tree_unflatten(each[-1], form)
-        context = self.stepper.context(self.constants(), self.outer_step)
-        evaluate = self._batches.bind(context, (tree_unflatten(each[0], form), start))
-        for values in each[:-1]:
-            found, _ = self.stepper.take(partial(evaluate, [*values, *tree_flatten(start)[0]]))
-            start = None if start is None else found.joined().per_item
-
-        def diagnose(found: FlatResult) -> dict[str, Tensor]:
-            return self._diagnosis(context, found.joined(), last, start, self._batches.is_compiled)
-
-        found, logged = self.stepper.take(partial(evaluate, [*each[-1], *tree_flatten(start)[0]]), diagnose)
-        result = found.joined()
-        self._warn(logged, last, result)
-        return result.per_item
-
-    def _fuses(self) -> bool:
-        """Whether the optimiser can be compiled with the outer step: nothing else happens between two."""
-        if self.fused_steps == 1 or not self._batches.is_compiled or self.stepper.has_hooks:
-            return False
-        if self.trainer.world_size > 1 or self._batches.per_chunk is not None:
-            return False
-        optimizer, outer = self.optimizers(use_pl_optimizer=False), self.outer()
-        rule = rule_of(optimizer)
-        if rule is None:
-            return False
-        if self._fused_loop is None or not self._fused_loop.optimizer.is_of(optimizer, outer):
-            joined = JoinedOptimizer(rule, optimizer, outer)
-            self._fused_loop = FusedLoop(joined, self._step_result, self.problem, say, self.compile_seconds)
-        return True
-
-    def _steps_in_a_program(self, tasks: Any, steps: int, start: Tree | None) -> Tree | None:
-        found = self._fused_loop(tasks, steps, start, self.outer_step, self.stepper.schedule)
-        if found is None:
-            self._batches.stay_uncompiled()  # the reason was told, and is the same
-            return None
-        last, context = (
-            _of_step(tasks, steps, steps - 1),
-            self.stepper.context(found.outer, self.outer_step + steps - 1),
-        )
-        diagnose = partial(self._diagnosis, context, found.last, last, found.start, True)
-        self._warn(self.stepper.took(found, steps, diagnose), last, found.last)
-        return found.last.per_item
+        found, logged = self._loop.take(self.constants(), tasks, steps, start, self._diagnosis)
+        self._warn(logged, items_of_step(tasks, steps, steps - 1), found)
+        return found.per_item
 
     def scaled_problem(self, scale: Tensor | None) -> Problem:
         """The problem as it is differentiated."""
@@ -322,17 +274,4 @@ class TwoLevelLearner(OuterLearner):
         FusedCounters.attach(self.trainer, self.fused_steps)
         patience = compile_patience(self.trainer, self.compile_seconds)
         for batches in (self._batches, self._diagnosis.batches):
-            if batches.compiled is not None:
-                batches.compiled.seconds = patience
-
-
-def _of_step(tasks: Any, steps: int, number: int) -> Any:
-    def part(value: Any) -> Any:
-        size = len(value) // steps if isinstance(value, Tensor) else 0
-        return value.narrow(0, size * number, size) if size else value
-
-    return pytree_map(part, tasks)
-
-
-def _split(value: Any, steps: int) -> Sequence[Any]:
-    return value.split(len(value) // steps) if isinstance(value, Tensor) else [value] * steps
+            batches.wait_at_most(patience)

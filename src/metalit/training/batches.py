@@ -74,6 +74,7 @@ class Batches:
         seconds: float = 300.0,
     ) -> None:
         self.fn = fn
+        self.module = module
         self.compiled = Compiled(fn, module, name, tell, seconds) if compiles else None
         self.per_chunk = per_chunk
         self.tell = tell
@@ -88,6 +89,16 @@ class Batches:
     def stay_uncompiled(self) -> None:
         """Evaluate ``fn`` as it stands from now on."""
         self.compiled = None
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Let the compiler take so long."""
+        if self.compiled is not None:
+            self.compiled.seconds = seconds
+
+    def alike(self, fn: Callable[[Any, Any], Any], name: str) -> "Batches":
+        """Another function of such batches, compiled or in chunks as this one is."""
+        compiles, seconds = self.compiled is not None, self.compiled.seconds if self.compiled else 0.0
+        return Batches(fn, self.module, compiles, self.per_chunk, name, self.tell, self.items, seconds=seconds)
 
     def program(self, values: Sequence[Any], spec: TreeSpec) -> Program:
         """What evaluates ``fn`` on arguments of this form."""

@@ -1,0 +1,119 @@
+"""The outer steps of one call of the Trainer: one program for all of them where that can be, else one by one."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from metalit.adapt import Outer
+from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
+from metalit.training.batches import Batches, FlatResult, StepResult
+from metalit.training.context import StepContext
+from metalit.training.fused_loop import FusedLoop
+from metalit.training.joined import JoinedOptimizer, rule_of
+from metalit.training.stepper import OuterStepper, Scalars
+from metalit.tree import Tree
+
+Diagnose = Callable[[StepContext, StepResult, Any, Tree | None], dict[str, Tensor]]
+
+
+class OuterLoop:
+    """Takes outer steps in a row.
+
+    Args:
+        stepper: takes single steps, and counts.
+        batches: finds the outer gradient of (items, start), where each item may have a start of its own.
+        module: the module that the function of ``batches`` knows.
+        tell, seconds: see :class:`~metalit.compiled.Compiled`.
+    """
+
+    def __init__(
+        self, stepper: OuterStepper, batches: Batches, module: nn.Module, tell: Callable[[str], None], seconds: float
+    ) -> None:
+        self.stepper = stepper
+        self.batches = batches
+        self.module = module
+        self.tell = tell
+        self.seconds = seconds
+        self._program: FusedLoop | None = None
+
+    def take(
+        self, outer: Outer, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
+    ) -> tuple[StepResult, Scalars]:
+        """Take so many steps.
+
+        Args:
+            outer: the outer variable, detached, which the optimiser changes in place.
+            items: those of all steps, one step after the other along the leading dimension of every tensor.
+            steps: how many.
+            start: where the items of the first step start; if not None, each further one starts where the one before it
+                ended.
+            diagnose: makes more scalars, to be logged, of the last step: what it was taken at, what it found, its items
+                and their start. Called before the outer variable moves.
+
+        Returns:
+            What the last step found, and what was logged of it, if a log was due.
+        """
+        program = self._find_program() if steps > 1 else None
+        found = program and self._in_a_program(program, items, steps, start, diagnose)
+        return found or self._one_by_one(outer, items, steps, start, diagnose)
+
+    def _one_by_one(
+        self, outer: Outer, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
+    ) -> tuple[StepResult, Scalars]:
+        values, form = tree_flatten(items)
+        each = list(zip(*(_split(value, steps) for value in values), strict=True))
+        last = tree_unflatten(each[-1], form)
+        context = self.stepper.context(outer, self.stepper.module.global_step)
+        evaluate = self.batches.bind(context, (tree_unflatten(each[0], form), start))
+        for values in each[:-1]:
+            found, _ = self.stepper.take(partial(evaluate, [*values, *tree_flatten(start)[0]]))
+            start = None if start is None else found.joined().per_item
+
+        def diagnosed(found: FlatResult) -> dict[str, Tensor]:
+            return diagnose(context, found.joined(), last, start)
+
+        found, logged = self.stepper.take(partial(evaluate, [*each[-1], *tree_flatten(start)[0]]), diagnosed)
+        return found.joined(), logged
+
+    def _find_program(self) -> FusedLoop | None:
+        """The program of steps and optimiser together, where nothing else happens between two steps."""
+        module = self.stepper.module
+        if not self.batches.is_compiled or self.stepper.has_hooks or self.batches.per_chunk is not None:
+            return None
+        optimizer, outer = module.optimizers(use_pl_optimizer=False), self.stepper.outer()
+        rule = rule_of(optimizer) if module.trainer.world_size == 1 else None
+        if rule is None:
+            return None
+        if self._program is None or not self._program.optimizer.is_of(optimizer, outer):
+            joined = JoinedOptimizer(rule, optimizer, outer)
+            self._program = FusedLoop(joined, self.batches.fn, self.module, self.tell, self.seconds)
+        return self._program
+
+    def _in_a_program(
+        self, program: FusedLoop, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
+    ) -> tuple[StepResult, Scalars] | None:
+        first = self.stepper.module.global_step
+        found = program(items, steps, start, first, self.stepper.schedule)
+        if found is None:
+            self.batches.stay_uncompiled()  # for the same reason, which was told
+            return None
+        context = self.stepper.context(found.outer, first + steps - 1)
+        last = items_of_step(items, steps, steps - 1)
+        diagnosed = partial(diagnose, context, found.last, last, found.start)
+        return found.last, self.stepper.took(found, steps, diagnosed)
+
+
+def items_of_step(items: Any, steps: int, number: int) -> Any:
+    """Those of step ``number`` among the items of all steps."""
+
+    def part(value: Any) -> Any:
+        size = len(value) // steps if isinstance(value, Tensor) else 0
+        return value.narrow(0, size * number, size) if size else value
+
+    return pytree_map(part, items)
+
+
+def _split(value: Any, steps: int) -> Sequence[Any]:
+    return value.split(len(value) // steps) if isinstance(value, Tensor) else [value] * steps
