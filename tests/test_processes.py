@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from forks import ended as ended_ranks
+from forks import start_ranks
 from torch.utils._pytree import tree_leaves
+
+from metalit.__main__ import main
 
 RUN = (
     "fit",
@@ -52,15 +56,27 @@ def ended(process, seconds=600):
     return status, process.output.read()
 
 
-def checkpoint(root, process, seconds=600):
+def forked(ranks, root, *options, **environment):
+    """The run in so many processes that need not start Python; root/log is what they say."""
+    root.mkdir(exist_ok=True)
+    devices = (f"--trainer.devices={ranks}", f"--trainer.strategy={'ddp' if ranks > 1 else 'auto'}")
+    arguments = [*RUN, *devices, f"--trainer.default_root_dir={root}", *options]
+    return start_ranks(ranks, root / "log", main, arguments, environment=environment)
+
+
+def checkpoint(root, alive, seconds=600):
     """Wait for the first checkpoint that the run saves."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until and alive():
         found = list(Path(root).rglob("last.ckpt"))
         if found:
             return found[0]
         time.sleep(0.05)
-    raise AssertionError(f"nothing was saved: {ended(process, 1)}")
+    raise AssertionError("nothing was saved")
+
+
+def running(process):
+    return lambda: process.poll() is None
 
 
 def child(process):
@@ -84,36 +100,39 @@ def same_end(root, other, step):
         assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
 
 
-@pytest.mark.parametrize("who", ["rank 1", pytest.param("rank 0", marks=pytest.mark.long)])
+@pytest.mark.parametrize("who", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_two_ranks_stop_together_where_one_is_told_to_and_go_on_as_if_they_had_not(tmp_path, who):
-    options = (*TWO, "--trainer.max_steps=600", "--ckpt_path=auto")
-    process = start(tmp_path / "stopped", *options)
-    checkpoint(tmp_path / "stopped", process)
-    os.kill(child(process) if who == "rank 1" else process.pid, signal.SIGTERM)
-    status, output = ended(process)
-    assert status == 143, output
+    options = ("--ckpt_path=auto", "--model.scheduler.init_args.T_max=1000")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    ranks = forked(2, stopped, *options, "--trainer.max_steps=1000000")
+    checkpoint(stopped, ranks[0].is_alive)
+    os.kill(ranks[who].pid, signal.SIGTERM)
+    statuses, output = ended_ranks(ranks), (stopped / "log").read_text()
+    assert statuses == [143, 143], output
     assert output.count("stopped by a signal after outer step ") == 1
     assert "--ckpt_path last" in output
-    (saved,) = (tmp_path / "stopped").rglob("last.ckpt")
-    assert f"outer step {values(saved)[0]}, saved in {saved}" in output
-    assert 0 < values(saved)[0] < 600
-    for root in ("stopped", "whole"):
-        status, output = ended(start(tmp_path / root, *options))
-        assert status == 0, output
-    assert "going on from" not in output
-    same_end(tmp_path / "stopped", tmp_path / "whole", 600)
+    (saved,) = stopped.rglob("last.ckpt")
+    step = values(saved)[0]
+    assert f"outer step {step}, saved in {saved}" in output
+    assert step > 0
+    for root in (stopped, whole):
+        statuses = ended_ranks(forked(2, root, *options, f"--trainer.max_steps={step + 15}"))
+        assert statuses == [0, 0], (root / "log").read_text()
+    assert "going on from" in (stopped / "log").read_text()
+    assert "going on from" not in (whole / "log").read_text()
+    same_end(stopped, whole, step + 15)
 
 
 def test_a_signal_of_slurm_to_one_rank_requeues_the_job_once(tmp_path):
     script = tmp_path / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     script.chmod(0o755)
-    environment = {**os.environ, "SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    process = start(tmp_path / "runs", *TWO, "--trainer.max_steps=1000000", environment=environment)
-    checkpoint(tmp_path / "runs", process)
-    os.kill(child(process), signal.SIGUSR1)
-    status, output = ended(process)
-    assert status == 0, output
+    job = {"SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ranks = forked(2, tmp_path / "runs", "--trainer.max_steps=1000000", **job)
+    checkpoint(tmp_path / "runs", ranks[0].is_alive)
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    statuses, output = ended_ranks(ranks), (tmp_path / "runs/log").read_text()
+    assert statuses == [0, 0], output
     assert output.count("put back into the queue") == 1
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
 
@@ -121,7 +140,7 @@ def test_a_signal_of_slurm_to_one_rank_requeues_the_job_once(tmp_path):
 @pytest.mark.parametrize("who", ["rank 1", pytest.param("rank 0", marks=pytest.mark.long)])
 def test_no_rank_goes_on_alone_where_another_is_killed(tmp_path, who):
     process = start(tmp_path, *TWO, "--trainer.max_steps=1000000")
-    checkpoint(tmp_path, process)
+    checkpoint(tmp_path, running(process))
     other = child(process)
     os.kill(other if who == "rank 1" else process.pid, signal.SIGKILL)
     status, output = ended(process)
@@ -161,7 +180,7 @@ def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
         "--trainer.strategy.process_group_backend=gloo",
     )
     process = start(tmp_path, *ddp, "--trainer.max_steps=1000000")
-    checkpoint(tmp_path, process)
+    checkpoint(tmp_path, running(process))
     other = child(process)
     os.kill(other, signal.SIGSTOP)
     begun = time.monotonic()
@@ -174,7 +193,7 @@ def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
 
 
 def test_two_nodes_of_torchrun_are_one_process(tmp_path):
-    options = ("--trainer.max_steps=20", "--trainer.precision=64-true", "--trainer.val_check_interval=10")
+    options = ("--trainer.max_steps=20", "--trainer.precision=64-true")
     port = 29500 + os.getpid() % 1000
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
     nodes = [
