@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from forks import ended as ended_ranks
 from forks import start_ranks
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.utils._pytree import tree_leaves
 
 from metalit.__main__ import main
@@ -192,31 +193,53 @@ def test_a_rank_that_freezes_ends_the_run_after_the_timeout(tmp_path):
     assert 20 < time.monotonic() - begun < 120
 
 
-def test_two_nodes_of_torchrun_are_one_process(tmp_path):
-    options = ("--trainer.max_steps=20", "--trainer.precision=64-true")
-    port = 29500 + os.getpid() % 1000
-    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    nodes = [
-        start(
-            tmp_path / "two",
-            *("--config=configs/trainer/nodes.yaml", "--config=configs/trainer/cpu.yaml"),
-            *("--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy.process_group_backend=gloo"),
-            *options,
-            before=["-m", "torch.distributed.run", *rendezvous, f"--node-rank={node}", "-m", "metalit"],
-        )
-        for node in (0, 1)
-    ]
-    outputs = [ended(node) for node in nodes]
-    assert [status for status, _ in outputs] == [0, 0], outputs
-    status, output = ended(start(tmp_path / "one", *options))
-    assert status == 0, output
-    assert [text.count("best checkpoint") for _, text in outputs] == [1, 0]
+NODES = (
+    *("--config=configs/trainer/nodes.yaml", "--config=configs/trainer/cpu.yaml"),
+    *("--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy.process_group_backend=gloo"),
+)
+SHORT = ("--trainer.max_steps=20", "--trainer.precision=64-true", "--trainer.val_check_interval=10")
+
+
+def check_two_nodes_were_one(tmp_path, outputs):
+    """What two nodes have written below two/ is what one process writes."""
+    assert ended_ranks(forked(1, tmp_path / "one", *SHORT)) == [0], (tmp_path / "one/log").read_text()
+    assert [text.count("best checkpoint") for text in outputs] == [1, 0]
     (one,), (two,) = ((tmp_path / name).rglob("last.ckpt") for name in ("one", "two"))
     assert values(one)[0] == values(two)[0] == 20
     for found, expected in zip(values(two)[1], values(one)[1], strict=True):
         if isinstance(found, torch.Tensor):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert len(list((tmp_path / "two").rglob("events*"))) == len(list((tmp_path / "one").rglob("events*")))
+
+
+def test_two_nodes_that_torchrun_has_started_are_one_process(tmp_path):
+    shared = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    arguments = [*RUN, *NODES, *SHORT, f"--trainer.default_root_dir={tmp_path / 'two'}"]
+    nodes = []
+    for node in ("0", "1"):
+        own = {**shared, "RANK": node, "GROUP_RANK": node}
+        nodes += start_ranks(1, tmp_path / f"log{node}", main, arguments, environment=own)
+    statuses, outputs = ended_ranks(nodes), [(tmp_path / f"log{node}").read_text() for node in (0, 1)]
+    assert statuses == [0, 0], outputs
+    check_two_nodes_were_one(tmp_path, outputs)
+
+
+@pytest.mark.long
+def test_two_nodes_of_torchrun_are_one_process(tmp_path):
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    rendezvous.append(f"--master-port={find_free_network_port()}")
+    nodes = [
+        start(
+            tmp_path / "two",
+            *(*NODES, *SHORT),
+            before=["-m", "torch.distributed.run", *rendezvous, f"--node-rank={node}", "-m", "metalit"],
+        )
+        for node in (0, 1)
+    ]
+    outputs = [ended(node) for node in nodes]
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    check_two_nodes_were_one(tmp_path, [text for _, text in outputs])
 
 
 @pytest.mark.long
