@@ -16,7 +16,7 @@ from metalit.data.stream import EvalStream, TrainStream
 from metalit.errors import InputError
 from metalit.evaluation.report import Report
 from metalit.evaluation.score_report import results_frames, score_report
-from metalit.evaluation.scores import LEARNED, Scores, means
+from metalit.evaluation.scores import LEARNED, Scores, as_numbers, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.two_level import TwoLevelLearner
@@ -250,15 +250,7 @@ class BilevelLearner(TwoLevelLearner):
 
     def _scored(self, inner: Tree, outer: Outer, task: Any, split: Split) -> dict[str, float]:
         scores = self.problem.scores(inner, outer["problem"], task, split)
-        if "loss" not in scores:
-            raise InputError(
-                f"{type(self.problem).__name__}.scores returned {sorted(scores)}; 'loss' must be among them"
-            )
-        for name, value in scores.items():
-            if torch.as_tensor(value).numel() != 1:
-                owner = f"{type(self.problem).__name__}.scores"
-                raise InputError(f"{owner}: {name!r} has shape {tuple(value.shape)}; it must be a scalar")
-        return {name: float(value) for name, value in scores.items()}
+        return as_numbers(scores, f"{type(self.problem).__name__}.scores")
 
     def check_request(self) -> None:
         """Check what the Trainer was told.

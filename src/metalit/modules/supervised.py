@@ -1,6 +1,6 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
-from functools import cache, partial
+from functools import cache
 from math import isnan
 from typing import Any, NamedTuple
 
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from metalit.adapt import Outer
 from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients, sees_other_rows
 from metalit.autodiff.blame import told
-from metalit.autodiff.draws import drawing_by
-from metalit.autodiff.functional import evaluated
 from metalit.autodiff.perturbed import gradient_in_training
 from metalit.autodiff.untouched import Kept
 from metalit.autodiff.usable import check_network
@@ -28,6 +26,7 @@ from metalit.keys import folded
 from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner
 from metalit.modules.buffers import adopt_buffers, buffer_names
+from metalit.modules.first_rows import check_first_rows
 from metalit.notices import say
 from metalit.problem import Points
 from metalit.training.batches import Batches, StepResult
@@ -239,34 +238,9 @@ class SupervisedLearner(OuterLearner):
         super().on_fit_start()
         data = self.trainer.datamodule
         if isinstance(data, BatchDataModule):
-            x, y = self.cast((data.points("train").x[:2], data.points("train").y[:2]))
-            draws = drawing_by(torch.tensor(self.seed), self.network)
-            with told("model.network", self.network, x), torch.no_grad(), draws:
-                scores = evaluated(self.network, {}, (x,), as_torch=True)
-            classes = len(data.classes)
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            # one logit may do for two classes, where a criterion of the user's says so
-            needed = classes - (classes == 2 and not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss | None))
-            if not isinstance(scores, Tensor) or (classes and (scores.dim() < 2 or scores.shape[1] < needed)):
-                raise InputError(
-                    f"model.network returned {shape} for two rows; it must be a tensor [rows, outputs], one output for "
-                    f"each of {classes} classes"
-                    if classes
-                    else f"model.network returned a {shape}; it must be a tensor [rows, outputs]"
-                )
-            try:
-                row_losses(self.loss, scores, y)
-            except RuntimeError as error:
-                raise InputError(
-                    f"model.loss {type(self.loss).__name__} cannot take predictions {shape} and targets "
-                    f"{tuple(y.shape)} of {y.dtype}: {str(error).splitlines()[0]}"
-                ) from error
-            if self.loss is not None and self.outer()["network"]:  # a loss of the user's may reach anything
-                with told("model.network", self.network):
-                    gradient_at(self.network, partial(self._mean_loss, x, y), key=torch.tensor(self.seed))
-
-    def _mean_loss(self, x: Tensor, y: Tensor, network: nn.Module) -> Tensor:
-        return row_losses(self.loss, network(x), y).mean()
+            train = data.points("train")
+            x, y = self.cast((train.x[:2], train.y[:2]))
+            check_first_rows(self.network, self.loss, x, y, len(data.classes), self.seed)
 
     # ---- evaluation
 
