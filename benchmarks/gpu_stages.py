@@ -209,9 +209,7 @@ def timed_fit(run: Run, learner: Any, data: Any, precision: str = "32-true", blo
 
 
 def alone(run: Run, inner_steps: int) -> None:
-    """The outer step of 25 tasks without a Trainer: as it stands, compiled, in a CUDA graph, and JAX's."""
-    import torch
-
+    """The outer step of 25 tasks without a Trainer: as it stands, compiled, JAX's, and in a CUDA graph."""
     from benchmarks import meta_step
 
     work, on_device = works(run, inner_steps)
@@ -220,33 +218,35 @@ def alone(run: Run, inner_steps: int) -> None:
         meta_step.CompiledStep(on_device).advance(1)
         return
     reference = meta_step.Reference(work).after(5)
-    for name, kind in kinds.items():
-        learner = kind(on_device)
+    peers = {"JAX, jitted step": meta_step.Jax, "JAX, 100 steps in a scan": meta_step.JaxScan}
+    for name, kind in {**kinds, **(peers if with_jax(run) else {})}.items():
+        learner = kind(work if name in peers else on_device)
         learner.advance(5)
         error = apart(learner.moments(), reference)
-        run.add(name=name, inner_steps=inner_steps, seconds=run.seconds(partial(learner.advance, 1)), error=error)
-        if run.device == "cuda":
+        steps = meta_step.BATCHES if name in peers else 1  # JAX's learners wait at the end of each call
+        run.add(
+            name=name, inner_steps=inner_steps, seconds=run.seconds(partial(learner.advance, steps)) / steps,
+            error=error,
+        )  # fmt: skip
+    if run.device == "cuda":  # last: a capture that fails may leave the device in a bad state
+        for name, kind in kinds.items():
             try:
-                replay = graphed(kind(on_device), on_device.batches[0])
+                row = graphed(run, partial(kind, on_device))
             except Exception as error:  # whatever cannot be captured
-                run.add(name=f"{name}, CUDA graph", inner_steps=inner_steps, failed=str(error).splitlines()[0])
-                torch.cuda.synchronize()
-            else:
-                run.add(name=f"{name}, CUDA graph", inner_steps=inner_steps, seconds=run.seconds(replay))
+                row = {"failed": str(error).splitlines()[0]}
+            run.add(name=f"{name}, CUDA graph", inner_steps=inner_steps, **row)
+
+
+def with_jax(run: Run) -> bool:
+    """Whether JAX is there; says which."""
     if find_spec("jax") is None:
         run.note(jax="not installed, so there is no row of it")
-        return
+        return False
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")  # torch takes no TF32 by default either
-    platform = jax.devices()[0].platform
-    run.note(jax=f"{jax.__version__} on {platform}")
-    for name, kind in {"JAX, jitted step": meta_step.Jax, "JAX, 100 steps in a scan": meta_step.JaxScan}.items():
-        learner = kind(work)
-        learner.advance(5)
-        error = apart(learner.moments(), reference)
-        taken = run.seconds(partial(learner.advance, meta_step.BATCHES)) / meta_step.BATCHES
-        run.add(name=name, inner_steps=inner_steps, seconds=taken, error=error)
+    run.note(jax=f"{jax.__version__} on {jax.devices()[0].platform}")
+    return True
 
 
 def works(run: Run, inner_steps: int) -> tuple[Any, Any]:
@@ -264,23 +264,34 @@ def works(run: Run, inner_steps: int) -> tuple[Any, Any]:
     return Work(network, batches, inner_steps), on_device
 
 
-def graphed(learner: Any, tasks: Any) -> Callable[[], object]:
-    """A whole outer step on tasks that lie still, Adam's included, as one CUDA graph; returns what replays it."""
+def graphed(run: Run, make: Callable[[], Any]) -> Found:
+    """A whole outer step on tasks that lie still, Adam's included, as one CUDA graph: its time, and its error."""
     import torch
 
-    learner.adam = torch.optim.Adam(learner.parameters.values(), lr=1e-3, capturable=True)
+    plain, learner = make(), make()
+    tasks = learner.work.batches[0]
+    for each in (plain, learner):
+        each.adam = torch.optim.Adam(each.parameters.values(), lr=1e-3, capturable=True)
+
+    def step(each: Any) -> None:
+        each.differentiate(tasks)
+        each.adam.step()
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            learner.differentiate(tasks)
-            learner.adam.step()
+            step(learner)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        learner.differentiate(tasks)
-        learner.adam.step()
-    return graph.replay
+        step(learner)
+    for _ in range(2):
+        graph.replay()
+    for _ in range(5):
+        step(plain)
+    error = apart(learner.moments(), plain.moments())
+    return {"seconds": run.seconds(graph.replay), "error": error}
 
 
 def apart(found: Any, expected: Any) -> float:
@@ -296,10 +307,11 @@ def large(run: Run, compiled: bool) -> None:
     """MAML with three layers of 4096, in bf16-mixed and in single precision."""
     sizes = [1, 64, 64, 1] if run.quick else SIZES["large"]
     count, rows = (2, 8) if run.quick else (4, 2048)
+    operations = 0 if run.warm else flops(sizes, count, rows)
     for precision in ("bf16-mixed", "32-true"):
         found = timed_fit(run, maml(sizes, compiled), sine(count, rows), precision)
         if found is not None:
-            rate = 1e3 * flops(sizes, count, rows) / found["ms per step"]
+            rate = 1e3 * operations / found["ms per step"]
             run.add(
                 what=f"MAML, {count} tasks of {rows} + {rows} rows", precision=precision, compiled=compiled, rate=rate,
                 **found,
