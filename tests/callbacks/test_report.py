@@ -4,15 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fits import trainer
+from fits import blobs, events, trainer
 from test_pictures import classifier
 from torch.utils.data import DataLoader
 
 from metalit.callbacks import ReportWriter
-from metalit.data import Curves, Episodes, Sine, TaskDataModule
+from metalit.data import BatchDataModule, Curves, Episodes, Sine, TaskDataModule
+from metalit.evaluation.interval import Interval
+from metalit.evaluation.report import Report
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
-from metalit.modules import MetaLearner
+from metalit.modules import MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot
 
@@ -156,3 +158,29 @@ class TestClasses:
         assert accuracies(None, scores, Points(scores[0, 0], y, mask)).item() == 0.5
         # one score is none for each of two classes
         assert accuracies(None, scores[..., :1], Points(scores[0, 0], y)) is None
+
+
+class Own(SupervisedLearner):
+    """Reports what it likes."""
+
+    def report(self, split):
+        numbers = pd.DataFrame({"part": ["head [/b]"], "rate": [0.1 + 0.2]})
+        chart = {"rate": {"mine": [Interval(0.3, 0.1, 0, 4), Interval(0.2, 0.1, 0, 4)]}}
+        rows = [["head [/b]", "0.3"]]
+        return Report("rates", split, ["part", "rate"], [rows], ["before"], ["after"], {"rates": numbers}, chart=chart)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_learner_reports_what_it_likes_by_one_method(split, tmp_path, capsys):
+    run = trainer(tmp_path, callbacks=[ReportWriter()])
+    evaluate = {"val": run.validate, "test": run.test}[split]
+    evaluate(Own(MLP([4, 3])), BatchDataModule(blobs()), verbose=False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (row,) = [line for line in lines if "head [/b]" in line]
+    assert "0.3" in row
+    assert lines.index("before") < lines.index(row) < lines.index("after")
+    folder = tmp_path / "run/version_0"
+    assert (folder / "rates.csv").read_text() == f"part,rate\nhead [/b],{0.1 + 0.2}\n"
+    assert (folder / f"figures/{split}_rates.png").exists()
+    assert f"rates/{split}/text_summary" in events(tmp_path).Tags()["tensors"]
+    assert events(tmp_path).Tags()["images"] == [f"pictures/rates_{split}"]

@@ -20,8 +20,8 @@ from metalit.evaluation.scores import LEARNED, Scores, as_numbers, means
 from metalit.hypergradients.base import Hypergradient
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.two_level import TwoLevelLearner
-from metalit.modules.warm_start import WarmStart, count_of, like, stacked
-from metalit.private_torch import pytree_map, tree_leaves
+from metalit.modules.warm_start import WarmStart, count_of, like, stacked, task_at
+from metalit.private_torch import tree_leaves
 from metalit.problem import Problem, Splits
 from metalit.problems.rows import RowsProblem
 from metalit.training.ranks import items_of_ranks
@@ -156,11 +156,11 @@ class BilevelLearner(TwoLevelLearner):
 
     def _initial(self, tasks: Any) -> Tree:
         own = self.constants()["problem"]
-        if not tree_leaves(self.problem.init(own, _take(tasks, 0))):
+        if not tree_leaves(self.problem.init(own, task_at(tasks, 0))):
             raise InputError(
                 f"model.warm_start: {type(self.problem).__name__} has no inner variable to start from; leave it out"
             )
-        return stacked([self.problem.init(own, _take(tasks, index)) for index in range(count_of(tasks))])
+        return stacked([self.problem.init(own, task_at(tasks, index)) for index in range(count_of(tasks))])
 
     # ---- evaluation
 
@@ -212,7 +212,7 @@ class BilevelLearner(TwoLevelLearner):
         held = self.inner if self.warm_start else None
         with self.told(tasks):
             self.check_first_task(tasks, self._initial(tasks) if self.warm_start and held is None else held)
-            return [self._judged(_take(tasks, index), index, split, baselines) for index in range(count_of(tasks))]
+            return [self._judged(task_at(tasks, index), index, split, baselines) for index in range(count_of(tasks))]
 
     def _judged(self, task: Any, index: int, split: Split, baselines: bool) -> Scores:
         outer = self.constants()
@@ -265,7 +265,7 @@ class BilevelLearner(TwoLevelLearner):
 
     def results(self, tasks: Any) -> Mapping[str, Mapping[str, Tensor]]:
         """The problem's ``results`` on the first task of a batch."""
-        task = _take(self.cast(tasks), 0)
+        task = task_at(self.cast(tasks), 0)
         return self.problem.results(self.solve(task), self.constants()["problem"], task)
 
     def sample_gradient_norms(self, tasks: Splits) -> tuple[Tensor, Tensor]:
@@ -278,7 +278,7 @@ class BilevelLearner(TwoLevelLearner):
             raise InputError(
                 f"SampleGradientNorms: {type(self.problem).__name__} does not fit rows; leave the callback out"
             )
-        task = _take(self.cast(tasks), 0)
+        task = task_at(self.cast(tasks), 0)
         return self.problem.sample_gradient_norms(self.solve(task), task.train), task.corrupted
 
     # ---- checkpoints
@@ -298,7 +298,3 @@ class BilevelLearner(TwoLevelLearner):
         if "inner" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no inner variable")
         self._warm.load(checkpoint["inner"])
-
-
-def _take(tasks: Any, index: int) -> Any:
-    return pytree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tasks)

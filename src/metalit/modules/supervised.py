@@ -2,7 +2,7 @@
 
 from functools import cache
 from math import isnan
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -27,6 +27,7 @@ from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner
 from metalit.modules.buffers import adopt_buffers, buffer_names
 from metalit.modules.first_rows import check_first_rows
+from metalit.modules.rows_step import Perturbed, RowsContext, restore
 from metalit.notices import say
 from metalit.problem import Points
 from metalit.training.batches import Batches, StepResult
@@ -34,32 +35,6 @@ from metalit.training.outer_gradient import OuterGradient
 from metalit.tree import norm, unflatten
 
 Batch = Points | tuple[Tensor, Tensor] | list[Tensor]
-
-
-class RowsContext(NamedTuple):
-    """What a pass over the rows of a batch is taken at.
-
-    Attributes:
-        weights: the trainable parameters by name.
-        key: what dropout draws from.
-        scale: what the gradient is multiplied by in 16-mixed precision.
-        real: how many rows count, as a mean over the ranks, and how many rows there are; None where all count.
-        kept: the network's state, where the pass may change it as a forward pass does.
-    """
-
-    weights: dict[str, Tensor]
-    key: Tensor
-    scale: Tensor | None
-    real: tuple[Tensor, int] | None
-    kept: Kept | None
-
-
-class Perturbed(NamedTuple):
-    """What a step found: the gradient at w + α, and by how much the loss there is above that at w, if it is known."""
-
-    gradient: OuterGradient
-    alpha: dict[str, Tensor]
-    sharpness: Tensor | None
 
 
 class SupervisedLearner(OuterLearner):
@@ -116,7 +91,7 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        chunks = {"per_chunk": rows_per_chunk, "items": "rows", "begin_again": _restore}
+        chunks = {"per_chunk": rows_per_chunk, "items": "rows", "begin_again": restore}
         self._batches = Batches(self._step_result, network, compiles=False, name="the outer step", tell=say, **chunks)
         if next(network.parameters(), None) is None:
             raise InputError(f"model.network {type(network).__name__} has no parameter that could be trained")
@@ -155,7 +130,7 @@ class SupervisedLearner(OuterLearner):
         def evaluate() -> Perturbed:
             nonlocal again
             if again:  # at a smaller scale
-                _restore(context)
+                restore(context)
             again = True
             return self._at_perturbed_weights(context, items)
 
@@ -310,9 +285,3 @@ class SupervisedLearner(OuterLearner):
                 "BatchDataModule, or a DataLoader of pairs"
             )
         return self.cast(batch if isinstance(batch, Points) else Points(*batch))
-
-
-def _restore(context: RowsContext) -> None:
-    """Let the network be as it was before a pass that begins again."""
-    if context.kept is not None:
-        context.kept.restore()

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from metalit.errors import InputError
-from metalit.private_torch import tree_leaves
+from metalit.private_torch import pytree_map, tree_leaves
 from metalit.training.ranks import rows_of_ranks
 from metalit.tree import Tree, tree_map
 
@@ -68,6 +68,11 @@ class WarmStart:
 def count_of(tasks: Any) -> int:
     """The number of tasks of a batch, or of trees with a leading dimension of tasks."""
     return len(next(leaf for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor)))
+
+
+def task_at(tasks: Any, index: int) -> Any:
+    """One task of a batch, without a leading dimension."""
+    return pytree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tasks)
 
 
 def like(inner: Tree, other: Tree) -> Tree:
