@@ -1,7 +1,7 @@
 """What is worth knowing of an outer step beside its loss: what is logged, and what is warned of."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ class Means(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class HasProblem(Protocol):
+    """A learner of two levels."""
+
+    problem: Problem
+    hypergradient: Hypergradient
+
+
 class Diagnosis:
     """Finds the norms of the variables and of the inner gradient, and what the problem watches, of outer steps.
 
@@ -35,16 +42,19 @@ class Diagnosis:
         warnings: what is warned of.
 
     Args:
-        problem, hypergradient: whose outer steps.
+        owner: the learner, whose outer steps they are.
         steps: evaluates the outer steps; this is compiled as they are.
     """
 
-    def __init__(self, problem: Problem, hypergradient: Hypergradient, steps: Batches) -> None:
-        self.problem = problem
-        self.hypergradient = hypergradient
+    def __init__(self, owner: HasProblem, steps: Batches) -> None:
+        self.owner = owner
         self.steps = steps
         self.batches = steps.alike(self._means, "what is logged of it")
-        self.warnings = EstimatorWarnings(hypergradient)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a new fit, in which everything is warned of anew."""
+        self.warnings = EstimatorWarnings(self.owner.hypergradient)
 
     def __call__(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
         """Scalars by name.
@@ -84,20 +94,20 @@ class Diagnosis:
 
         def one(outer: Outer, given: tuple[Any, Tree]) -> Tensor:
             task, inner = given
-            return norm(grad(lambda inner: self.problem.outer_loss(inner, outer["problem"], task))(inner))
+            return norm(grad(lambda inner: self.owner.problem.outer_loss(inner, outer["problem"], task))(inner))
 
-        return float(for_each_task(one, outer, (tasks, inner), self.problem).norm())
+        return float(for_each_task(one, outer, (tasks, inner), self.owner.problem).norm())
 
     def _means(self, shared: tuple[StepContext, Tree], items: tuple[Any, Tree, Tree | None]) -> Means:
         context, gradient = shared
-        outer, own, step = context.outer, context.outer["problem"], self.hypergradient.steps
-        scaled = self.problem if context.scale is None else Scaled(self.problem, context.scale)
+        outer, own, step = context.outer, context.outer["problem"], self.owner.hypergradient.steps
+        scaled = self.owner.problem if context.scale is None else Scaled(self.owner.problem, context.scale)
 
         def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
             task, inner, start = given
-            init = self.problem.init(own, task)
+            init = self.owner.problem.init(own, task)
             inner_grad = partial(scaled.inner_grad, outer=own, task=task, step=step)
-            values = dict(self.problem.watch(init if start is None else start, inner, own, gradient, task))
+            values = dict(self.owner.problem.watch(init if start is None else start, inner, own, gradient, task))
             if next(leaves(inner), None) is not None:
                 left, at_init = norm(inner_grad(inner)), norm(inner_grad(init))
                 values |= {
@@ -108,7 +118,7 @@ class Diagnosis:
             return values
 
         dtype = next(leaves(outer))[1].dtype
-        values = for_each_task(one, outer, items, self.problem)
+        values = for_each_task(one, outer, items, self.owner.problem)
         return Means({name: value.to(dtype).mean() for name, value in values.items()})
 
 

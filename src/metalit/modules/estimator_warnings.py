@@ -9,7 +9,7 @@ _SOON = 10  # steps after which a log comes early enough
 
 
 class EstimatorWarnings:
-    """Warns of what the metrics of an outer step tell against the hypergradient.
+    """Warns, once in a fit, of what the metrics of an outer step tell against the hypergradient.
 
     Args:
         hypergradient: the estimator.
@@ -17,10 +17,6 @@ class EstimatorWarnings:
 
     def __init__(self, hypergradient: Hypergradient) -> None:
         self.hypergradient = hypergradient
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a new fit."""
         self._warned: set[str] = set()
 
     def are_wanted_early(self, log_every: int) -> bool:

@@ -1,6 +1,5 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
-from functools import cache
 from math import isnan
 from typing import Any
 
@@ -9,9 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from metalit.adapt import Outer
-from metalit.autodiff import Perturbation, gradient_at, per_sample_gradients, sees_other_rows
-from metalit.autodiff.blame import told
-from metalit.autodiff.perturbed import gradient_in_training
+from metalit.autodiff import Perturbation, per_sample_gradients, sees_other_rows
 from metalit.autodiff.untouched import Kept
 from metalit.autodiff.usable import check_network
 from metalit.data.base import Split
@@ -27,12 +24,9 @@ from metalit.losses import check_loss, row_losses
 from metalit.modules.base import OuterLearner
 from metalit.modules.buffers import adopt_buffers, buffer_names
 from metalit.modules.first_rows import check_first_rows
-from metalit.modules.rows_step import Perturbed, RowsContext, restore
-from metalit.notices import say
+from metalit.modules.perturbed_step import Perturbed, PerturbedStep, RowsContext
 from metalit.problem import Points
-from metalit.training.batches import Batches, StepResult
-from metalit.training.outer_gradient import OuterGradient
-from metalit.tree import norm, unflatten
+from metalit.tree import norm
 
 Batch = Points | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -91,8 +85,7 @@ class SupervisedLearner(OuterLearner):
         self.loss = loss
         self.perturbation = perturbation
         self.seed = seed
-        chunks = {"per_chunk": rows_per_chunk, "items": "rows", "begin_again": restore}
-        self._batches = Batches(self._step_result, network, compiles=False, name="the outer step", tell=say, **chunks)
+        self._step = PerturbedStep(self, rows_per_chunk)
         if next(network.parameters(), None) is None:
             raise InputError(f"model.network {type(network).__name__} has no parameter that could be trained")
         self.collected = RowScores()
@@ -101,7 +94,7 @@ class SupervisedLearner(OuterLearner):
     @property
     def rows_per_chunk(self) -> int | None:
         """How many rows at most are evaluated at once on each rank: fewer than asked for where memory was short."""
-        return self._batches.per_chunk
+        return self._step.batches.per_chunk
 
     def outer(self) -> Outer:
         """``{"network": …}``: its trainable parameters by name."""
@@ -130,9 +123,9 @@ class SupervisedLearner(OuterLearner):
         def evaluate() -> Perturbed:
             nonlocal again
             if again:  # at a smaller scale
-                restore(context)
+                context.restore()
             again = True
-            return self._at_perturbed_weights(context, items)
+            return self._step(context, items, self.mean_over_ranks)
 
         def diagnose(found: Perturbed) -> dict[str, Tensor]:
             norms = {"weight_norm": norm(weights)}
@@ -140,30 +133,6 @@ class SupervisedLearner(OuterLearner):
             return norms if found.sharpness is None else norms | {"sharpness": found.sharpness}
 
         self.stepper.take(evaluate, diagnose)
-
-    def _at_perturbed_weights(self, context: RowsContext, items: tuple[Points, Tensor]) -> Perturbed:
-        """The loss at w and its gradient at w + α; where α does not ask for the gradient at w, both at w + α."""
-        weights = context.weights
-        plain: list[OuterGradient] = []
-
-        @cache
-        def gradient() -> dict[str, Tensor]:
-            plain.append(self._pass(context, items))
-            mean = self.mean_over_ranks(plain[0].gradient)
-            return unflatten(mean if context.scale is None else mean / context.scale, weights)
-
-        alpha = self.perturbation(weights, gradient, context.key.to(self.device)) if self.perturbation else {}
-        moved = weights | {name: weights[name] + change for name, change in alpha.items()}
-        # buffers and all else that the network changes follow the first pass alone
-        found = self._pass(context._replace(weights=moved, kept=None if plain else context.kept), items)
-        if not plain:
-            return Perturbed(found, alpha, None)
-        return Perturbed(found.at_loss_of(plain[0]), alpha, found.loss - plain[0].loss)
-
-    def _pass(self, context: RowsContext, items: tuple[Points, Tensor]) -> OuterGradient:
-        """Loss and gradient; changes the network as a forward pass does, where a state is kept."""
-        with told("model", self, items[0].x):
-            return self._batches(context, items).gradient
 
     def _real(self, points: Points) -> tuple[Tensor, int] | None:
         """How many rows count, as a mean over the ranks, and how many rows there are; None where all do."""
@@ -179,29 +148,6 @@ class SupervisedLearner(OuterLearner):
                 "model.network: BatchNorm would mix the padding of the batch into its statistics; use LayerNorm or "
                 "GroupNorm, or give no rows that are masked"
             )
-
-    def _step_result(self, context: RowsContext, items: tuple[Points, Tensor]) -> StepResult:
-        """The mean loss over rows and its gradient; this is what is evaluated chunk by chunk."""
-        points, rows = items
-
-        def loss(network: Any) -> Tensor:
-            values = row_losses(self.loss, network(points.x), points.y)
-            if context.real is None:
-                value = values.mean()
-            else:
-                count, whole = context.real
-                real = real_rows(self.loss, points.y, points.mask)
-                # a chunk counts by its share of all rows, whatever its share of those that count
-                value = values.where(real, 0.0).sum() / (count * (len(values) / whole)).squeeze()
-            return value if context.scale is None else context.scale * value
-
-        numbers = range(int(rows[0]), int(rows[-1]) + 1)
-        if context.kept is None:
-            value, gradient = gradient_at(self.network, loss, context.weights, context.key, rows=numbers)
-        else:
-            value, gradient = gradient_in_training(self.network, loss, context.weights, context.key, numbers)
-        true = value if context.scale is None else value / context.scale
-        return StepResult(OuterGradient.of(true, {"network": gradient}), {}, {})
 
     def on_fit_start(self) -> None:
         """Try the network on two rows, before anything is trained.

@@ -90,7 +90,7 @@ class TwoLevelLearner(OuterLearner):
         self._batches = Batches(
             self._step_result, problem, compile, tasks_per_chunk, "the outer step", say, seconds=compile_seconds
         )
-        self._diagnosis = Diagnosis(problem, hypergradient, self._batches)
+        self._diagnosis = Diagnosis(self, self._batches)
         self._loop = OuterLoop(self.stepper, self._batches, problem, say, compile_seconds)
         self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._first_is_checked = False
@@ -126,7 +126,7 @@ class TwoLevelLearner(OuterLearner):
         """Check everything anew."""
         super().on_fit_start()
         self._first_is_checked = False
-        self._diagnosis.warnings.forget()
+        self._diagnosis.begin()
         self._last = None
 
     def check_first_task(self, tasks: Any, start: Tree | None = None) -> None:
