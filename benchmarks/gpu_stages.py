@@ -224,10 +224,9 @@ def alone(run: Run, inner_steps: int) -> None:
         learner.advance(5)
         error = apart(learner.moments(), reference)
         steps = meta_step.BATCHES if name in peers else 1  # JAX's learners wait at the end of each call
-        run.add(
-            name=name, inner_steps=inner_steps, seconds=run.seconds(partial(learner.advance, steps)) / steps,
-            error=error,
-        )  # fmt: skip
+        taken = run.seconds(partial(learner.advance, steps)) / steps
+        told = ["`compiled` is not compiled here"] if getattr(getattr(learner, "step", None), "failed", False) else []
+        run.add(name=name, inner_steps=inner_steps, seconds=taken, error=error, told=told)
     if run.device == "cuda":  # last: a capture that fails may leave the device in a bad state
         for name, kind in kinds.items():
             try:

@@ -40,7 +40,7 @@ if compgen -G "$wheels/*.whl" > /dev/null; then
     export PYTHONPATH=$work/site:$PYTHONPATH
 fi
 # several processes compile at the same time; what they compile is of this run alone
-export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2
 export TORCHINDUCTOR_CACHE_DIR=$work/programs METALIT_DEVICE=$device METALIT_GPU_RESULTS=$output/gpu_tests.jsonl
 mkdir -m 700 "$TORCHINDUCTOR_CACHE_DIR"
 rm -f "$METALIT_GPU_RESULTS"
@@ -60,6 +60,7 @@ tail -n 25 "$output/gpu_tests.log"
 echo "tests: exit status $status after $((SECONDS - begun)) s"
 
 left=$((seconds - SECONDS))
+export TORCHINDUCTOR_COMPILE_THREADS=4
 timeout --kill-after=5 "$((left + 25))" "$python" -m benchmarks gpu --device "$device" --seconds "$left" \
     --output "$output/gpu.json" --tests "$METALIT_GPU_RESULTS" || status=$?
 cat "$output/gpu.md"
