@@ -43,13 +43,14 @@ test-cluster: install ## run a job on a real SLURM of two nodes on this machine;
 test-gpu: install ## run the tests of a GPU, that of torch or, with METALIT_DEVICE=cpu, as far as they go without one
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-lint: install ## check style
+lint: install ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 tensorboard: install ## watch the runs in a browser
 	$(BIN)/tensorboard --logdir lightning_logs
 
 clean: ## remove the environment and what the tools cache; runs in lightning_logs stay
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
