@@ -1,7 +1,7 @@
 """The inner loop: how an inner variable is adapted to one task. The heart of the project."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.tree import Tree, tree_map
 
-Outer = dict[str, dict[str, Tree]]
+Outer: TypeAlias = dict[str, Any]  # {"problem": dict[str, Tensor], "optimizer": dict[str, Tree]}
 
 
 def outer_variable(problem: Problem, optimizer: InnerOptimizer, task: Any = None) -> Outer:
@@ -46,8 +46,8 @@ def iterates(
     state = optimizer.init(inner)
     yield inner
     for step in range(steps):
-        seen = _constants(inner, state, outer) if step < dropped else (inner, state, outer)
-        moved, state = inner_step(problem, optimizer, *seen, task, step, first_order)
+        given = _constants((inner, state, outer)) if step < dropped else (inner, state, outer)
+        moved, state = inner_step(problem, optimizer, *given, task, step, first_order)
         inner = tree_map(_identity, moved, inner) if step < dropped else moved
         yield inner
 
@@ -71,7 +71,7 @@ def inner_step(
     return optimizer.update(grad_fn, inner, state, outer["optimizer"], step)
 
 
-def _constants(*trees: Any) -> tuple[Any, ...]:
+def _constants(trees: tuple[Tree, Any, Outer]) -> tuple[Tree, Any, Outer]:
     return pytree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, trees)
 
 

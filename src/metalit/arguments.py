@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
-from inspect import signature
+from inspect import isclass, signature
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import Namespace
@@ -155,21 +155,22 @@ def _check(key: str, value: Any) -> None:
 
 def _check_arguments(key: str, class_path: str, arguments: Namespace) -> None:
     module, _, owner = class_path.rpartition(".")
-    making = getattr(import_module(module), owner)
+    making: Any = getattr(import_module(module), owner)
     try:
         known = signature(making).parameters
-        hints = get_type_hints(making.__init__ if isinstance(making, type) else making)
+        hints = get_type_hints(making.__init__ if isclass(making) else making)
     except (NameError, TypeError, ValueError):  # a user's class whose types cannot be resolved, or a builtin
         return
     for name, given in vars(arguments).items():
-        hint = hints.get(name, Any)
+        hint: Any = hints.get(name, Any)
         if given is None and name in known and known[name].default is not None and not _admits_none(hint):
             raise InputError(f"{key}.{name}=null: {owner} needs a value there; leave it out for its default")
         # what an earlier config gave to another class under this name
         if is_dataclass(hint) and not isinstance(given, Namespace | hint):
+            first = next(iter(signature(cast(type, hint)).parameters))
             raise InputError(
                 f"{key}.{name}={given}: {owner} takes a group of settings there, such as "
-                f"{{{next(iter(signature(hint).parameters))}: …}}; give it anew where {key} was of another class before"
+                f"{{{first}: …}}; give it anew where {key} was of another class before"
             )
 
 

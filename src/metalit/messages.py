@@ -62,7 +62,7 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> Expla
     where = _path(message)
     unknown = _UNKNOWN.search(message)
     owner = unknown and (unknown["callable"] or (_CLASS.findall(message) or [None])[-1])
-    if unknown and _has_arguments(owner):
+    if unknown and owner and _has_arguments(owner):
         text = _no_key_of(owner, unknown)
         return Explanation(where, f"{where}: {text}" if where else text)
     if unknown and not where:
@@ -156,9 +156,9 @@ def _hint(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def _has_arguments(class_path: str | None) -> bool:
+def _has_arguments(class_path: str) -> bool:
     try:
-        return class_path is not None and bool(_arguments(class_path, None))
+        return bool(_arguments(class_path, None))
     except ValueError:  # a builtin, such as Tensor among the types of a learning rate
         return False
 

@@ -26,12 +26,13 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, sizes: Sequence[int | Literal["auto"]], activation: str = "ReLU", dropout: float = 0.0) -> None:
-        if "auto" in sizes:
+        widths = [size for size in sizes if size != "auto"]
+        if len(widths) < len(sizes):
             raise InputError(
                 f"MLP: sizes={list(sizes)}: 'auto' is for the first and the last size in a configuration, where the "
                 "command line knows the data; give numbers"
             )
-        if len(sizes) < 2 or min(sizes) < 1:
+        if len(widths) < 2 or min(widths) < 1:
             raise InputError(f"MLP: sizes={list(sizes)} must hold at least an input and an output width, all positive")
         make_activation = getattr(nn, activation, None)
         try:
@@ -43,10 +44,10 @@ class MLP(nn.Sequential):
         if not 0 <= dropout <= 1:
             raise InputError(f"MLP: dropout={dropout} must be a rate between 0 and 1")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for index in range(1, len(sizes) - 1):
-            layers[f"hidden{index}"] = nn.Linear(sizes[index - 1], sizes[index])
+        for index in range(1, len(widths) - 1):
+            layers[f"hidden{index}"] = nn.Linear(widths[index - 1], widths[index])
             layers[f"activation{index}"] = make_activation()
             if dropout:
                 layers[f"dropout{index}"] = nn.Dropout(dropout)
-        layers["out"] = nn.Linear(sizes[-2], sizes[-1])
+        layers["out"] = nn.Linear(widths[-2], widths[-1])
         super().__init__(layers)

@@ -14,7 +14,9 @@ Value = TypeVar("Value")
 _TICK = 0.25  # seconds between two looks
 _SIGN = 10.0  # seconds between two signs of life
 _AGAIN = 1.0  # seconds until what did not end is told again: libraries catch everything here and there
-_SIGNAL = getattr(signal, "SIGURG", None)  # nobody minds it if it comes late: by default it is ignored
+_SIGNAL: signal.Signals | None = getattr(
+    signal, "SIGURG", None
+)  # nobody minds it if it comes late: by default it is ignored
 _waits: list["_Wait"] = []
 
 
@@ -91,7 +93,7 @@ class _Wait:
         self.sign = sign
         self.error: GivenUpError | None = None
         self.thread = threading.get_ident()
-        self.by_signal = _SIGNAL is not None and threading.current_thread() is threading.main_thread()
+        self.signal = _SIGNAL if threading.current_thread() is threading.main_thread() else None
         self.before: Any = None
         self.interrupted = False
         self.over = threading.Event()
@@ -103,8 +105,8 @@ class _Wait:
         self.over.clear()
         if self.error is not None:
             raise self.error
-        if self.by_signal:
-            self.before = signal.signal(_SIGNAL, self._raise)
+        if self.signal is not None:
+            self.before = signal.signal(self.signal, self._raise)
         self.watcher.start()
 
     def end(self) -> None:
@@ -113,8 +115,8 @@ class _Wait:
         if self.watcher.ident is None:
             return
         self.watcher.join()
-        if self.by_signal:
-            signal.signal(_SIGNAL, signal.SIG_DFL if self.before is None else self.before)
+        if self.signal is not None:
+            signal.signal(self.signal, signal.SIG_DFL if self.before is None else self.before)
         elif self.interrupted:
             # not taken back: CPython 3.11 would look for it for ever, and hang in the next profile of the process
             with suppress(GivenUpError):
@@ -143,9 +145,9 @@ class _Wait:
                 self.sign(now - begun)
 
     def _interrupt(self) -> None:
-        if self.by_signal:
+        if self.signal is not None:
             # a real one: it ends the wait for a process too
-            signal.pthread_kill(self.thread, _SIGNAL)
+            signal.pthread_kill(self.thread, self.signal)
         else:
             self.interrupted = True
             self._raise_there()

@@ -55,12 +55,13 @@ def data_source(loop: Any) -> Any:
 
 def validation_interval_by_clock(trainer: Trainer) -> float | None:
     """The seconds between two validations, where ``val_check_interval`` is a time."""
-    return trainer._val_check_time_interval
+    return vars(trainer)["_val_check_time_interval"]
 
 
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows this batch, as Lightning decides it: by epochs, steps, shares, and what there is."""
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def add_batches_that_stepped(trainer: Trainer, count: int) -> None:

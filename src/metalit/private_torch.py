@@ -74,7 +74,7 @@ def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
                 yield args[place] if place < len(args) else kwargs.get(argument.name)
 
 
-def copy_all(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_all(places: list[Tensor], values: list[Tensor]) -> None:
     """Copy each value to its place, in one call: a loop in Python costs more than a small outer step."""
     torch._foreach_copy_(places, values)
 
@@ -124,7 +124,7 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Note that an optimiser has stepped, though not by ``step()``: its scheduler would warn."""
-    optimizer._opt_called = True
+    vars(optimizer)["_opt_called"] = True
 
 
 def unscales_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from metalit.autodiff.attention import plain_attention
 from metalit.private_torch import collate_by
 from metalit.tree import Tree
 from metalit.unrounded import Unrounded
+
+Inner: TypeAlias = Any  # a Tree; of which form, each problem says itself
 
 
 class Points(NamedTuple):
@@ -30,14 +32,14 @@ class Points(NamedTuple):
 def collate_points(each: Sequence[Points], *, collate_fn_map: Any = None) -> Points:
     """Stack points to a batch, for a ``DataLoader``; shorter ones are padded with zeros, and masked."""
     x, y = ([torch.as_tensor(part) for part in parts] for parts in zip(*(points[:2] for points in each), strict=True))
-    masks = [points.mask for points in each]
+    given = [None if points.mask is None else torch.as_tensor(points.mask) for points in each]
     alike = all(len({part.shape for part in parts}) == 1 for parts in (x, y))
-    if alike and all(mask is None for mask in masks):
+    shape = next((mask.shape for mask in given if mask is not None), None)
+    if alike and shape is None:
         return Points(torch.stack(x), torch.stack(y))
-    shape = next((torch.as_tensor(mask).shape for mask in masks if mask is not None), None)
     # the mask of a single row, as of rows that are collated, has no dimension
-    real = [torch.ones(shape if alike else len(part), dtype=torch.bool) for part in x]
-    masks = [ones if mask is None else torch.as_tensor(mask) for mask, ones in zip(masks, real, strict=True)]
+    real = [torch.ones(shape if alike and shape is not None else (len(part),), dtype=torch.bool) for part in x]
+    masks = [ones if mask is None else mask for mask, ones in zip(given, real, strict=True)]
     if alike:
         return Points(*(torch.stack(parts) for parts in (x, y, masks)))
     return Points(*(pad_sequence(parts, batch_first=True) for parts in (x, y, masks)))
@@ -108,16 +110,16 @@ class Problem(Unrounded, ABC):
         """Return the inner variable before the first inner step."""
 
     @abstractmethod
-    def inner_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any, step: int) -> Tensor:
+    def inner_loss(self, inner: Inner, outer: dict[str, Tensor], task: Any, step: int) -> Tensor:
         """Return the scalar that inner step number ``step`` descends."""
 
     @abstractmethod
-    def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
+    def outer_loss(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
 
     # ---- how it is differentiated: see metalit.scaled, which alone does it otherwise
 
-    def inner_grad(self, inner: Tree, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
+    def inner_grad(self, inner: Inner, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
         """Return ∇θ inner_loss, which inner optimisers descend."""
         # by position: a problem may name its arguments as it likes, such as theta and phi
         with plain_attention():
@@ -133,12 +135,12 @@ class Problem(Unrounded, ABC):
         """Raise an ``InputError`` if a task is not of the size that the problem was made for."""
 
     def watch(
-        self, start: Tree, inner: Tree, outer: dict[str, Tensor], gradient: dict[str, Tensor], task: Any
+        self, start: Inner, inner: Inner, outer: dict[str, Tensor], gradient: dict[str, Tensor], task: Any
     ) -> dict[str, Tensor]:
         """Return scalars to log at an outer step: of the inner variable before and after it, and the outer gradient."""
         return {}
 
-    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Any, split: str) -> dict[str, Tensor]:
+    def scores(self, inner: Inner, outer: dict[str, Tensor], task: Any, split: str) -> dict[str, Tensor]:
         """Return scalars that judge an inner variable on the split ``val`` or ``test``; ``loss`` must be among them."""
         return {"loss": self.outer_loss(inner, outer, task)}
 
@@ -146,7 +148,7 @@ class Problem(Unrounded, ABC):
         """Return other outer variables, by name, each with its task, whose scores stand beside the learned one's."""
         return {}
 
-    def results(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
+    def results(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
         """Return what is worth a file at the end of training: by file, its columns by name, ``[rows]`` or a matrix."""
         return {}
 
@@ -155,7 +157,7 @@ class FewShotProblem(Problem):
     """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
 
     @abstractmethod
-    def predict(self, inner: Tree, outer: dict[str, Tensor], x: Tensor) -> Tensor:
+    def predict(self, inner: Inner, outer: dict[str, Tensor], x: Tensor) -> Tensor:
         """Return what an inner variable says of ``[rows, inputs]``: ``[rows, outputs]``."""
 
     @abstractmethod

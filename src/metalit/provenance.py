@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -13,6 +13,7 @@ from metalit.private_lightning import CLASS_PATH
 from metalit.runs import find_checkpoint
 
 Stage = Literal["fit", "validate", "test", "predict"]
+Weight: TypeAlias = Literal["refused", "said", "nothing"]
 
 # how the same numbers are found, not which
 _HOW = {
@@ -85,20 +86,20 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def weight(difference: Difference, stage: Stage) -> Literal["refused", "said", "nothing"]:
+def weight(difference: Difference, stage: Stage) -> Weight:
     """What a difference is for a subcommand: does it change the answer?"""
     section, *rest = difference.key.split(".")
     first = rest[0] if rest else ""
     if first in _HOW or (section == "model" and first in _TAKEN_OVER):
         return "nothing"
     if first in _TRAINING:
-        return {"fit": "refused", "predict": "nothing"}.get(stage, "said")
+        return "refused" if stage == "fit" else "nothing" if stage == "predict" else "said"
     if (section, first, stage) == ("model", "eval_steps", "predict"):
         return "said"  # it takes the number that validation found best
     return "refused" if section == "model" else _weight_of_data(rest, difference, stage)
 
 
-def _weight_of_data(rest: Sequence[str], difference: Difference, stage: Stage) -> str:
+def _weight_of_data(rest: Sequence[str], difference: Difference, stage: Stage) -> Weight:
     first, last = (rest[0], rest[-1]) if rest else ("", "")
     moved = Path(str(difference.trained)).name == Path(str(difference.now)).name
     if last == "file" and (moved or stage == "predict"):
@@ -145,9 +146,9 @@ def check(
         first = refused[0]
         more = f" ({len(refused) - 1} more above)" if len(refused) > 1 else ""
         way = "give the run's own config.yaml" if stage == "fit" else "leave --config out, which takes the run's own"
-        trained, now = (f"--{first.key}={'null' if value is None else value}" for value in first[1:])
+        was, is_now = (f"--{first.key}={'null' if value is None else value}" for value in first[1:])
         raise InputError(
-            f"{owner}: {first}{more}; {way}, or say which on the command line: {trained} as trained, {now} on purpose"
+            f"{owner}: {first}{more}; {way}, or say which on the command line: {was} as trained, {is_now} on purpose"
         )
 
 
@@ -182,8 +183,10 @@ def given_keys(args: Sequence[str]) -> set[str]:
 
 def run_of(config: str | None) -> Path | None:
     """The folder of the run that a configuration file is of: it lies beside ``checkpoints/``."""
-    folder = Path(config).resolve().parent if config else None
-    ours = folder and re.fullmatch(r"config(_\w+)?\.yaml", Path(config).name) and (folder / "checkpoints").is_dir()
+    if not config:
+        return None
+    folder = Path(config).resolve().parent
+    ours = re.fullmatch(r"config(_\w+)?\.yaml", Path(config).name) and (folder / "checkpoints").is_dir()
     return folder if ours else None
 
 

@@ -143,37 +143,38 @@ class RunFolder(Callback):
             yield
             return
         with ExitStack() as stack:
-            made = [] if self.folder else self._claim()
-            known = set() if made else set(self.folder.rglob("*"))
+            folder, made = (self.folder, []) if self.folder else self._claim()
+            self.folder = folder
+            known = set() if made else set(folder.rglob("*"))
             if trains:
-                stack.callback(FolderLock(self.folder).release)
-                for left in self.folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
+                stack.callback(FolderLock(folder).release)
+                for left in folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
                     left.unlink()
-            self._place = self.folder.stat()
+            self._place = folder.stat()
             failed = True
             try:
                 yield
                 failed = False
             except OSError as error:
-                error.filename = error.filename or str(self.folder)
+                error.filename = error.filename or str(folder)
                 raise
             finally:
                 if made and not self.trained and (failed or trains):
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                    shutil.rmtree(folder, ignore_errors=True)
                     for parent in made:
                         with suppress(OSError):  # another run may use it by now
                             parent.rmdir()
                 elif failed and not trains:
                     # of this process alone: another one may train there
-                    for path in set(self.folder.glob(f"events.out.tfevents.*.{getpid()}.*")) - known:
+                    for path in set(folder.glob(f"events.out.tfevents.*.{getpid()}.*")) - known:
                         path.unlink(missing_ok=True)
                 elif failed and trains and not self.trained:
-                    for path in sorted(set(self.folder.rglob("*")) - known, reverse=True):
+                    for path in sorted(set(folder.rglob("*")) - known, reverse=True):
                         with suppress(OSError):
                             path.rmdir() if path.is_dir() else path.unlink()
 
-    def _claim(self) -> list[Path]:
-        """Make the next version of the experiment; returns the folders above it that had to be made too."""
+    def _claim(self) -> tuple[Path, list[Path]]:
+        """Make the next version of the experiment; returns it, and the folders above it that had to be made too."""
         above = [self.experiment, *self.experiment.parents]
         missing = [folder for folder in above if not folder.exists()]
         try:
@@ -181,15 +182,14 @@ class RunFolder(Callback):
             number = max(_versions(self.experiment), default=-1) + 1
             # another run may take a number first: to make a folder is what tells
             while True:
-                self.folder = self.experiment / f"version_{number}"
+                folder = self.experiment / f"version_{number}"
                 try:
-                    self.folder.mkdir()
+                    folder.mkdir()
                 except FileExistsError:
                     number += 1
                 else:
-                    return missing
+                    return folder, missing
         except OSError as error:
-            self.folder = None
             raise InputError(
                 f"trainer.default_root_dir: the folder {self.experiment} cannot be made ({error.strerror}); name one "
                 "that can be written with --trainer.default_root_dir"
@@ -205,9 +205,11 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let all ranks know the folder, and have checkpoints saved there, whatever the loggers are."""
-        folder = trainer.strategy.broadcast(self.folder and str(self.folder))
-        self.folder = folder and Path(folder)
-        for callback in trainer.checkpoint_callbacks if folder else []:
+        folder: str | None = trainer.strategy.broadcast(None if self.folder is None else str(self.folder))
+        self.folder = Path(folder) if folder else None
+        if self.folder is None:
+            return
+        for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
 
@@ -224,7 +226,7 @@ class RunFolder(Callback):
         Raises:
             FileNotFoundError: it is gone.
         """
-        if self._place and trainer.is_global_zero:
+        if self._place and self.folder and trainer.is_global_zero:
             try:
                 same = samestat(self.folder.stat(), self._place)
             except FileNotFoundError:

@@ -9,25 +9,30 @@
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 Tree: TypeAlias = Tensor | dict[str, Any]
+SomeTree = TypeVar("SomeTree", bound=Tree)
 
 
-def tree_map(fn: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
+def tree_map(fn: Callable[..., Tensor], first: SomeTree, *rest: Tree) -> SomeTree:
     """Apply ``fn`` leaf by leaf to trees of equal keys and shapes.
 
     Raises:
         ValueError: the trees have different keys or leaves of different shapes; nothing is ever broadcast.
     """
+    return _mapped(fn, first, *rest)
+
+
+def _mapped(fn: Callable[..., Tensor], first: Any, *rest: Any) -> Any:
     for other in rest:
         if _form(other) != _form(first):
             raise ValueError(f"trees differ: {_form(first)} and {_form(other)}")
     if isinstance(first, dict):
-        return {key: tree_map(fn, first[key], *(other[key] for other in rest)) for key in first}
+        return {key: _mapped(fn, first[key], *(other[key] for other in rest)) for key in first}
     return fn(first, *rest)
 
 
@@ -44,7 +49,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         yield prefix, tree
 
 
-def axpy(scale: float | Tensor, x: Tree, y: Tree) -> Tree:
+def axpy(scale: float | Tensor, x: SomeTree, y: Tree) -> SomeTree:
     """``scale · x + y``, leaf by leaf."""
     return tree_map(lambda a, b: scale * a + b, x, y)
 
@@ -65,7 +70,7 @@ def flatten(tree: Tree) -> Tensor:
     return torch.cat([leaf.reshape(-1) for _, leaf in leaves(tree)])
 
 
-def unflatten(vector: Tensor, like: Tree) -> Tree:
+def unflatten(vector: Tensor, like: SomeTree) -> SomeTree:
     """The way back from :func:`flatten`: a tree of the shapes and types of ``like`` with the entries of ``vector``."""
     pieces = iter(vector.split([leaf.numel() for _, leaf in leaves(like)]))
     return tree_map(lambda leaf: next(pieces).view_as(leaf).to(leaf.dtype), like)

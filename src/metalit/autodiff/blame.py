@@ -103,7 +103,8 @@ def _of_types(module: nn.Module, x: Tensor) -> str:
 
 def _gets_through_a_layer(module: nn.Module, x: Tensor) -> bool:
     """Whether at least one layer with parameters of its own takes what it is given."""
-    passed, network = [], getattr(module, "network", module)
+    passed: list[str] = []
+    network = getattr(module, "network", module)
 
     def note(layer: nn.Module, given: object, found: object) -> None:
         passed.extend(parameters_of(layer))

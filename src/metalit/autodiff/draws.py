@@ -192,8 +192,9 @@ class KeyedDropout(TorchFunctionMode):
     ) -> Tensor:
         """Attention whose weights drop: softmax(QKᵀ · scale + mask) written down; without dropout, torch's own."""
         if dropout_p == 0.0:
-            options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -215,7 +216,7 @@ class KeyedDropout(TorchFunctionMode):
         if p == 1.0:
             return x * 0.0
         self.calls += 1
-        shape = x.shape
+        shape: tuple[int, ...] = x.shape
         if spatial is not None:
             # as torch reads it: an input without a batch is [channels, ...], but never for dropout2d
             kept = 1 if x.dim() == spatial + 1 and spatial != 2 else 2

@@ -32,7 +32,7 @@ class ExactSecondDerivatives(TorchFunctionMode):
         """Call ``func``, or what it stands for."""
         if func is FUSED_WEIGHT_NORM:
             return _weight_norm(*args, **(kwargs or {}))
-        if func == torch.Tensor.data.__get__:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]  # for torch's types it is no property
             self.read_data = True
             self._constants.append((args[0].detach(), args[0]))
             return self._constants[-1][0]

@@ -1,6 +1,7 @@
 """Derivatives of each row of a batch for itself, all rows at once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor
 from torch.func import grad
@@ -122,4 +123,5 @@ def per_sample_hessian(
     def hessian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
         return forward(lambda at: jacobian(value, at), point)
 
-    return for_each_row(hessian, fn, inputs, None, parameters, ("*",), by, chunk_size, False, key)
+    found = for_each_row(hessian, fn, inputs, None, parameters, ("*",), by, chunk_size, False, key)
+    return cast(Tensor, found)  # by one input

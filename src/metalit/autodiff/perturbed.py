@@ -77,7 +77,7 @@ def gradient_at(
             # clones, as a forward pass may write to them
             point = {name: given.get(name, value).detach().clone() for name, value in module.named_parameters()}
             kept.lend()
-            return _gradient(module, loss, point | (buffers or {}), key, rows, again)
+            return _gradient(module, loss, point | dict(buffers or {}), key, rows, again)
 
     try:
         return found(again=not buffers)

@@ -1,7 +1,6 @@
 """A module or a function as a function of one row, and its derivatives for all rows at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Literal, TypeAlias
@@ -16,6 +15,7 @@ from metalit.autodiff.exact import ExactSecondDerivatives
 from metalit.autodiff.functional import With, evaluated
 from metalit.autodiff.names import matching, of_module
 from metalit.autodiff.reached import Bypass
+from metalit.autodiff.refusals import OTHER_DRAWS, refusals
 from metalit.autodiff.untouched import untouched
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
@@ -51,15 +51,16 @@ def for_each_row(
             "parameters: a plain function needs those to differentiate by; or give by=0 for its first input"
         )
     chosen = _chosen(values, inputs, names, by)
+    position = by if isinstance(by, int) else 0
 
     def row(*parts: Tensor) -> Tree:
         row_key, parts = (None, parts) if key is None else (parts[-1], parts[:-1])
 
         def value(at: Tree) -> Tensor:
-            state, seen = ({**values, **at}, parts) if isinstance(at, dict) else (values, _put(parts, by, at))
-            return _differentiable(evaluate(state, seen, row_key), "fn" if loss is None else "loss")
+            state, given = ({**values, **at}, parts) if isinstance(at, dict) else (values, _put(parts, position, at))
+            return _differentiable(evaluate(state, given, row_key), "fn" if loss is None else "loss")
 
-        point = parts[by] if chosen is None else chosen
+        point = parts[position] if chosen is None else chosen
         slopes = derivative(value, point)
         return _flat(slopes, point) if flat else slopes
 
@@ -83,50 +84,10 @@ def _watched(rows: Callable[..., Tree], key: Tensor | None) -> Callable[..., Tre
             found = rows(*batches)
         drawn = any(not torch.equal(generator.get_state(), state) for generator, state in states)
         if elsewhere.drawn or (key is None and drawn):
-            raise InputError(_OTHER_DRAWS)
+            raise InputError(OTHER_DRAWS)
         return found if grads else tree_map(Tensor.detach, found)
 
     return watched
-
-
-_OTHER_DRAWS = (
-    "fn: it draws random numbers by other means than the modules torch.nn.Dropout, Dropout1d, Dropout2d and Dropout3d "
-    "with key=, so its draws would not follow the row; use those, or call .eval()"
-)
-_IN_PLACE = (
-    "fn: it changes a tensor in place by what it sees in a row (Embedding(max_norm=...) does), which cannot be "
-    "vectorised over rows; assign a new tensor instead, or leave the change out"
-)
-_REFUSED = {
-    "randomness error mode": _OTHER_DRAWS,
-    "rrelu_with_noise": _OTHER_DRAWS,
-    "data-dependent control flow": (
-        "fn: it decides by the value of a tensor (if, while, .item()), which cannot be vectorised over rows; use "
-        "torch.where"
-    ),
-    "support dynamic shape": (
-        "fn: a shape depends on values (x[mask], nonzero), which cannot be vectorised over rows; use torch.where"
-    ),
-    "setup_context": (
-        "fn: a backward hook, or an autograd.Function without setup_context, cannot be vectorised over rows; leave it "
-        "out, or write setup_context"
-    ),
-    "mutate a captured Tensor": _IN_PLACE,
-    "there exists a Tensor `other`": _IN_PLACE,
-    "doesn't match the broadcast shape": _IN_PLACE,
-}
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Say in one line what ``vmap`` cannot do."""
-    try:
-        yield
-    except RuntimeError as error:
-        for part, told in _REFUSED.items():
-            if part in str(error):
-                raise InputError(told) from error
-        raise
 
 
 def _has_no_rule(fn: Function) -> bool:
@@ -151,7 +112,7 @@ def _put(parts: tuple[Tensor, ...], position: int, part: Tensor) -> tuple[Tensor
 
 def jacobian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
     """``∂value/∂point``, ``[*outputs, *shape]``, in reverse mode unless there are more outputs than entries."""
-    output, pull_back = vjp(value, point)
+    output, pull_back = vjp(value, point)[:2]
     if output.numel() > sum(leaf.numel() for _, leaf in leaves(point)):
         return forward(value, point)
     if output.numel() == 1:  # cheaper than a batch of one

@@ -26,5 +26,5 @@ def hessian_products(fn: Callable[[Tree, Tree], Tensor], inner: Tree, outer: Tre
     (tensor([2., 4.]), tensor([16.,  2.]))
     """
     with ExactSecondDerivatives():
-        _, pull_back = vjp(grad(fn), inner, outer)
+        _, pull_back = vjp(grad(fn), inner, outer)[:2]
         return pull_back(vector)

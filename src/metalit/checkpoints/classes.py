@@ -92,7 +92,7 @@ def hints_of(cls: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):  # what a subclass hands on as **kwargs is annotated above it
         try:
-            hints |= get_type_hints(base.__init__) if "__init__" in vars(base) else {}
+            hints |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
         except (NameError, TypeError, AttributeError):
             continue  # names that only a type checker knows
     return hints
@@ -150,7 +150,7 @@ def _object(value: dict[str, Any], kinds: list[Any], where: str) -> Any:
         loose = any(kind in (Any, object, Callable) for kind in kinds) or (factories and not results)
         allowed = [kind for kind in kinds if isclass(kind) and kind not in (Any, object)]
         _check(cls, [*allowed, *results, *([nn.Module] if loose else [])], path, where)
-    given = {}
+    given: dict[str, Any] = {}
     for part in ("init_args", "dict_kwargs"):
         given |= arguments(cls, value.get(part) or {}, where)
     return partial(cls, **given) if made_later else _made(cls, given, where)

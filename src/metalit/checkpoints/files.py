@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metalit.errors import InputError
 
-_NEEDED = {"state_dict": dict, "global_step": int, "loops": dict, "pytorch-lightning_version": str}
-_OTHERS = {
+_NEEDED: dict[str, type] = {"state_dict": dict, "global_step": int, "loops": dict, "pytorch-lightning_version": str}
+_OTHERS: dict[str, Any] = {
     **{
         "epoch": int,
         "fused_steps": int,
@@ -86,8 +86,10 @@ def _content(source: str | Path | IO[bytes], owner: str) -> IO[bytes]:
 
 
 def _way_out(source: str | Path | IO[bytes]) -> str:
-    folder = Path(source).parent if isinstance(source, str | Path) else None
-    others = [file.name for file in sorted(folder.glob("*.ckpt")) if file != Path(source)] if folder else []
+    if not isinstance(source, str | Path):
+        return "get it anew"
+    folder = Path(source).parent
+    others = [file.name for file in sorted(folder.glob("*.ckpt")) if file != Path(source)]
     return f"use another one: {' or '.join(others)} in {str(folder)!r}" if others else "get it anew"
 
 
@@ -106,7 +108,7 @@ def _checked(checkpoint: Any, owner: str) -> dict[str, Any]:
     except InvalidVersion:
         wrong.append("pytorch-lightning_version")
     wrong += ["global_step"] if not wrong and checkpoint["global_step"] < 0 else []
-    inside = {"state_dict": Tensor, "callbacks": dict, "optimizer_states": dict, "lr_schedulers": dict}
+    inside: dict[str, type] = {"state_dict": Tensor, "callbacks": dict, "optimizer_states": dict, "lr_schedulers": dict}
     for name, kind in inside.items():
         held = None if name in wrong else checkpoint.get(name)
         held = list(held.values()) if isinstance(held, dict) else held or []
@@ -114,9 +116,9 @@ def _checked(checkpoint: Any, owner: str) -> dict[str, Any]:
     if "state_dict" not in wrong and not all(_has_values(weight) for weight in checkpoint["state_dict"].values()):
         wrong.append("state_dict")
     if wrong:
-        kind = type(checkpoint[wrong[0]]).__name__
+        found = type(checkpoint[wrong[0]]).__name__
         raise InputError(
-            f"{owner} is no checkpoint of a learner: its {wrong[0]!r} is not what training saves (a {kind}, or values "
+            f"{owner} is no checkpoint of a learner: its {wrong[0]!r} is not what training saves (a {found}, or values "
             "of another kind in it); use another checkpoint"
         )
     return checkpoint

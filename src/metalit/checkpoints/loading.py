@@ -3,10 +3,11 @@
 from contextlib import AbstractContextManager, nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor
 
@@ -26,8 +27,12 @@ from metalit.private_lightning import (
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
-class LoadedSafely:
+class LoadedSafely(HyperparametersMixin):
     """Mixed into a LightningModule or a LightningDataModule, before it."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str]
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str]
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str]
 
     def save_given(self) -> None:
         """Keep the configuration that the command line gave, so that a checkpoint rebuilds this object.
@@ -75,7 +80,7 @@ class LoadedSafely:
         checkpoint = read_checkpoint(checkpoint_path, map_location or default_map_location)
         key = cls.CHECKPOINT_HYPER_PARAMS_KEY
         kept = dict(checkpoint.get(key) or {})
-        target = cls
+        target: Any = cls
         if CLASS_PATH in kept:
             target = find_class(kept[CLASS_PATH], owner)
             if not issubclass(target, cls):
@@ -94,16 +99,16 @@ class LoadedSafely:
             checkpoint.pop(name, None)
         for name in CHECKPOINT_PAST_HPARAMS_KEYS:
             checkpoint.pop(name, None)
-        options = {"strict": strict} if issubclass(cls, LightningModule) else {}
+        options: dict[str, Any] = {"strict": strict} if issubclass(cls, LightningModule) else {}
         with _configured(kept, given):
-            found = load_state(target, checkpoint, **options, **built)
+            found: Any = load_state(target, checkpoint, **options, **built)
         if isinstance(found, LightningModule):
             weights = (value for value in checkpoint["state_dict"].values() if isinstance(value, Tensor))
             found.to(next((value.device for value in weights), torch.device("cpu")))
         return found
 
 
-def _check_arguments(target: type, built: dict[str, Any], owner: str) -> None:
+def _check_arguments(target: Any, built: dict[str, Any], owner: str) -> None:
     taken = dict(list(signature(target.__init__).parameters.items())[1:])
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values()):
         return

@@ -51,7 +51,7 @@ class BatchDataModule(TableDataModule):
     def prepare(self) -> None:
         """Read the rows, split them, and share out what is evaluated."""
         super().prepare()
-        ranks = self.ranks.count
+        ranks = self.ranks.number
         for split in ("val", "test"):
             rows = len(self.points(split).x)
             if rows < ranks:

@@ -273,8 +273,8 @@ def _real_rows(curves: _Curves) -> Tensor:
 def _gather(names: list[str], rows: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> _Curves:
     length = torch.tensor([len(rows[name]) for name in names], dtype=torch.int64)
     longest = int(length.max()) if names else 0
-    padded = [torch.zeros(len(names), longest, values.shape[1], dtype=torch.float64) for values in (x, y)]
+    padded_x, padded_y = (torch.zeros(len(names), longest, values.shape[1], dtype=torch.float64) for values in (x, y))
     for task, name in enumerate(names):
-        for target, values in zip(padded, (x, y), strict=True):
+        for target, values in ((padded_x, x), (padded_y, y)):
             target[task, : length[task]] = torch.from_numpy(values[rows[name]])
-    return _Curves(names, *padded, length)
+    return _Curves(names, padded_x, padded_y, length)

@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from metalit.checkpoints import LoadedSafely
@@ -23,10 +23,10 @@ class Ranks(NamedTuple):
     """Which rank this is, and of how many."""
 
     rank: int
-    count: int
+    number: int
 
 
-class StreamDataModule(LoadedSafely, LightningDataModule, ABC):
+class StreamDataModule(LoadedSafely, LightningDataModule, ABC):  # type: ignore[misc]  # its load_from_checkpoint
     """Draws for training, validation and test, a pure function of (seed, split, index).
 
     Training takes the indices of :class:`~metalit.data.stream.TrainStream`, shared by the ranks.
@@ -63,7 +63,7 @@ class StreamDataModule(LoadedSafely, LightningDataModule, ABC):
         Raises:
             InputError: they do not divide the number of draws.
         """
-        ranks = self.ranks.count
+        ranks = self.ranks.number
         if self.number % ranks:
             raise InputError(
                 f"{self.argument}={self.number} in each outer step cannot be shared by {ranks} processes; "
@@ -79,14 +79,15 @@ class StreamDataModule(LoadedSafely, LightningDataModule, ABC):
         Raises:
             InputError: no ``max_steps``.
         """
-        steps = self.trainer.max_steps
+        trainer = cast(Trainer, self.trainer)
+        steps = trainer.max_steps
         if steps < 1:
             raise InputError(
                 f"trainer.max_steps={steps}: the training data has no end, so give the number of outer steps, such as "
                 "10000"
             )
-        draw, fused = overfitted(draw, self.number, self.trainer), fused_steps(self.trainer)
-        return TrainStream(draw, self.number, steps, lambda: self.trainer.global_step, *self.ranks, fused)
+        draw, fused = overfitted(draw, self.number, trainer), fused_steps(trainer)
+        return TrainStream(draw, self.number, steps, lambda: trainer.global_step, *self.ranks, fused)
 
     def train_dataloader(self) -> Any:
         """What is drawn in every outer step."""

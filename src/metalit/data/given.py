@@ -40,7 +40,7 @@ def tasks_of(batch: Any, key: Tensor) -> Task:
 
 def _parts(batch: Any) -> tuple[Any, Any, Any]:
     if isinstance(batch, Task):
-        return tuple(batch)
+        return batch.support, batch.query, batch.key
     if isinstance(batch, Mapping):
         for first, second in _NAMES:
             if batch.keys() >= {first, second}:

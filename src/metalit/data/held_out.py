@@ -58,7 +58,7 @@ class Partition(NamedTuple):
         """
         shuffled = permutation(folded(torch.tensor(self.split_seed), len(get_args(Split))), len(names)).tolist()
         order = [names[position] for position in shuffled]
-        named = {split: self._named(split, names) for split in ("val", "test")}
+        named: dict[Split, list[str] | None] = {"val": self._named("val", names), "test": self._named("test", names)}
         if self.folds is not None:
             named["test"] = order[self.fold :: self.folds]
         twice = sorted({*(named["val"] or ())} & {*(named["test"] or ())})
@@ -66,13 +66,15 @@ class Partition(NamedTuple):
             raise InputError(f"data.tasks: {twice[:5]} would be in val and in test; each task is in one split")
         rest = [name for name in order if name not in {*(named["val"] or ()), *(named["test"] or ())}]
         chosen: dict[Split, list[str]] = {}
-        for split in ("test", "val"):
-            count = round(len(names) * getattr(self, split)) if named[split] is None else 0
-            chosen[split] = rest[:count] if named[split] is None else named[split]
+        held: tuple[Split, Split] = ("test", "val")
+        for split in held:
+            given = named[split]
+            count = round(len(names) * getattr(self, split)) if given is None else 0
+            chosen[split] = rest[:count] if given is None else given
             rest = rest[count:]
         chosen["train"] = rest
-        wanted = [split for split in ("val", "test") if getattr(self, split) or (self.folds and split == "test")]
-        if not all(chosen[split] for split in ("train", *wanted)):
+        wanted = [split for split in held if getattr(self, split) or (self.folds and split == "test")]
+        if not chosen["train"] or not all(chosen[split] for split in wanted):
             raise InputError(
                 f"{owner}: {len(names)} task(s) cannot be split into train, val and test with {self._said()}: each "
                 "split needs one at least; change the fractions or add tasks"

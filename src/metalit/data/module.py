@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class TaskDataModule(StreamDataModule):
                 raise InputError(
                     f"data.{split}.tasks='all': {type(self.tasks).__name__} has no last task, so give a number"
                 )
-        ranks = self.ranks.count
+        ranks = self.ranks.number
         for split in ("val", "test"):
             if 0 < self._count(split) < ranks:
                 raise InputError(
@@ -105,7 +105,8 @@ class TaskDataModule(StreamDataModule):
 
     def _check_wanted(self, stage: str) -> None:
         """A split may have no task where none is asked for; training without validation goes by its last step."""
-        needed = {"validate": "val", "test": "test"}.get(stage)
+        evaluated: dict[str, Split] = {"validate": "val", "test": "test"}
+        needed = evaluated.get(stage)
         if needed and self.tasks.count(needed) == 0:
             verb = "test" if needed == "test" else "validate"  # Lightning's stage is a word with a prefix
             raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {verb}")
@@ -139,9 +140,10 @@ class TaskDataModule(StreamDataModule):
         return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
 
     def _count(self, split: Split) -> int:
-        tasks = self.episodes[split].tasks
-        there_are = self.tasks.count(split)
-        return there_are if tasks == "all" or there_are == 0 else tasks
+        tasks, there_are = self.episodes[split].tasks, self.tasks.count(split)
+        if there_are == 0:
+            return 0
+        return cast(int, there_are) if tasks == "all" else tasks  # which has an end: see TaskDistribution.check
 
 
 def _rows(episodes: Episodes) -> int | None:

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from metalit.private_torch import pytree_map, tree_leaves
-from metalit.problem import Task
 
 # small tasks are drawn for many steps in one call, which costs as much as for one; large ones when they are due
 _BLOCK_STEPS = 64
 _BLOCK_BYTES = 2**24
 
-Draw = Callable[[Tensor], Task]
+Draw: TypeAlias = Callable[[Tensor], Any]  # n indices as n tasks, or rows, or keys
+Some = TypeVar("Some")
 
 
 class Fused(NamedTuple):
@@ -78,7 +78,7 @@ class TrainStream:
     def __len__(self) -> int:
         return self.steps // self.fused
 
-    def __iter__(self) -> Iterator[Task | Fused]:
+    def __iter__(self) -> Iterator[Any]:
         step, length = self.first_step(), self._block_length
         while True:
             # blocks start at multiples of their length, so that a resumed run makes the very same calls
@@ -121,10 +121,10 @@ class EvalStream:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Any]:
         return map(self.draw, self.chunks)
 
 
-def take(tasks: Task, which: slice | Tensor) -> Task:
+def take(tasks: Some, which: slice | Tensor) -> Some:
     """Choose tasks out of a batch."""
     return pytree_map(lambda leaf: None if leaf is None else leaf[which], tasks)

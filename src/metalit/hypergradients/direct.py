@@ -1,6 +1,6 @@
 """No inner step: the gradient of the outer loss as it stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +25,7 @@ class Direct(Hypergradient):
 
     carries: ClassVar[frozenset[Path]] = frozenset({"init", "outer_loss"})
 
-    @property
-    def steps(self) -> int:
-        """No inner step."""
-        return 0
+    steps: int = field(default=0, init=False, repr=False)
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, adapt
@@ -71,13 +72,13 @@ class Implicit(Hypergradient):
         own = outer["problem"]
         inner = adapt(problem, optimizer, outer, task, self.steps, start)
 
-        def slope(inner: Tree, own: Tree) -> Tree:
+        def gradient(inner: Tree, own: dict[str, Tensor]) -> Tree:
             return problem.inner_grad(inner, own, task, self.steps)
 
         (b, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(inner, own, task)
-        _, hessian = vjp(lambda inner: slope(inner, own), inner)
+        _, hessian = vjp(lambda inner: gradient(inner, own), inner)[:2]
         q, indefinite = self.solver(lambda v: axpy(self.damping, v, hessian(v)[0]), b)
-        _, pull_back = vjp(slope, inner, own)
+        _, pull_back = vjp(gradient, inner, own)[:2]
         product, indirect = pull_back(q)
         left = norm(axpy(-1.0, axpy(self.damping, q, product), b))
         size = norm(b)

@@ -48,7 +48,7 @@ class JTg(Hypergradient):
         own = outer["problem"]
         before = adapt(problem, optimizer, outer, task, 0, start)
 
-        g, pull_back = vjp(lambda own: problem.inner_grad(before, own, task, 0), own)
+        g, pull_back = vjp(lambda own: problem.inner_grad(before, own, task, 0), own)[:2]
         (product,) = pull_back(tree_map(problem.scaled, g))
         inner = adapt(problem, optimizer, outer, task, self.steps, before)
         no_rates = tree_map(torch.zeros_like, outer["optimizer"])

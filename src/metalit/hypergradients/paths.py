@@ -12,7 +12,7 @@ from metalit.errors import InputError
 from metalit.inner.base import InnerOptimizer
 from metalit.private_torch import tree_leaves
 from metalit.problem import Problem
-from metalit.tree import Tree, leaves, tree_map
+from metalit.tree import SomeTree, Tree, leaves, tree_map
 
 if TYPE_CHECKING:
     from metalit.hypergradients.base import Hypergradient
@@ -167,7 +167,7 @@ def _between(steps: int) -> list[int]:
     return sorted({round(number * (steps - 1) / 15) for number in range(16)} - {0, steps - 1})
 
 
-def _free(tree: Tree) -> Tree:
+def _free(tree: SomeTree) -> SomeTree:
     return tree_map(lambda value: value.detach().clone().requires_grad_(value.is_floating_point()), tree)
 
 

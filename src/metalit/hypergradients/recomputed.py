@@ -83,7 +83,7 @@ def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[
     """``pull`` pulled back through ``fn`` to what it was given; zero where there is no inner variable."""
     if not tree_leaves(pull):
         return pytree_map(torch.zeros_like, given)
-    _, back = vjp(fn, *given)
+    _, back = vjp(fn, *given)[:2]
     return back(pull)
 
 

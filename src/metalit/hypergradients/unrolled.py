@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -58,11 +60,12 @@ class Unrolled(Hypergradient):
 
         def loss(outer: Outer) -> tuple[Tensor, Tree]:
             path = list(iterates(problem, optimizer, outer, task, self.steps, start))
-            if self.weights is None:
-                return problem.outer_loss(path[-1], outer["problem"], task), path[-1]
-            losses = [problem.outer_loss(inner, outer["problem"], task) for inner in path[1:]]
+            counted = path[-1:] if self.weights is None else path[1:]
+            losses = [problem.outer_loss(inner, outer["problem"], task) for inner in counted]
             weights = self.weights_at(progress, losses[-1])
-            return sum(w * value for w, value in zip(weights, losses, strict=True)), path[-1]
+            if weights is None:
+                return losses[-1], path[-1]
+            return reduce(add, (weight * value for weight, value in zip(weights, losses, strict=True))), path[-1]
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
         return Estimate(value, gradient, inner)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from metalit.autodiff import call, draws, sees_other_rows
 from metalit.errors import InputError, check_not_negative
-from metalit.problem import Points, Splits
+from metalit.problem import Inner, Points, Splits
 from metalit.problems.rows import Batch, RowsProblem, check_size
-from metalit.tree import Tree, dot
+from metalit.tree import dot
 
 _CERTAIN = 40.0  # σ of it is 1 to the last digit of float32
 
@@ -78,11 +78,11 @@ class Cleaning(RowsProblem):
         """σ(φ) of these rows."""
         return torch.sigmoid(outer["logit"][rows])
 
-    def penalty(self, inner: Tree, outer: dict[str, Tensor]) -> Tensor:
+    def penalty(self, inner: Inner, outer: dict[str, Tensor]) -> Tensor:
         """½ decay ‖θ‖²."""
         return 0.5 * self.decay * dot(inner, inner)
 
-    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
+    def scores(self, inner: Inner, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
         """The scores of the rows, and the F1 of finding the corrupted examples: 2TP / (2TP + FP + FN)."""
         scores = super().scores(inner, outer, task, split)
         found, true = outer["logit"] < 0, task.corrupted
@@ -101,7 +101,7 @@ class Cleaning(RowsProblem):
             found["the clean examples alone"] = ({"logit": certain[clean]}, alone)
         return found
 
-    def results(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
+    def results(self, inner: Inner, outer: dict[str, Tensor], task: Splits) -> dict[str, dict[str, Tensor]]:
         """``examples``: the weight of each, its label, and whether that was corrupted."""
         weight = torch.sigmoid(outer["logit"])
         return {"examples": {"weight": weight, "label": task.train.y, "corrupted": task.corrupted}}

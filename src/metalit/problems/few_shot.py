@@ -100,8 +100,8 @@ class FewShot(FewShotProblem):
                 "network: BatchNorm would mix the padding of shorter tasks into its statistics; use LayerNorm or "
                 "GroupNorm, or give every task the same number of rows"
             )
-        key = fold(key, draw) if draws(self.network) else None
-        return self.judge(call(self.network, parameters, points.x, key=key), points)
+        drawing = fold(key, draw) if draws(self.network) else None
+        return self.judge(call(self.network, parameters, points.x, key=drawing), points)
 
 
 def _adapted(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

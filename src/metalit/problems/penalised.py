@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metalit.errors import InputError
-from metalit.problem import Splits
+from metalit.problem import Inner, Splits
 from metalit.problems.rows import Batch, RowsProblem, check_size
-from metalit.tree import Tree
 
 _GRID = (-6.0, -4.0, -2.0, 0.0)  # log-penalties of the baselines that penalise all features alike
 _LARGEST = 80.0  # its exponential is finite in single precision
@@ -66,7 +65,7 @@ class _Penalised(RowsProblem):
         """½ Σⱼ exp(φⱼ) wⱼ²."""
         return 0.5 * (outer["log_penalty"].exp() * inner["weight"].square()).sum()
 
-    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
+    def scores(self, inner: Inner, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
         """The scores of the rows; where columns of noise were added, the mean log-penalties of both kinds too."""
         scores = super().scores(inner, outer, task, split)
         if bool(task.noise.any()):

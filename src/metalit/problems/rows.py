@@ -1,7 +1,7 @@
 """Problems whose inner level fits the training rows of a table, judged by the outer level on its validation rows."""
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -9,8 +9,7 @@ from torch import Tensor
 from metalit.autodiff import per_sample_gradients
 from metalit.errors import InputError
 from metalit.keys import fold, permutation
-from metalit.problem import Points, Problem, Splits
-from metalit.tree import Tree
+from metalit.problem import Inner, Points, Problem, Splits
 
 Batch = int | Literal["all"]
 _OUTER_DRAW = -1  # the key of the outer minibatch; inner step k uses k
@@ -38,7 +37,7 @@ class RowsProblem(Problem):
         self.outer_batch = outer_batch
 
     @abstractmethod
-    def predict(self, inner: Tree, x: Tensor) -> Tensor:
+    def predict(self, inner: Inner, x: Tensor) -> Tensor:
         """Return what an inner variable says of ``[rows, inputs]``."""
 
     @abstractmethod
@@ -49,23 +48,23 @@ class RowsProblem(Problem):
         """Return the weights of these training rows in the inner loss; None if all count 1."""
         return None
 
-    def penalty(self, inner: Tree, outer: dict[str, Tensor]) -> Tensor | float:
+    def penalty(self, inner: Inner, outer: dict[str, Tensor]) -> Tensor | float:
         """Return what the inner loss has beside the rows."""
         return 0.0
 
-    def inner_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits, step: int) -> Tensor:
+    def inner_loss(self, inner: Inner, outer: dict[str, Tensor], task: Splits, step: int) -> Tensor:
         """The weighted mean row loss on a minibatch of the training rows, and the penalty."""
         rows = _draw(task.key, step, len(task.train.x), self.batch)
         losses = self.row_losses(self.predict(inner, task.train.x[rows]), task.train.y[rows])
         weights = self.row_weights(outer, rows)
         return (losses if weights is None else weights * losses).mean() + self.penalty(inner, outer)
 
-    def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Splits) -> Tensor:
+    def outer_loss(self, inner: Inner, outer: dict[str, Tensor], task: Splits) -> Tensor:
         """The mean row loss on a minibatch of the validation rows."""
         rows = _draw(task.key, _OUTER_DRAW, len(task.val.x), self.outer_batch)
         return self.row_losses(self.predict(inner, task.val.x[rows]), task.val.y[rows]).mean()
 
-    def sample_gradient_norms(self, inner: Tree, points: Points) -> Tensor:
+    def sample_gradient_norms(self, inner: Inner, points: Points) -> Tensor:
         """The norm of each row's own loss gradient, ‖∇θ ℓᵢ(θ)‖, ``[rows]``.
 
         Raises:
@@ -80,9 +79,10 @@ class RowsProblem(Problem):
         def loss(x: Tensor, y: Tensor, **inner: Tensor) -> Tensor:
             return self.row_losses(self.predict(inner, x.unsqueeze(0)), y.unsqueeze(0))[0]
 
-        return per_sample_gradients(loss, points.x, points.y, parameters=inner, flat=True).norm(dim=1)
+        gradients = per_sample_gradients(loss, points.x, points.y, parameters=inner, flat=True)
+        return cast(Tensor, gradients).norm(dim=1)
 
-    def scores(self, inner: Tree, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
+    def scores(self, inner: Inner, outer: dict[str, Tensor], task: Splits, split: str) -> dict[str, Tensor]:
         """The mean row loss over the whole split, with the accuracy of :meth:`answers`, or the R² of real numbers."""
         points: Points = getattr(task, split)
         prediction = self.predict(inner, points.x)
