@@ -32,7 +32,7 @@ from metalit.callbacks import (
     SignsOfLife,
     StopOnSignal,
 )
-from metalit.callbacks.signals import ignore_signals, leave_signals, requeue
+from metalit.callbacks.signals import ignore_signals, requeue, set_handlers
 from metalit.checkpoints import read_checkpoint
 from metalit.checks.ranks import check_nodes
 from metalit.data import (
@@ -396,7 +396,7 @@ def run(args: Sequence[str]) -> None:
                 raise
             raise InputError(f"trainer.val_check_interval: {error}") from error
         finally:
-            leave_signals(handlers)
+            set_handlers(handlers)
 
 
 def _class_names() -> set[str]:

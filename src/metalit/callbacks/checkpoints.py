@@ -58,8 +58,8 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(ModelCheckpoint):
     """``last.ckpt``: the learner at the last validation, or later, by the clock of rank 0.
 
-    It is saved after the first call of the Trainer, of ``fused_steps`` outer steps, that ends ``seconds`` after the
-    last save; if a validation is due then, after it. So it is at most ``seconds``, a call and a validation old.
+    It is saved when ``seconds`` have passed since the last save: after the next batch, of ``fused_steps`` outer steps,
+    or after the validation that is due then. So it is at most ``seconds``, a batch and a validation old.
 
     With :class:`~metalit.callbacks.StopOnSignal` it also saves where the run is told to stop.
 
@@ -68,7 +68,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Raises:
         InputError: negative seconds; when training starts: a :class:`BestCheckpoint` that comes after it, whose score
-            it would not know.
+            would be missing in what is saved.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -79,7 +79,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
-        """See that what is saved is whole, and knows the best score."""
+        """Save whole files, which hold the best score."""
         if stage == "fit":
             savers = trainer.checkpoint_callbacks
             if any(isinstance(saver, BestCheckpoint) for saver in savers[savers.index(self) :]):
@@ -101,16 +101,16 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: OuterLearner, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time: ModelCheckpoint's own interval does not count under manual optimisation.
+        """Save when it is time; ModelCheckpoint's own interval does not work under manual optimisation.
 
-        Before a validation it waits: what a resumed run goes on from must know the outcome.
+        Where a validation is due, it waits for it: a resumed run needs its outcome.
         """
         asked = any(pl_module.agreement.any_rank(name) for name in ("save", "stop"))
         if asked and not validation_is_due(trainer):
             self.save_now(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
-        """Save, also over what was saved after the same step: it does not know the outcome."""
+        """Save, also over what was saved after the same step, before the validation."""
         if not trainer.sanity_checking:
             forget_saved_step(self)
         super().on_validation_end(trainer, pl_module)

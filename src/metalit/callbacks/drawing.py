@@ -1,4 +1,4 @@
-"""What all pictures share: names of the user's in them, their pixels, and that none of them ever ends a run."""
+"""What all pictures share: names as the user wrote them, pixels, and that a failing picture never ends a run."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # of Okabe an
 
 
 class Sketching:
-    """Runs what draws: whatever fails there is one line of warning, told once, and the run goes on without.
+    """Runs code that draws: if it fails, one line warns of it, once, and the run goes on without the picture.
 
     Args:
         what: what is drawn, for the message.

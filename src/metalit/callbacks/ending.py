@@ -1,4 +1,4 @@
-"""Why training ends, and that a run which has ended does not begin again by itself."""
+"""Why training ended; and a run that has ended does not start again by itself."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 class Ending(Callback):
     """Knows what ended training, for the line that says so.
 
-    A checkpoint of a run that EarlyStopping ended would train on until the next validation, with the patience of the
-    checkpoint in place of the configured one. Here it has ended, unless the configuration lets it go on.
+    By itself, Lightning would train on from a checkpoint of a run that EarlyStopping ended, until the next validation
+    and with the patience of the checkpoint. Here such a run stays ended, unless the configured patience lets it go on.
     """
 
     def __init__(self) -> None:

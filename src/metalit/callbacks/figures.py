@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST = 20  # pictures of a run: each takes about a third of a second
+_MOST = 20  # drawings in a run; each takes about a third of a second
 _DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _BEFORE = {"color": "0.25", "linestyle": ":"}
 _MARKS = ".x+1*v"  # where there are no lines
@@ -113,7 +113,7 @@ def draw_fits(
     # a column of words makes several inputs
     columns, single = source.columns, tasks.query.x.shape[-1] == 1
     x, y = literal(columns.x[0]), literal(columns.y[0])
-    # a call of their own: a network with BatchNorm answers the query as it is judged
+    # in a call of its own, so that BatchNorm sees the query set alone, as it does where it is judged
     drawn = learner.query_predictions(tasks._replace(query=tasks.support))[:, steps].double().cpu() if single else None
     figure, places = panels(len(tasks.support.x))
     for index, axes in enumerate(places):
@@ -173,7 +173,7 @@ def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
 
 
 def _styles(fits: _Fits) -> list[dict[str, Any]]:
-    """Apart by colour and by dashes; the last fit, which counts, is a plain line."""
+    """Colours and dashes that tell the fits apart; the last fit, which counts, is a solid line."""
     styles = cycle({"color": colour, "linestyle": dashes} for colour, dashes in zip(COLOURS, _DASHES, strict=True))
     last_first = [_BEFORE if step == 0 else next(styles) for step in reversed(fits.predicted)]
     return last_first[::-1]

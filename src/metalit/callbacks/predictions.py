@@ -40,7 +40,7 @@ class PredictionWriter(Callback):
         self._sketching = Sketching("the picture of the predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh, and see that nothing of the user's is overwritten."""
+        """Start afresh, and check that no file of the user's would be overwritten."""
         self._answers = []
         data = trainer.datamodule
         if trainer.is_global_zero and isinstance(data, TaskDataModule) and data.predict_file:
@@ -93,7 +93,7 @@ def _target(data: TaskDataModule) -> Path:
 
 
 def _replaces(target: Path, data: TaskDataModule) -> bool:
-    """Whether there is an earlier prediction; its first line ends with the columns of predictions."""
+    """Whether an earlier prediction is replaced; it is known by its first line, which ends with predicted columns."""
     picture = target.with_suffix(".png")
     if not target.exists() and not picture.exists():
         return False

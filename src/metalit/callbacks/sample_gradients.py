@@ -29,7 +29,7 @@ class SampleGradientNorms(Callback):
             raise InputError(f"SampleGradientNorms: {type(learner).__name__} has no rows; leave the callback out")
 
     def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
-        """Differentiate row by row, all at once; in the sanity check too, where what cannot be done is found early."""
+        """Take the gradient of each row; in the sanity check too, so that a failure comes early."""
         if trainer.state.fn != "fit":
             return
         norms, corrupted = learner.sample_gradient_norms(next(iter(trainer.val_dataloaders)))
@@ -38,7 +38,7 @@ class SampleGradientNorms(Callback):
         groups = {"all": norms}
         if bool(corrupted.any()):
             groups = {"clean": norms[~corrupted], "corrupted": norms[corrupted]}
-            # to at most 1: torchmetrics would squash larger ones by a sigmoid, to 1 and to ties
+            # scaled to at most 1: torchmetrics would put larger values through a sigmoid, which makes ties
             shares = norms / norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
             learner.write_scalars({"sample_gradients/auroc": binary_auroc(shares, corrupted.long())})
         with self._sketching():

@@ -1,4 +1,4 @@
-"""What is printed at the end: tables and lines in which names of the user's stand as they are written."""
+"""What is printed at the end: tables and lines, in which names stand as the user wrote them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ def table(headings: Sequence[str], *parts: Iterable[Sequence[str]]) -> Table:
     """A table with a line between its parts; all columns but the first are numbers."""
     made = Table()
     for number, heading in enumerate(headings):
-        # as a Text: in a plain string, what stands in brackets would be taken for a style
+        # a Text, because Rich takes brackets in a plain string for a style
         made.add_column(Text(heading), justify="right" if number else "left")
     for part in parts:
         for row in part:
@@ -24,7 +24,7 @@ def table(headings: Sequence[str], *parts: Iterable[Sequence[str]]) -> Table:
 
 
 def show(parts: Iterable[str | Table]) -> None:
-    """Print tables and lines; a file, which has no width of its own, gets them as wide as they are."""
+    """Print tables and lines; where there is no terminal, as wide as they are."""
     for part in parts:
         console = Console()
         if isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Signs of life in a plain log: where there is no terminal, a line now and then tells how far a run is."""
+"""Lines in a plain log that tell how far a run is, where there is no terminal for a progress bar."""
 
 import threading
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ _DOING = {
 class SignsOfLife(Callback):
     """Prints a line every few seconds: the step, the rate, the time left, the last errors.
 
-    A thread does, since a step or a validation may itself take long. While something compiles, which has signs of its
-    own, it is silent.
+    A thread prints them, since a single step or a validation may take long. It prints nothing while a function is
+    being compiled, which is told elsewhere.
 
     Args:
         seconds: the time between two lines.
@@ -35,28 +35,28 @@ class SignsOfLife(Callback):
         self._over: threading.Event | None = None
         self._batch = 0
         self._scores: dict[str, float] = {}
-        self._noted = 0.0
+        self._recorded_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin."""
+        """Start the thread."""
         self._end()
         if trainer.is_global_zero:
             self._over, self._batch, self._scores = threading.Event(), 0, {}
-            threading.Thread(target=self._watch, args=(trainer, self._over), daemon=True).start()
+            threading.Thread(target=self._print_lines, args=(trainer, self._over), daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End."""
+        """End the thread."""
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End."""
+        """End the thread."""
         self._end()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Note the training error, once for a line: to ask for it may take longer than a step."""
-        if monotonic() - self._noted >= self.seconds / 2:
-            self._noted = monotonic()
-            self._note(trainer, "train/")
+        """Record the training error, twice for each line: to ask for it may take longer than a step."""
+        if monotonic() - self._recorded_at >= self.seconds / 2:
+            self._recorded_at = monotonic()
+            self._record(trainer, "train/")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count batches anew."""
@@ -75,12 +75,12 @@ class SignsOfLife(Callback):
         self._batch += 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the scores."""
+        """Record the scores."""
         if not trainer.sanity_checking:
-            self._note(trainer, "val/")
+            self._record(trainer, "val/")
 
-    def _note(self, trainer: Trainer, prefix: str) -> None:
-        """Note what a progress bar would show: in hooks, since another thread must not ask for it."""
+    def _record(self, trainer: Trainer, prefix: str) -> None:
+        """Record what a progress bar would show; the thread itself must not ask the Trainer for it."""
         shown = trainer.progress_bar_metrics
         found = {name: float(shown[name]) for name in shown if name.startswith(prefix)}
         self._scores = dict(sorted((self._scores | found).items()))
@@ -89,14 +89,14 @@ class SignsOfLife(Callback):
         if self._over is not None:
             self._over.set()
 
-    def _watch(self, trainer: Trainer, over: threading.Event) -> None:
-        step, told = trainer.global_step, monotonic()
+    def _print_lines(self, trainer: Trainer, over: threading.Event) -> None:
+        step, time = trainer.global_step, monotonic()
         while not over.wait(self.seconds):
-            before, at, step, told = step, told, trainer.global_step, monotonic()
+            last_step, last_time, step, time = step, time, trainer.global_step, monotonic()
             if not is_waiting():
-                say(", ".join(self._said(trainer, (step - before) / (told - at))))
+                say(", ".join(self._parts(trainer, (step - last_step) / (time - last_time))))
 
-    def _said(self, trainer: Trainer, rate: float) -> Iterator[str]:
+    def _parts(self, trainer: Trainer, rate: float) -> Iterator[str]:
         fits, most = trainer.state.fn == "fit", trainer.max_steps
         if fits:
             yield f"step {trainer.global_step}{f' of {most}' if most > 0 else ''}"

@@ -17,10 +17,10 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 def write_table(
     logger: Any, tag: str, headings: Sequence[str], rows: Iterable[Sequence[str]], step: int, lines: Sequence[str] = ()
 ) -> None:
-    """Send a table, with lines of text around it: the first one stands before."""
+    """Send a table; of the lines of text, the first stands above it and the others below."""
 
     def joined(cells: Iterable[str]) -> str:
-        # names of the user's stand as they are written
+        # names stand as the user wrote them, not as Markdown
         return f"| {' | '.join(cell.translate(_MARKDOWN) for cell in cells)} |"
 
     table = [joined(headings), f"|{' --- |' * len(headings)}", *map(joined, rows)]

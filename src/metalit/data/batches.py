@@ -70,7 +70,7 @@ class BatchDataModule(TableDataModule):
 
     def train_dataloader(self) -> "Mapped":
         """The batches of every outer step."""
-        # the stream draws many steps at once: their positions, not their rows, which may be large
+        # the stream draws the positions of rows for many steps at once; the rows, which may be large, step by step
         return Mapped(partial(take, self.points("train")), self.train_stream(self._positions))
 
     def eval_stream(self, split: Split) -> EvalStream:
@@ -86,7 +86,7 @@ class BatchDataModule(TableDataModule):
 
 @dataclass(frozen=True)
 class Mapped:
-    """A stream, and what is made of all that it yields."""
+    """A stream of which each batch is made by a function when it is due."""
 
     make: Callable[[Any], Any]
     stream: TrainStream

@@ -1,4 +1,4 @@
-"""Batches of tasks in the forms in which loaders of the user's give them."""
+"""Batches of tasks from the user's own loaders, in the forms that are usual."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ _FORMS = (
 
 
 def tasks_of(batch: Any, key: Tensor) -> Task:
-    """A batch of tasks, whatever form it came in; its tasks draw from ``fold(key, i)`` unless they have keys.
+    """Bring a batch of tasks to one form; task i gets the key ``fold(key, i)``, unless the batch has keys.
 
     Raises:
         InputError: it is no batch of tasks.

@@ -26,17 +26,17 @@ class Fused(NamedTuple):
 
 
 def fused_steps(trainer: Trainer) -> int:
-    """How many outer steps the learner takes on each batch, if it is one that fuses any."""
+    """How many outer steps the learner takes on each batch: 1 unless it fuses several."""
     return getattr(trainer.lightning_module, "fused_steps", 1)
 
 
 def overfitted(draw: Draw, tasks: int, trainer: Trainer) -> Draw:
-    """Let the tasks of the first steps come again and again, where the trainer is told so by ``overfit_batches``.
+    """Repeat the tasks of the first steps for ever, if ``trainer.overfit_batches`` asks for it.
 
     Args:
         draw: maps ``[n]`` indices to n tasks.
         tasks: those of one outer step, over all ranks.
-        trainer: which may overfit a number of steps, or a share of them.
+        trainer: its ``overfit_batches`` is a number of steps, or a share of them.
     """
     steps = getattr(trainer, "overfit_batches", 0)
     if not steps:
@@ -52,9 +52,9 @@ class TrainStream:
         draw: maps ``[n]`` indices to n tasks.
         tasks: T, the tasks of one outer step, over all ranks.
         steps: the number of outer steps; the length of the stream.
-        first_step: tells, when iteration starts, at which step to go on.
-        rank, ranks: which share is ours.
-        fused: if more than one, so many steps come at once, :class:`Fused`; it divides ``steps`` and the first step.
+        first_step: called when iteration starts; returns the step to start at.
+        rank, ranks: which share is drawn: that of rank number ``rank`` of ``ranks``.
+        fused: if more than 1, so many steps come at once, as :class:`Fused`; it divides ``steps`` and the first step.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class TrainStream:
 
 
 class EvalStream:
-    """A fixed number of tasks, in batches; the ranks take turns.
+    """A fixed number of tasks, in batches; task i belongs to rank i modulo the number of ranks.
 
     Args:
         draw: maps ``[n]`` indices to n tasks.
         tasks: how many tasks there are, over all ranks.
         batch: how many come at once on each rank.
-        rank, ranks: which share is ours.
+        rank, ranks: which share is drawn: that of rank number ``rank`` of ``ranks``.
     """
 
     def __init__(self, draw: Draw, tasks: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
