@@ -1,5 +1,6 @@
 """What the tests share: one thread, the repository as working folder, and the command line as a function."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 TINY = ("--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=2")
 TINY_BY_CLASS = {
-    "TaskDataModule": ("--data.train.tasks=4", "--data.val.tasks=6", "--data.test.tasks=6", "--figures.tasks=2"),
+    "TaskDataModule": ("--data.train.tasks=4", "--data.val.tasks=6", "--data.test.tasks=6", "--figures.tasks=0"),
     "MetaLearner": ("--model.compile=false", "--model.fused_steps=1"),  # which have tests of their own
     "BilevelLearner": ("--model.eval_steps=5",),
 }
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 settings.register_profile("metalit", deadline=None, derandomize=True, database=None)
 settings.load_profile("metalit")
 

@@ -9,6 +9,10 @@ import yaml
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
+# those that go through every subcommand in the quick run, too; all others only begin to train there
+WHOLE = ("curves_gapminder", "bilevel_ridge", "sam_digits")
+
+
 def learner_of(config):
     return yaml.safe_load(config.read_text())["model"]["class_path"]
 
@@ -16,12 +20,21 @@ def learner_of(config):
 def of_learner(name):
     configs = [config for config in CONFIGS if learner_of(config) == name]
     assert configs
-    return pytest.mark.parametrize("config", configs, ids=lambda path: path.stem)
+    marked = [config if config.stem in WHOLE else pytest.param(config, marks=pytest.mark.long) for config in configs]
+    return pytest.mark.parametrize("config", marked, ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.stem not in WHOLE], ids=lambda path: path.stem
+)
+def test_takes_its_first_steps(config, metalit):
+    status, output = metalit("fit", str(config), "--trainer.max_steps=2", "--trainer.val_check_interval=1.0")
+    assert status == 0, output
 
 
 @of_learner("MetaLearner")
 def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
-    status, output = metalit("fit", str(config))
+    status, output = metalit("fit", str(config), "--figures.tasks=2")
     assert status == 0, output
     run = tmp_path / "lightning_logs" / config.stem / "version_0"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}

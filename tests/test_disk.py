@@ -81,9 +81,8 @@ def test_a_file_in_place_of_the_folder_of_runs(metalit, tmp_path, below):
 
 def test_a_file_in_place_of_a_folder_of_a_run(metalit, experiment):
     metalit("fit", MAML)
-    shutil.rmtree(experiment / "version_0/figures")
     (experiment / "version_0/figures").write_text("mine")
-    assert metalit("test", MAML)[0] == 0  # pictures never end a run
+    assert metalit("test", MAML, "--figures.tasks=1")[0] == 0  # pictures never end a run
     metalit("fit", RIDGE)
     results = experiment.with_name("bilevel_ridge") / "version_0/results"
     shutil.rmtree(results)

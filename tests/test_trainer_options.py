@@ -209,16 +209,24 @@ def test_every_callback_of_lightning_is_in_the_list():
     assert {type(make()).__name__ for make, _ in CALLBACKS} | bases >= set(callbacks.__all__)
 
 
-@pytest.mark.parametrize("kind", LEARNERS)
+def each_with_a_learner(cases):
+    """Every case with every learner, but in the quick run with one: the learners take turns."""
+    return [
+        pytest.param(*case, kind, marks=[] if turn == number % len(LEARNERS) else pytest.mark.long)
+        for number, case in enumerate(cases)
+        for turn, kind in enumerate(LEARNERS)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "outcome"), [(name, *case) for name, cases in OPTIONS.items() for case in cases]
+    ("name", "value", "outcome", "kind"),
+    each_with_a_learner((name, *case) for name, cases in OPTIONS.items() for case in cases),
 )
 def test_arguments_of_the_trainer(name, value, outcome, kind, tmp_path):
     check(outcome, kind, tmp_path, {name: value() if callable(value) else value})
 
 
-@pytest.mark.parametrize("kind", LEARNERS)
-@pytest.mark.parametrize(("make", "outcome"), CALLBACKS)
+@pytest.mark.parametrize(("make", "outcome", "kind"), each_with_a_learner(CALLBACKS))
 def test_callbacks(make, outcome, kind, tmp_path):
     options = {"callbacks": [make()], "enable_checkpointing": True, "logger": CSVLogger(tmp_path)}
     check(outcome, kind, tmp_path, options)

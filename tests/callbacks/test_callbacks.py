@@ -229,7 +229,7 @@ class TestFigures:
     def test_appear_in_tensorboard_at_the_outer_step(self, metalit, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        metalit("fit", MAML)
+        metalit("fit", MAML, "--figures.tasks=2")
         events = EventAccumulator(str(folder(tmp_path)), size_guidance={"images": 0})
         events.Reload()
         assert [event.step for event in events.Images("pictures/fits_val")] == [3, 6]
