@@ -27,13 +27,14 @@ class Case(NamedTuple):
     compiles: bool = True
 
 
-def network(*sizes):
+def network(*sizes, dropout=0.0):
     torch.manual_seed(0)
-    return MLP(sizes, activation="Tanh")
+    return MLP(sizes, activation="Tanh", dropout=dropout)
 
 
-def maml(**options):
-    return MetaLearner(FewShot(network(1, 16, 16, 1)), SGD(0.05), Unrolled(2), **{"optimizer": STEP, **options})
+def maml(dropout=0.0, **options):
+    problem = FewShot(network(1, 16, 16, 1, dropout=dropout))
+    return MetaLearner(problem, SGD(0.05), Unrolled(2), **{"optimizer": STEP, **options})
 
 
 def sine():
@@ -61,8 +62,8 @@ def classes():
     return SplitsDataModule(blobs(rows=60, classes=2))
 
 
-def supervised(perturbation=None, **options):
-    return SupervisedLearner(network(4, 8, 3), None, perturbation, **{"optimizer": STEP, **options})
+def supervised(perturbation=None, dropout=0.0, **options):
+    return SupervisedLearner(network(4, 8, 3, dropout=dropout), None, perturbation, **{"optimizer": STEP, **options})
 
 
 def rows():
@@ -71,12 +72,14 @@ def rows():
 
 CASES = {
     "MAML": Case(maml, sine),
+    "MAML, dropout": Case(partial(maml, 0.2), sine),
     "ridge, exact": Case(ridge, lambda: SplitsDataModule(regression())),
     "logistic, warm": Case(logistic, classes),
     "cleaning, minibatches": Case(cleaning, classes),
     "supervised": Case(supervised, rows, compiles=False),
     "noise": Case(partial(supervised, WeightNoise(0.01)), rows, compiles=False),
     "SAM": Case(partial(supervised, SAM(0.05)), rows, compiles=False),
+    "SAM, dropout": Case(partial(supervised, SAM(0.05), 0.2), rows, compiles=False),
 }
 
 
