@@ -84,7 +84,7 @@ def _steps(capfd):
         (["--data.train.shots=0"], ["data.train.shots=0", "at least 1"]),
         (["--model.problem.adapt=['ot.*']"], ["adapt", "'ot.*'", "out.weight"]),
         (["--model.inner_optimizer.lr=-1"], ["lr=-1", "positive"]),
-        (["--model.hypergradient.steps=3"], ["weights=[0.5, 0.5]", "steps=3"]),
+        (["--model.hypergradient.steps=3"], ["weights=[0.5, 0.5]", "3 numbers"]),
         (["--model.eval_steps=1"], ["eval_steps=1", "2 inner step"]),
         (["--model.clip_norm=0"], ["clip_norm=0", "positive"]),
         (["--model.lr_by_name={'head*': 0.1}"], ["lr_by_name", "'head*'", "problem.out.weight"]),

@@ -83,8 +83,7 @@ class StreamDataModule(LoadedSafely, LightningDataModule, ABC):  # type: ignore[
         steps = trainer.max_steps
         if steps < 1:
             raise InputError(
-                f"trainer.max_steps={steps}: the training data has no end, so give the number of outer steps, such as "
-                "10000"
+                f"trainer.max_steps={steps}: draws have no last one, so give the number of outer steps, such as 10000"
             )
         draw, fused = overfitted(draw, self.number, trainer), fused_steps(trainer)
         return TrainStream(draw, self.number, steps, lambda: trainer.global_step, *self.ranks, fused)
