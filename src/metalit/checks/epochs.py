@@ -100,7 +100,8 @@ def check_epochs_of_loader(trainer: Trainer) -> None:
     if trainer.num_training_batches == math.inf:
         check_endless(trainer)
         return
-    epochs, needed = trainer.fit_loop.max_epochs, trainer.fit_loop.max_epochs * trainer.num_training_batches
+    epochs = trainer.fit_loop.max_epochs or -1
+    needed = epochs * trainer.num_training_batches
     averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)
     if averages and 0 < trainer.max_steps < needed:
         raise InputError(

@@ -41,7 +41,7 @@ def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         InputError: something is missing, or of another kind.
     """
-    stage = trainer.state.fn.value
+    stage = str(trainer.state.fn)
     loop = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}[stage]
     broken = _differs(checkpoint["loops"], {loop: getattr(trainer, loop).state_dict()})
     if broken is not None:
@@ -173,9 +173,9 @@ class OuterSettings:
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     kept = state.get("param_groups")
-    parts = isinstance(kept, list) and all(isinstance(group, dict) and _is_list(group.get("params")) for group in kept)
     if not (
-        parts
+        isinstance(kept, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in kept)
         and isinstance(state.get("state"), dict)
         and all(isinstance(each, dict) for each in state["state"].values())
     ):
@@ -219,7 +219,3 @@ def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
 def _scheduled(group: dict[str, Any]) -> Sequence[str]:
     """What schedulers write into a group beside the rate."""
     return [name for name in group if name in ("swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)

@@ -1,6 +1,7 @@
 """What of the Trainer's options and of Lightning's callbacks works here; what does not is refused before training."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from lightning.fabric.plugins.precision.bitsandbytes import BitsandbytesPrecision
 from lightning.fabric.plugins.precision.transformer_engine import TransformerEnginePrecision
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from metalit.checks.epochs import check_endless, is_endless
+from metalit.data.stream import fused_steps
 from metalit.errors import InputError
 from metalit.notices import warn
 from metalit.private_lightning import (
@@ -69,8 +71,8 @@ def check_trainer(module: LightningModule) -> None:
         _check_callback(callback)
         _check_waits(callback, trainer)
         _check_average(callback, module)
-        if getattr(module, "fused_steps", 1) > 1:
-            _check_counter(callback, module.fused_steps)
+        if (fused := fused_steps(trainer)) > 1:
+            _check_counter(callback, fused)
 
 
 def _check_precision(trainer: Trainer) -> None:
@@ -135,8 +137,9 @@ def _check_callback(callback: Callback) -> None:
 
 
 def _check_waits(callback: Callback, trainer: Trainer) -> None:
-    early = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val")
-    if early and trainer.limit_val_batches == 0:
+    if not isinstance(callback, EarlyStopping):
+        return
+    if callback.monitor.startswith("val") and trainer.limit_val_batches == 0:
         raise InputError(
             f"callbacks: {type(callback).__name__} would never see monitor={callback.monitor!r}, as "
             "trainer.limit_val_batches=0 validates nothing; leave one of them out"
@@ -193,6 +196,7 @@ def check_counts(trainer: Trainer, fused: int) -> None:
 
 
 def _check_hooks(trainer: Trainer, module: LightningModule) -> None:
+    never: list[tuple[Any, type, str]]
     never = [(callback, Callback, name) for callback in trainer.callbacks for name in _NEVER]
     never += [(module, LightningModule, name) for name in _NEVER_OF_MODULE]
     for owner, base, name in never:
@@ -205,7 +209,8 @@ def _check_hooks(trainer: Trainer, module: LightningModule) -> None:
 
 def warn_of_rare_calls(module: LightningModule) -> None:
     """Say which hooks of the user's own are called less often than their names say."""
-    trainer, fused = module.trainer, getattr(module, "fused_steps", 1)
+    trainer = module.trainer
+    fused = fused_steps(trainer)
     endless = is_endless(trainer)
     for owner in (*trainer.callbacks, module):
         if fused > 1 and (name := next(_own(owner, "on_train_batch_start", "on_train_batch_end"), None)):

@@ -1,12 +1,13 @@
 """What every learner shares: an outer variable that is stepped, watched and logged, and checkpoints of it."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.swa_utils import SWALR
 
@@ -32,6 +33,7 @@ from metalit.training.optimizers import (
     check_not_frozen,
     made_optimizer,
     made_scheduler,
+    optimizer_of,
 )
 from metalit.training.ranks import mean_of_ranks
 from metalit.training.settings import settings
@@ -39,7 +41,7 @@ from metalit.training.stepper import OuterStepper
 from metalit.tree import leaves
 
 
-class OuterLearner(LoadedSafely, EvaluatedLearner):
+class OuterLearner(LoadedSafely, EvaluatedLearner):  # type: ignore[misc]  # loading is a method of Lightning's own kind
     """A LightningModule with manual optimisation whose ``training_step`` ends in ``self.stepper.take(…)``.
 
     Attributes:
@@ -109,7 +111,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckedCheckpointIO()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the outer optimiser, with one group for each pattern of ``lr_by_name``, and its scheduler."""
         if next(leaves(self.outer()), None) is None:
             raise InputError(
@@ -144,7 +146,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         first = self.stepper.gradients.is_new
         changed = self.stepper.gradients.follow(outer)
         if first or changed:
-            check_knows(self.optimizers(use_pl_optimizer=False), dict(leaves(outer)))
+            check_knows(optimizer_of(self), dict(leaves(outer)))
         return changed
 
     @property
@@ -173,7 +175,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
+            return leaf.to(self.device, cast(torch.dtype, self.dtype) if leaf.is_floating_point() else None)
 
         return pytree_map(moved, tree)
 
@@ -192,7 +194,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         Raises:
             InputError: ``clip_norm`` with a fused optimiser in 16-mixed precision.
         """
-        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer = optimizer_of(self)
         scaled = self.stepper.loss_scale.scaler(self.trainer) is not None
         if scaled and self.clip_norm and unscales_by_itself(optimizer):
             raise InputError(
@@ -216,7 +218,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         """
         check_epochs_of_loader(self.trainer)
         self.stepper.has_hooks = self.clip_norm is not None or has_step_hooks(self, OuterLearner)
-        present = settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers())
+        present = settings(optimizer_of(self), self.lr_schedulers())
         for line in self._settings.taken_over(present, self.clip_norm):
             warn(line)
 
@@ -237,7 +239,7 @@ class OuterLearner(LoadedSafely, EvaluatedLearner):
         self.stepper.check_finite()
         checkpoint["precision"] = str(self.trainer.precision)
         if self.trainer.state.fn == "fit":
-            used = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+            used = optimizer_of(self), self.lr_schedulers()
             checkpoint["outer_settings"] = self._settings.state(*used, self.clip_norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What is worth knowing of an outer step beside its loss: what is logged, and what is warned of."""
 
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Diagnosis:
 
         return float(for_each_task(one, outer, (tasks, inner), self.owner.problem).norm())
 
-    def _means(self, shared: tuple[StepContext, Tree], items: tuple[Any, Tree, Tree | None]) -> Means:
+    def _means(self, shared: tuple[StepContext, dict[str, Tensor]], items: tuple[Any, Tree, Tree | None]) -> Means:
         context, gradient = shared
         outer, own, step = context.outer, context.outer["problem"], self.owner.hypergradient.steps
         scaled = self.owner.problem if context.scale is None else Scaled(self.owner.problem, context.scale)
@@ -122,7 +122,7 @@ class Diagnosis:
         return Means({name: value.to(dtype).mean() for name, value in values.items()})
 
 
-def _gradient(context: StepContext, found: StepResult) -> Tree:
+def _gradient(context: StepContext, found: StepResult) -> dict[str, Tensor]:
     """The true gradient of the problem's own outer variable."""
     gradient = found.gradient.gradient if context.scale is None else found.gradient.gradient / context.scale
-    return unflatten(gradient, context.outer)["problem"]
+    return cast(dict[str, Tensor], unflatten(gradient, context.outer)["problem"])

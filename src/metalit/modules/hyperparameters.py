@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from metalit.training.optimizers import optimizer_of
+
 Shown = dict[str, str | float]
 
 
@@ -35,7 +37,7 @@ def what_matters(module: LightningModule) -> Shown:
     TensorBoard sorts them by name and shows the first five: inner step size and steps, outer step size, network,
     optimiser.
     """
-    optimizer = module.optimizers(use_pl_optimizer=False)
+    optimizer = optimizer_of(module)
     rates = {
         f"lr {group.get('name', '')}".strip(): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups
     }
@@ -81,7 +83,7 @@ def described(network: nn.Module) -> str:
 def best_so_far(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
     """The best value of what checkpoints are chosen by, this validation included, as ``<metric>_best``."""
     for saver in trainer.checkpoint_callbacks:
-        if isinstance(saver, ModelCheckpoint) and saver.monitor in values:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None and saver.monitor in values:
             before = [] if saver.best_model_score is None else [float(saver.best_model_score)]
             finite = [value for value in (*before, values[saver.monitor]) if math.isfinite(value)]
             best = min if saver.mode == "min" else max

@@ -1,5 +1,7 @@
 """What an inner optimiser learns: parameters of the inner variable's shape, as a module."""
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from metalit.errors import InputError
@@ -73,4 +75,4 @@ class ParameterTree(Unrounded):
                 if part not in dict(owner.named_children()):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            owner.register_parameter(last, parameter)
+            owner.register_parameter(last, cast(nn.Parameter, parameter))

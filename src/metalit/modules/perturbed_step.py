@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -100,7 +100,7 @@ class PerturbedStep:
 
     def _pass(self, context: RowsContext, items: tuple[Points, Tensor]) -> OuterGradient:
         """Loss and gradient; changes the network as a forward pass does, where a state is kept."""
-        with told("model", self.owner, items[0].x):
+        with told("model", cast(nn.Module, self.owner), items[0].x):
             return self.batches(context, items).gradient
 
     def _step_result(self, context: RowsContext, items: tuple[Points, Tensor]) -> StepResult:
@@ -113,7 +113,7 @@ class PerturbedStep:
                 value = values.mean()
             else:
                 count, whole = context.real
-                real = real_rows(self.owner.loss, points.y, points.mask)
+                real = cast(Tensor, real_rows(self.owner.loss, points.y, points.mask))
                 # a chunk counts by its share of all rows, whatever its share of those that count
                 value = values.where(real, 0.0).sum() / (count * (len(values) / whole)).squeeze()
             return value if context.scale is None else context.scale * value

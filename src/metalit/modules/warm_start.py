@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -52,15 +52,15 @@ class WarmStart:
         ranks = trainer.world_size
         if self._own is None and self._all is None:
             self._own = initial()
-        held = count_of(self._all) if self._own is None else count_of(self._own) * ranks
+        held = count_of(self._own) * ranks if self._own is not None else count_of(self._all)
         if held != share * ranks:
             raise InputError(
                 f"model.warm_start: training, or the checkpoint, left the inner variables of {held} tasks, and each "
                 f"outer step now has {share * ranks}; use the number that it was trained with"
             )
         if self._own is None:
-            first = trainer.global_rank * share
-            part = tree_map(lambda value: value[first : first + share], self._all)
+            first, everybody = trainer.global_rank * share, cast(Tree, self._all)
+            part = tree_map(lambda value: value[first : first + share], everybody)
             self._own = like(part, initial())  # which may be of another precision
         return self._own
 

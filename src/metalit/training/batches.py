@@ -151,6 +151,7 @@ class Bound:
             self.programs[count] = self.owner.program(values, self.spec)
         program = self.programs[count]
         found = program(values)
+        assert program.spec is not None  # since it was called
         return FlatResult(found, program.spec)
 
     def _in_chunks(self, values: Sequence[Any], sizes: list[int]) -> FlatResult:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from metalit.errors import InputError
 from metalit.private_lightning import add_batches_that_stepped, after_step, before_step
@@ -57,8 +56,8 @@ class FusedCounters(Callback):
             )
 
 
-def count_steps(optimizer: LightningOptimizer, steps: int) -> None:
-    """Count steps of an optimiser that Lightning did not see, so that ``global_step`` is the number of outer steps."""
+def count_steps(optimizer: Any, steps: int) -> None:
+    """Count steps of a LightningOptimizer that Lightning did not see: ``global_step`` is the number of outer steps."""
     for _ in range(steps):
         before_step(optimizer)
         after_step(optimizer)

@@ -75,9 +75,8 @@ class FusedLoop:
             None where they cannot be compiled; then no step is taken.
         """
         carried, taken = self.optimizer.read(), self.optimizer.steps_taken
-        first, like = torch.tensor(progress), {"dtype": carried[0].dtype, "device": carried[0].device}
-        rows = [self.optimizer.coefficients(taken + 1)] * steps
-        values, spec = tree_flatten((torch.tensor(1), carried, start, first, torch.tensor(rows, **like), items))
+        first, rows = torch.tensor(progress), [self.optimizer.coefficients(taken + 1)] * steps
+        values, spec = tree_flatten((torch.tensor(1), carried, start, first, carried[0].new_tensor(rows), items))
         program = self.compiled.program(values, spec)  # of any number of steps, but tried out on one
         if self.compiled.failed:
             return None
@@ -85,8 +84,10 @@ class FusedLoop:
         for number in range(1, steps):
             schedule()
             rows[number] = self.optimizer.coefficients(taken + 1 + number)
-        values, _ = tree_flatten((torch.tensor(steps), carried, start, first, torch.tensor(rows, **like), items))
-        carried, last, outer, begun, flags = tree_unflatten(program(values), program.spec)
+        values, _ = tree_flatten((torch.tensor(steps), carried, start, first, carried[0].new_tensor(rows), items))
+        found = program(values)
+        assert program.spec is not None  # since it was called
+        carried, last, outer, begun, flags = tree_unflatten(found, program.spec)
         self.optimizer.write(carried, steps)
         return FusedResult(last, unflatten(outer, self.optimizer.outer), begun, flags)
 

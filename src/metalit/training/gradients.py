@@ -64,17 +64,19 @@ class Gradients:
     def write(self, gradient: Tensor) -> None:
         """Write the gradient, a vector in the order of the outer variable's leaves."""
         if self._vector is None or any(parameter.grad is not grad for parameter, grad, _ in self._slots):
-            self._begin(gradient)
+            self._vector = self._begin(gradient)
         self._vector.copy_(gradient)
         for _, grad, view in self._slots:
             if grad is not view:
                 grad.copy_(view)
 
-    def _begin(self, gradient: Tensor) -> None:
+    def _begin(self, gradient: Tensor) -> Tensor:
+        """A vector whose pieces the parameters have as their gradients."""
         parameters = [parameter for _, parameter in leaves(self.outer())]
-        self._vector, self._slots = torch.empty_like(gradient), []
-        pieces = self._vector.split([parameter.numel() for parameter in parameters])
+        vector, self._slots = torch.empty_like(gradient), []
+        pieces = vector.split([parameter.numel() for parameter in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             view = piece.view_as(parameter)
             parameter.grad = view if view.dtype == parameter.dtype else torch.empty_like(parameter)
             self._slots.append((parameter, parameter.grad, view))
+        return vector

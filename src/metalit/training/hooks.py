@@ -21,6 +21,7 @@ def has_step_hooks(module: LightningModule, base: type) -> bool:
         base: the class whose own hooks do nothing.
     """
     trainer = module.trainer
+    hooks: list[tuple[Any, type, str]]
     hooks = [(callback, Callback, "on_before_optimizer_step") for callback in trainer.callbacks]
     hooks += [(module, base, "on_before_optimizer_step"), (module, base, "optimizer_step")]
     hooks += [(trainer.strategy, Strategy, "optimizer_step")]

@@ -27,21 +27,21 @@ class LossScale:
     def value(self, trainer: Trainer | None, device: torch.device) -> Tensor | None:
         """The present scale, or none; always the same tensor, brought up to date."""
         scaler = self.scaler(trainer)
-        if scaler is None:
+        if trainer is None or scaler is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
             one = torch.ones((), device=device)
             if self._value is None or self._value.device != one.device:
                 self._value = one.clone()
-            trained = trainer.state.fn != "fit" and self._found is not None
-            return self._value.copy_(one * self._found if trained else scaler.scale(one))
+            found = self._found if trainer.state.fn != "fit" else None
+            return self._value.copy_(scaler.scale(one) if found is None else one * found)
 
     def lower(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Make the scale smaller, as after a step that overflowed; the gradients of the optimiser must be infinite."""
         # not by scaler.step: an optimiser that unscales by itself would be called, and begin its state
-        scaler = self.scaler(trainer)
-        scaler.unscale_(optimizer)
-        scaler.update()
+        if (scaler := self.scaler(trainer)) is not None:
+            scaler.unscale_(optimizer)
+            scaler.update()
 
     def keep(self, trainer: Trainer) -> None:
         """Remember the scale that training ended with."""

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor
 
@@ -14,6 +15,11 @@ from metalit.autodiff.names import matching
 from metalit.errors import InputError
 
 _SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau)
+
+
+def optimizer_of(module: LightningModule) -> torch.optim.Optimizer:
+    """The outer optimiser of a learner, as it was made: the only one that it has."""
+    return cast(torch.optim.Optimizer, module.optimizers(use_pl_optimizer=False))
 
 
 def made_optimizer(

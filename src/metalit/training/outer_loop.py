@@ -12,6 +12,7 @@ from metalit.training.batches import Batches, FlatResult, StepResult
 from metalit.training.context import StepContext
 from metalit.training.fused_loop import FusedLoop
 from metalit.training.joined import JoinedOptimizer, rule_of
+from metalit.training.optimizers import optimizer_of
 from metalit.training.stepper import OuterStepper, Scalars
 from metalit.tree import Tree
 
@@ -67,8 +68,8 @@ class OuterLoop:
         last = tree_unflatten(each[-1], form)
         context = self.stepper.context(outer, self.stepper.module.global_step)
         evaluate = self.batches.bind(context, (tree_unflatten(each[0], form), start))
-        for values in each[:-1]:
-            found, _ = self.stepper.take(partial(evaluate, [*values, *tree_flatten(start)[0]]))
+        for leaves in each[:-1]:
+            found, _ = self.stepper.take(partial(evaluate, [*leaves, *tree_flatten(start)[0]]))
             start = None if start is None else found.joined().per_item
 
         def diagnosed(found: FlatResult) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ class OuterLoop:
         module = self.stepper.module
         if not self.batches.is_compiled or self.stepper.has_hooks or self.batches.per_chunk is not None:
             return None
-        optimizer, outer = module.optimizers(use_pl_optimizer=False), self.stepper.outer()
+        optimizer, outer = optimizer_of(module), self.stepper.outer()
         rule = rule_of(optimizer) if module.trainer.world_size == 1 else None
         if rule is None:
             return None

@@ -19,6 +19,7 @@ from metalit.training.finite import FiniteWatch
 from metalit.training.fused_loop import FusedResult
 from metalit.training.gradients import Gradients
 from metalit.training.loss_scale import LossScale
+from metalit.training.optimizers import optimizer_of
 from metalit.training.outer_gradient import OuterGradient
 from metalit.training.ranks import mean_of_ranks
 from metalit.tree import leaves
@@ -147,7 +148,7 @@ class OuterStepper:
                 return found, mean
             # infinite also where the loss alone is; nothing is stepped, nor counted as a step
             self.gradients.write(torch.full_like(mean.gradient, torch.inf))
-            self.loss_scale.lower(self.module.trainer, self.module.optimizers(use_pl_optimizer=False))
+            self.loss_scale.lower(self.module.trainer, optimizer_of(self.module))
 
     def _mean(self, own: OuterGradient) -> OuterGradient:
         """The mean over the ranks, in the place of this rank's; the ranks' requests travel with it."""
@@ -172,7 +173,7 @@ class OuterStepper:
         if more:
             values = torch.stack([value.to(mean.vector) for value in more.values()])
             scalars |= dict(zip(more, mean_of_ranks(self.module.trainer, values).tolist(), strict=True))
-        groups: Any = self.module.optimizers().param_groups
+        groups = optimizer_of(self.module).param_groups
         names = (group.get("name", number or "") for number, group in enumerate(groups))
         return scalars | {f"lr {name}".strip(): group["lr"] for name, group in zip(names, groups, strict=True)}
 
