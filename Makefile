@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sine_maml.yaml
+WORKERS ?= 2
 
 .PHONY: help install fit examples compare bench test test-long test-cluster test-gpu lint tensorboard clean
 
@@ -31,8 +32,8 @@ bench: install ## install what metalit is compared with, measure, and write benc
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps backpack-for-pytorch unfoldnd
 	$(BIN)/python -m benchmarks
 
-test: install ## run the test suite
-	$(BIN)/python -m pytest -m "not long and not cluster and not gpu"
+test: install ## run the quick tests, those of a file in one of WORKERS processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 -m "not long and not cluster and not gpu"
 
 test-long: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 import yaml
+from costs import Costs
 from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
@@ -19,10 +20,31 @@ TINY_BY_CLASS = {
     "BilevelLearner": ("--model.eval_steps=5",),
 }
 
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
+# before torch is imported, in this process and in those that tests start; one that only shares out tests needs none
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("metalit", deadline=None, derandomize=True, database=None)
 settings.load_profile("metalit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what tests cost."""
+    config.pluginmanager.register(Costs(), "costs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs_are_counted(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Each compiled program is one of the costs of its test."""
+    from metalit.compiled import CompiledProgram
+
+    begin, costs = CompiledProgram.__init__, pytestconfig.pluginmanager.get_plugin("costs")
+
+    def counted(*args: Any, **options: Any) -> None:
+        costs.add("compiled programs")
+        begin(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledProgram, "__init__", counted)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +54,14 @@ def repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def metalit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def metalit(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], pytestconfig: pytest.Config
+) -> Callable[..., tuple[int, str]]:
     """Run the command line in this process, logging below ``tmp_path``; returns exit status and output."""
     from metalit.__main__ import main
 
     def run(subcommand: str, config: str, *options: str, tiny: bool = True) -> tuple[int, str]:
+        pytestconfig.pluginmanager.get_plugin("costs").add("command lines")
         parts = yaml.safe_load(Path(config).read_text())
         classes = [parts[part]["class_path"] for part in ("model", "data") if part in parts]
         sizes = [*TINY, *(size for name in classes for size in TINY_BY_CLASS.get(name, ()))] if tiny else []

@@ -407,7 +407,7 @@ def test_an_error_of_the_function_itself_is_raised():
         Watched(wrong)(torch.ones(3))
 
 
-@pytest.mark.parametrize("fused", [1, 5])
+@pytest.mark.parametrize("fused", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_a_fit_that_cannot_be_compiled_says_so_once(fused, metalit, tmp_path, monkeypatch):
     def compile(*args, **options):
         raise RuntimeError("No working C++ compiler found")
@@ -472,20 +472,17 @@ print("equal", "failed", masks.failed or outputs.failed)
 """
 
 
-def test_dropout_by_a_key_drops_the_same(shell):
-    found = shell("-c", DROPOUT)
+def test_the_next_process_finds_the_program_in_the_cache_and_drops_the_same_by_a_key(shell, capsys):
+    # in the folder of this process: a fresh one would have to compile the headers of torch first
+    exec(ELSEWHERE, {})
+    assert "equal True failed False" in capsys.readouterr().out
+    found = shell("-c", ELSEWHERE + DROPOUT)
+    assert "equal True failed False\nhits 1\nmisses 0\n" in found.stdout, found.stdout + found.stderr
     assert found.returncode == 0, found.stderr
     assert found.stdout.endswith("equal failed False\n")
 
 
-def test_the_next_process_finds_the_program_in_the_cache(shell, capsys):
-    # in the folder of this process: a fresh one would have to compile the headers of torch first
-    exec(ELSEWHERE, {})
-    assert "equal True failed False" in capsys.readouterr().out
-    found = shell("-c", ELSEWHERE)
-    assert "equal True failed False\nhits 1\nmisses 0\n" in found.stdout, found.stdout + found.stderr
-
-
+@pytest.mark.long
 def test_without_a_compiler_it_runs_as_it_stands(shell, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
