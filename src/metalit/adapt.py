@@ -65,8 +65,8 @@ def inner_step(
     """Take inner step number ``step``: inner variable and state after it, from those before."""
 
     def grad_fn(inner: Tree) -> Tree:
-        slope = problem.inner_grad(inner, outer["problem"], task, step)
-        return tree_map(Tensor.detach, slope) if first_order else slope
+        gradient = problem.inner_grad(inner, outer["problem"], task, step)
+        return tree_map(Tensor.detach, gradient) if first_order else gradient
 
     return optimizer.update(grad_fn, inner, state, outer["optimizer"], step)
 

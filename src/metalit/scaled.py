@@ -71,8 +71,8 @@ class Scaled(Problem):
             return factor * loss, factor
 
         with plain_attention():
-            slope, factor = grad(enlarged, has_aux=True)(inner)
-        return tree_map(lambda value: value / factor, slope)
+            gradient, factor = grad(enlarged, has_aux=True)(inner)
+        return tree_map(lambda value: value / factor, gradient)
 
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return s times that of the problem."""

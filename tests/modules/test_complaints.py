@@ -102,7 +102,7 @@ ZERO = {
     "direct, at its optimum": (lambda: BilevelLearner(Plain(), SGD(), Direct()), "may be its optimum"),
     "nothing left": (
         lambda: BilevelLearner(Spring(weight=0.0), SGD(0.1), Unrolled(1)),
-        "no slope at the inner variable that was found",
+        "a zero gradient at the inner variable that was found",
     ),
     "solved": (lambda: BilevelLearner(Spring(phi=1.0), Newton(), Implicit(1, CG(2))), "nothing is left to learn"),
     "solved where it starts": (lambda: BilevelLearner(ThetaPhi([0.0], [1.0]), SGD(), JTg()), "is solved there"),

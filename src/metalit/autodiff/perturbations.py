@@ -119,7 +119,7 @@ class AdaptiveSAM(Perturbation):
         if not self.rho:
             return _zero(parameters)
         size = {name: parameter.abs() + self.eta for name, parameter in parameters.items()}
-        step = _towards({name: size[name] * slope for name, slope in gradient().items()}, self.rho)
+        step = _towards({name: size[name] * value for name, value in gradient().items()}, self.rho)
         return {name: size[name] * part for name, part in step.items()}
 
 

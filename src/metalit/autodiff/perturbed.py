@@ -134,25 +134,25 @@ def _gradient(
         value = _scalar(value)
         if not value.requires_grad:
             raise InputError(_INDEPENDENT)
-        slopes = torch.autograd.grad(value, [*free.values(), *own.values()], allow_unused=True)
-    found, past = slopes[: len(free)], slopes[len(free) :]
-    bypassed = [name for name, slope in zip(own, past, strict=True) if slope is not None]
+        gradients = torch.autograd.grad(value, [*free.values(), *own.values()], allow_unused=True)
+    found, past = gradients[: len(free)], gradients[len(free) :]
+    bypassed = [name for name, gradient in zip(own, past, strict=True) if gradient is not None]
     if bypassed:
         raise InputError(
             f"loss: it reaches the module's {bypassed[0]!r} by another way than the network it is given, such as a "
             "list of parameters made before, and would lose that part of the gradient; take network.parameters() "
             "inside the loss, or .detach() what counts as a constant"
         )
-    if all(slope is None for slope in found):
+    if all(gradient is None for gradient in found):
         raise InputError(_INDEPENDENT)
     pairs = zip(free.items(), found, strict=True)
-    return value.detach(), {name: _dense(slope, at) for (name, at), slope in pairs}
+    return value.detach(), {name: _dense(gradient, at) for (name, at), gradient in pairs}
 
 
-def _dense(slope: Tensor | None, like: Tensor) -> Tensor:
-    if slope is None:
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
         return torch.zeros_like(like)
-    return slope if slope.layout is torch.strided else slope.to_dense()
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _cloned(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -202,8 +202,8 @@ def perturbed_gradient(
         own = dict(module.named_parameters())
         alpha = _alpha(module, loss, perturbation, gradient, key)
         alpha = {name: value.detach().to(own[name]) for name, value in of_module(module, alpha, "perturbation").items()}
-        value, slopes = gradient_at(module, loss, {name: own[name] + alpha[name] for name in alpha}, key)
-    return PerturbedGradient(value, slopes, alpha)
+        value, gradients = gradient_at(module, loss, {name: own[name] + alpha[name] for name in alpha}, key)
+    return PerturbedGradient(value, gradients, alpha)
 
 
 def _alpha(

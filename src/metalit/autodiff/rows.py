@@ -61,8 +61,8 @@ def for_each_row(
             return _differentiable(evaluate(state, given, row_key), "fn" if loss is None else "loss")
 
         point = parts[position] if chosen is None else chosen
-        slopes = derivative(value, point)
-        return _flat(slopes, point) if flat else slopes
+        derivatives = derivative(value, point)
+        return _flat(derivatives, point) if flat else derivatives
 
     # without a row, one of zeros tells the shapes
     given = inputs if count else tuple(part.new_zeros(1, *part.shape[1:]) for part in inputs)
@@ -101,7 +101,7 @@ def _one_after_the_other(row: Callable[..., Tree]) -> Callable[..., Tree]:
 
     def rows(*batches: Tensor) -> Tree:
         found = [row(*parts) for parts in zip(*batches, strict=True)]
-        return tree_map(lambda *slopes: torch.stack(slopes), *found)
+        return tree_map(lambda *derivatives: torch.stack(derivatives), *found)
 
     return rows
 
@@ -116,13 +116,13 @@ def jacobian(value: Callable[[Tree], Tensor], point: Tree) -> Tree:
     if output.numel() > sum(leaf.numel() for _, leaf in leaves(point)):
         return forward(value, point)
     if output.numel() == 1:  # cheaper than a batch of one
-        (slopes,) = pull_back(torch.ones_like(output))
+        (derivatives,) = pull_back(torch.ones_like(output))
     else:
         basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
-        (slopes,) = vmap(pull_back)(basis.reshape(-1, *output.shape))
+        (derivatives,) = vmap(pull_back)(basis.reshape(-1, *output.shape))
     if isinstance(point, Tensor):
-        return slopes.reshape(output.shape + point.shape)
-    return {name: slopes[name].reshape(output.shape + leaf.shape) for name, leaf in point.items()}
+        return derivatives.reshape(output.shape + point.shape)
+    return {name: derivatives[name].reshape(output.shape + leaf.shape) for name, leaf in point.items()}
 
 
 def forward(value: Callable[[Tree], Tree], point: Tree) -> Tree:
@@ -264,7 +264,7 @@ def _differentiable(value: Tensor, owner: str) -> Tensor:
     return value
 
 
-def _flat(slopes: Tree, point: Tree) -> Tensor:
-    pairs = zip(leaves(slopes), leaves(point), strict=True)
-    entries = [slope.reshape(*slope.shape[: slope.dim() - at.dim()], at.numel()) for (_, slope), (_, at) in pairs]
+def _flat(derivatives: Tree, point: Tree) -> Tensor:
+    pairs = zip(leaves(derivatives), leaves(point), strict=True)
+    entries = [part.reshape(*part.shape[: part.dim() - at.dim()], at.numel()) for (_, part), (_, at) in pairs]
     return torch.cat(entries, dim=-1)

@@ -178,8 +178,8 @@ def _reaches(tree: Tree, values: Iterable[Tensor]) -> set[str]:
     if not (sources and targets):
         return set()
     ones = [torch.ones_like(value) for value in targets]
-    slopes = torch.autograd.grad(targets, list(sources.values()), ones, retain_graph=True, allow_unused=True)
-    return {name for name, slope in zip(sources, slopes, strict=True) if slope is not None}
+    gradients = torch.autograd.grad(targets, list(sources.values()), ones, retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(sources, gradients, strict=True) if gradient is not None}
 
 
 def _parameters_below(values: Iterable[Tensor]) -> list[nn.Parameter]:

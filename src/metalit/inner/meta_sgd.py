@@ -34,4 +34,6 @@ class MetaSGD(InnerOptimizer):
 
     def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
         """Step against the gradient, entry by entry."""
-        return tree_map(lambda value, slope, rate: value - rate * slope, inner, grad_fn(inner), outer["lr"]), state
+        return tree_map(
+            lambda value, gradient, rate: value - rate * gradient, inner, grad_fn(inner), outer["lr"]
+        ), state

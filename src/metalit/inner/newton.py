@@ -47,8 +47,8 @@ class Newton(InnerOptimizer):
         if next(leaves(inner), None) is None:
             return inner, state
 
-        matrix, slope = self._system(grad_fn, inner)
-        return axpy(-1.0, unflatten(solve(matrix, slope), inner), inner), state
+        matrix, gradient = self._system(grad_fn, inner)
+        return axpy(-1.0, unflatten(solve(matrix, gradient), inner), inner), state
 
     def check(self, grad_fn: GradFn, inner: Tree) -> None:
         """Raise an :class:`InputError` if the matrix has no inverse at ``inner``, to rounding."""
@@ -70,9 +70,9 @@ class Newton(InnerOptimizer):
     def _system(self, grad_fn: GradFn, inner: Tree) -> tuple[Tensor, Tensor]:
         """``H + damping · I`` and the gradient, written down."""
 
-        def slope(flat: Tensor) -> Tensor:
+        def gradient(flat: Tensor) -> Tensor:
             return flatten(grad_fn(unflatten(flat, inner)))
 
         flat = flatten(inner)
-        hessian = jacrev(slope)(flat) + self.damping * torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
-        return hessian, slope(flat)
+        hessian = jacrev(gradient)(flat) + self.damping * torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+        return hessian, gradient(flat)

@@ -50,12 +50,12 @@ class EstimatorWarnings:
     def _why_zero(self, loss: float, inner_gradient: Callable[[], float], advice: str) -> str:
         carries = type(self.hypergradient).carries
         if self.hypergradient.steps == 0:
-            return "the outer loss has no slope where the outer variable stands, which may be its optimum"
+            return "the outer loss has a zero gradient where the outer variable stands, which may be its optimum"
         if "outer_loss" not in carries and loss == 0:  # the loss is that of the inner gradient
             return "where the inner loop starts, the inner gradient is 0 too: the inner problem is solved there"
         if "outer_loss" in carries and inner_gradient() == 0:
             return (
-                "the outer loss has no slope at the inner variable that was found, which may fit it exactly: nothing "
+                "the outer loss has a zero gradient at the inner variable that was found, which may fit it exactly: nothing "
                 "is left to learn there"
             )
         implicit = "outer_loss" in carries and "init" not in carries

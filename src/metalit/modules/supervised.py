@@ -208,8 +208,8 @@ class SupervisedLearner(OuterLearner):
         def loss(prediction: Tensor, target: Tensor) -> Tensor:
             return row_losses(self.loss, prediction.unsqueeze(0), target.unsqueeze(0))[0]
 
-        slopes = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
-        return slopes.norm(dim=1), data.splits.corrupted.to(self.device)
+        gradients = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
+        return gradients.norm(dim=1), data.splits.corrupted.to(self.device)
 
     # ---- checkpoints
 

@@ -56,10 +56,10 @@ class ThetaPhi(Problem):
         taken = {"theta": grad(self.outer_loss)(start, outer, task), "phi": gradient["phi"]}
         expected = {"theta": 2 * square * start, "phi": 8 * square * start.dot(start) * phi}
         values = {"f": self.outer_loss(start, outer, task)}
-        for name, slope in expected.items():
+        for name, formula in expected.items():
             values[f"{name}_gradient_actual"] = norm(taken[name])
-            values[f"{name}_gradient_expected"] = norm(slope)
-            values[f"{name}_gradient_difference"] = norm(taken[name] - slope)
+            values[f"{name}_gradient_expected"] = norm(formula)
+            values[f"{name}_gradient_difference"] = norm(taken[name] - formula)
         return values
 
     def results(self, inner: Tensor, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
