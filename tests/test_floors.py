@@ -1,7 +1,8 @@
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -24,7 +25,6 @@ SAME_FLOOR = {
         ("modules", "training"),
         ("modules", "checks"),
         ("modules", "evaluation"),
-        ("modules", "callbacks"),
     ),
     *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
     *(("provenance", "runs"), ("provenance", "checks")),
@@ -44,6 +44,42 @@ def imported_modules(file: str, source: str) -> Iterator[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *filter(None, [node.module])])
             yield from (f"metalit.{alias.name}" for alias in node.names) if module == "metalit" else [module]
+
+
+def imported_files(file: str, source: str, files: Container[str]) -> set[str]:
+    """The files of metalit that a file imports, and the ``__init__`` of other packages, which Python runs first."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["metalit", *Path(file).parts[:-1]][: len(Path(file).parts) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            parts = name.split(".")[1:]
+            inits = ["/".join([*parts[:end], "__init__.py"]) for end in range(1, len(parts) + 1)]
+            own = ["/".join([*Path(file).parts[:end], "__init__.py"]) for end in range(1, len(Path(file).parts))]
+            reached = {*inits, "/".join(parts) + ".py"} - ({*own} - {f"{'/'.join(parts)}/__init__.py"})
+            found |= {each for each in reached if each in files}
+    return found - {file}
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The first circle of a graph, from a node to itself; the empty list where there is none."""
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> list[str]:
+        for node in sorted(graph[path[-1]]):
+            if node in path:
+                return [*path[path.index(node) :], node]
+            if node not in done and (found := walk([*path, node])):
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for node in sorted(graph) if node not in done and (found := walk([node]))), [])
 
 
 def offences(file: str, source: str) -> list[str]:
@@ -74,6 +110,39 @@ def test_every_file_imports_from_the_floors_below_alone():
     files = sorted(ROOT.rglob("*.py"))
     found = [offence for file in files for offence in offences(str(file.relative_to(ROOT)), file.read_text("utf-8"))]
     assert found == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in ROOT.rglob("*.py")}
+    graph = {file: imported_files(file, source, files) for file, source in files.items()}
+    assert "adapt.py" in graph["hypergradients/base.py"]  # the walk sees something
+    assert " -> ".join(circle(graph)) == ""
+
+
+def test_a_circle_is_named():
+    files = {
+        "a/__init__.py": "from metalit.a.one import x",
+        "a/one.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from metalit.b import two",
+        "b/__init__.py": "",
+        "b/two.py": "from ..c import y",
+        "c.py": "def f():\n    import metalit.a.one",
+    }
+    graph = {file: imported_files(file, source, files) for file, source in files.items()}
+    assert graph["c.py"] == {"a/__init__.py", "a/one.py"}
+    assert circle(graph) == ["a/__init__.py", "a/one.py", "b/two.py", "c.py", "a/__init__.py"]
+    assert circle(graph | {"c.py": set()}) == []
+
+
+def test_of_two_parts_of_a_floor_one_alone_imports_the_other():
+    assert [pair for pair in SAME_FLOOR if pair[::-1] in SAME_FLOOR] == []
+
+
+def test_files_are_small():
+    """A file that grows holds a second thing: give that a file of its own."""
+    lines = {str(file.relative_to(ROOT)): len(file.read_text("utf-8").splitlines()) for file in ROOT.rglob("*.py")}
+    most = {file: 200 if file.startswith("training/") else 300 for file in lines}
+    assert {file: count for file, count in lines.items() if count > most[file]} == {}
+    assert median(lines.values()) < 100
 
 
 def test_the_walk_sees_the_whole_package_and_its_imports():

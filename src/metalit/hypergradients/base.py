@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metalit.adapt import Outer
 from metalit.errors import InputError
-from metalit.hypergradients.paths import Path, check_paths
+from metalit.hypergradients.paths import Claims, Path, check_paths
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -77,7 +77,8 @@ class Hypergradient(ABC):
                 reached by another way than the argument; a problem or an inner optimiser for which this estimator is
                 not valid.
         """
-        check_paths(type(self), problem, optimizer, outer, task, start, self.steps)
+        claims = Claims(type(self).__name__, self.carries, self.needs, self.second_order)
+        check_paths(claims, problem, optimizer, outer, task, start, self.steps)
         if self.steps:
             inner = problem.init(outer["problem"], task) if start is None else start
             optimizer.check(lambda inner: problem.inner_grad(inner, outer["problem"], task, 0), inner)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,17 @@ from metalit.private_torch import tree_leaves
 from metalit.problem import Problem
 from metalit.tree import SomeTree, Tree, leaves, tree_map
 
-if TYPE_CHECKING:
-    from metalit.hypergradients.base import Hypergradient
-
 Path = Literal["init", "inner_loss", "outer_loss", "inner optimiser"]
 ALL: frozenset[Path] = frozenset(get_args(Path))
+
+
+class Claims(NamedTuple):
+    """What an estimator says of itself; see :class:`~metalit.hypergradients.base.Hypergradient`."""
+
+    estimator: str
+    carries: frozenset[Path]
+    needs: frozenset[Path]
+    second_order: bool
 
 
 def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, steps: int = 1) -> dict[Path, set[str]]:
@@ -76,7 +82,7 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, 
 
 
 def check_paths(
-    kind: "type[Hypergradient]",
+    claims: Claims,
     problem: Problem,
     optimizer: InnerOptimizer,
     outer: Outer,
@@ -84,11 +90,11 @@ def check_paths(
     start: Tree | None = None,
     steps: int = 1,
 ) -> None:
-    """Raise an :class:`InputError` where ``kind`` is no estimator for this problem with this inner optimiser.
+    """Raise an :class:`InputError` where the estimator is not valid for this problem with this inner optimiser.
 
     Warns of single outer parameters to which it carries no derivative.
     """
-    name, estimator = type(problem).__name__, kind.__name__
+    name, estimator = type(problem).__name__, claims.estimator
     entries = paths(problem, outer, task, start, steps)
     found = entries.keys()
     own = found - {"inner optimiser"}
@@ -98,22 +104,22 @@ def check_paths(
             f"{name}: neither loss depends on the outer variable{warm}, so there is nothing to learn; use the argument "
             "`outer` in init, inner_loss or outer_loss"
         )
-    if optimizer.second_order and not kind.second_order:
+    if optimizer.second_order and not claims.second_order:
         raise InputError(
             f"hypergradient {estimator} takes inner gradients for constants, but {type(optimizer).__name__} "
             "differentiates them; use SGD inside, or another hypergradient"
         )
-    if "inner optimiser" in found - kind.carries:
+    if "inner optimiser" in found - claims.carries:
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} brings outer parameters, to which hypergradient {estimator} "
             "carries no derivative: they would never learn; use SGD inside, or Unrolled outside"
         )
-    if (own and not own & kind.carries) or kind.needs - own:
+    if (own and not own & claims.carries) or claims.needs - own:
         raise InputError(
-            f"hypergradient {estimator} learns through {_words(kind.needs or kind.carries)}, but the outer variable of "
-            f"{name} enters through {_words(own)} alone: its gradient would be zero or wrong; use Unrolled"
+            f"hypergradient {estimator} learns through {_words(claims.needs or claims.carries)}, but the outer "
+            f"variable of {name} enters through {_words(own)} alone: its gradient would be zero or wrong; use Unrolled"
         )
-    moved = set().union(*(names for path, names in entries.items() if path in kind.carries))
+    moved = set().union(*(names for path, names in entries.items() if path in claims.carries))
     still = sorted(set().union(*entries.values()) - moved)
     if still:
         warnings.warn(

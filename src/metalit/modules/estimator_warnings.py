@@ -55,8 +55,8 @@ class EstimatorWarnings:
             return "where the inner loop starts, the inner gradient is 0 too: the inner problem is solved there"
         if "outer_loss" in carries and inner_gradient() == 0:
             return (
-                "the outer loss has a zero gradient at the inner variable that was found, which may fit it exactly: nothing "
-                "is left to learn there"
+                "the outer loss has a zero gradient at the inner variable that was found, which may fit it exactly: "
+                "nothing is left to learn there"
             )
         implicit = "outer_loss" in carries and "init" not in carries
         where = "at the inner variable that was found" if implicit else "where the inner loop starts"
