@@ -18,6 +18,7 @@ FLOORS = {
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "provenance", "factories"), 5),
     **dict.fromkeys(("arguments", "cli", "messages", "widths", "__main__"), 6),
+    **dict.fromkeys(("short_names", "starting_point", "training_run"), 6),
 }
 SAME_FLOOR = {
     *(
@@ -28,7 +29,8 @@ SAME_FLOOR = {
     ),
     *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
     *(("provenance", "runs"), ("provenance", "checks")),
-    *(("cli", "arguments"), ("cli", "messages"), ("cli", "widths"), ("__main__", "cli")),
+    *(("cli", part) for part in ("arguments", "messages", "widths", "short_names", "starting_point", "training_run")),
+    *(("training_run", "starting_point"), ("__main__", "cli")),
 }
 KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - KNOW_LIGHTNING

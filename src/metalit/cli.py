@@ -4,22 +4,20 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, cast
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from metalit.arguments import check_values, origin, prepared
-from metalit.autodiff import Perturbation
 from metalit.callbacks import (
     BestCheckpoint,
     Ending,
@@ -28,59 +26,27 @@ from metalit.callbacks import (
     PredictionWriter,
     Progress,
     ReportWriter,
-    SampleGradientNorms,
     SignsOfLife,
     StopOnSignal,
 )
-from metalit.callbacks.signals import ignore_signals, requeue, set_handlers
-from metalit.checkpoints import read_checkpoint
+from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
-from metalit.data import (
-    BatchDataModule,
-    MatrixDataModule,
-    RowSource,
-    SplitsDataModule,
-    TaskDataModule,
-    TaskDistribution,
-)
-from metalit.errors import InputError, StoppedError
+from metalit.errors import InputError
 from metalit.factories import check_factories
-from metalit.hypergradients import Hypergradient
-from metalit.inner import InnerOptimizer
-from metalit.linsolve import LinearSolver
 from metalit.messages import explain, failed_constructor
-from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
+from metalit.modules import MetaLearner
 from metalit.modules.base import OuterLearner
 from metalit.notices import say, show
-from metalit.parent import mark_first
-from metalit.private_lightning import cluster_environment, fill_config_dump, parser_of, subcommand_parsers
-from metalit.problem import Problem
-from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
-from metalit.provenance import check, check_left_over, given_keys, named_configs, on_purpose, run_of, with_own_config
+from metalit.private_lightning import fill_config_dump, parser_of, subcommand_parsers
+from metalit.provenance import Stage, named_configs, on_purpose, with_own_config
 from metalit.runs import (
-    RunFolder,
     RunLogger,
     SaveConfig,
-    experiment_folder,
-    find_checkpoint,
-    has_checkpoint,
-    version_folder,
 )
+from metalit.short_names import class_names
+from metalit.starting_point import compare, find_start
+from metalit.training_run import train
 from metalit.widths import fill_widths
-
-# importing them is what lets configs name them by their short names
-SHORT_NAMES = (
-    *(BilevelLearner, MetaLearner, SupervisedLearner),
-    *(BatchDataModule, MatrixDataModule, SplitsDataModule, TaskDataModule),
-    *(Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi),
-    SampleGradientNorms,
-)
-_FAMILIES = (
-    *(OuterLearner, LightningDataModule, TaskDistribution, RowSource),
-    *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation),
-)
-
-_Kind = TypeVar("_Kind", bound=Callback)
 
 
 class MetalitCLI(LightningCLI):
@@ -148,15 +114,21 @@ class MetalitCLI(LightningCLI):
         Raises:
             InputError: an unknown key, a value of the wrong type, no such class or file.
         """
+        given = cast(Sequence[str], args)
         try:
-            super().parse_arguments(parser, prepared(args))
+            super().parse_arguments(parser, prepared(given))
         except OmegaConfBaseException as cause:
             raise InputError(f"config: {str(cause).splitlines()[0]}") from None
         except ArgumentError as cause:
             known = {key for sub in subcommand_parsers(self).values() for key in sub.get_defaults().keys()}  # noqa: SIM118
-            told = explain(str(cause), known, _class_names())
-            raise InputError(f"{told}{origin(told.key, args) if told.key else ''}") from None
+            told = explain(str(cause), known, class_names())
+            raise InputError(f"{told}{origin(told.key, given) if told.key else ''}") from None
         check_values(self.config[self.config.subcommand])
+
+    @property
+    def stage(self) -> Stage:
+        """The subcommand."""
+        return cast(Stage, self.subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: see the class."""
@@ -174,42 +146,10 @@ class MetalitCLI(LightningCLI):
         fill_widths(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        configs, given = named_configs(self._args), given_keys(self._args)
-        run = run_of(configs[0] if configs else None)
-        name = config.experiment
-        if name is None:
-            name = run.parent.name if run else Path(configs[0]).stem if configs else "default"
-        self.experiment = experiment_folder(config.trainer.default_root_dir, name)
-        if run and name == run.parent.name and "trainer.default_root_dir" not in given:
-            self.experiment = run.parent  # wherever it has been moved to
-        # a run's own configuration may hold the checkpoint that it went on from
-        asked = config.ckpt_path if "ckpt_path" in given or not run else None
-        if asked == "auto":
-            asked = "last" if has_checkpoint("last", self.experiment) else None
-        if asked is None and self.subcommand != "fit":
-            asked = "best"
-        self.checkpoint = None if asked is None else find_checkpoint(asked, self.experiment)
-        if self.checkpoint is None:
-            check_left_over(config.trainer.default_root_dir)
-        kept = read_checkpoint(self.checkpoint) if self.checkpoint else {"global_step": 0}
-        self.checkpoint_step = kept["global_step"]
-        self._compare(kept)
-        config.ckpt_path = None if asked is None else str(self.checkpoint)
-        version = None
-        if self.checkpoint and (self.subcommand != "fit" or asked in ("last", "best")):
-            version = version_folder(self.checkpoint, self.experiment)
-        self.run, self.resumes = RunFolder(self.experiment, version), version is not None
-
-    def _compare(self, kept: dict[str, Any]) -> None:
-        """Tell how the configuration differs from what the checkpoint was trained with, or refuse it."""
+        self.start = find_start(config, self.stage, self._args)
         fill_config_dump(self)
-        sections = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-        trained = {section: kept[key] for section, key in sections.items() if kept.get(key)}
-        owner = f"ckpt_path={str(self.checkpoint)!r}"
-        if self.checkpoint and not trained:
-            say(f"{owner} keeps no configuration, so that the present one is taken at its word")
-        for line in check(owner, trained, self.config_dump, self.subcommand, self._args):
-            say(line)
+        compare(self.start, self.config_dump, self.stage, self._args)
+        config.ckpt_path = None if self.start.checkpoint is None else str(self.start.checkpoint)
 
     def instantiate_classes(self) -> None:
         """Build everything; an input error comes out as it was raised, not wrapped by the parser.
@@ -228,7 +168,7 @@ class MetalitCLI(LightningCLI):
         """Build the trainer with our logger and callbacks, unless the configuration names others."""
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
-            kwargs["logger"] = RunLogger(self.run)
+            kwargs["logger"] = RunLogger(self.start.run)
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
@@ -244,7 +184,7 @@ class MetalitCLI(LightningCLI):
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             # first, because the others print below it once it has ended
             callbacks = [Progress() if sys.stdout.isatty() else SignsOfLife(), *callbacks]
-        kwargs["callbacks"] = [self.run, *own, *callbacks]
+        kwargs["callbacks"] = [self.start.run, *own, *callbacks]
         if config.barebones:
             kwargs |= self._bare()
         try:
@@ -255,92 +195,32 @@ class MetalitCLI(LightningCLI):
         check_nodes(trainer)
         return trainer
 
-    def _callback(self, kind: type[_Kind]) -> _Kind | None:
-        return next((callback for callback in self.trainer.callbacks if isinstance(callback, kind)), None)
-
     def _without_checkpoints(self) -> None:
         """Leave out what saves: where nothing is to be kept, nothing can be gone on from after a signal either."""
-        keys = parser_of(self, self.subcommand).callback_keys
+        keys = parser_of(self, self.stage).callback_keys
         keys[:] = [key for key in keys if key not in ("best_checkpoint", "last_checkpoint")]
 
     def _bare(self) -> dict[str, Any]:
         """What ``barebones`` asks for: a loop, and nothing of what we add to it."""
-        parser_of(self, self.subcommand).callback_keys.clear()
+        parser_of(self, self.stage).callback_keys.clear()
         self.save_config_callback = None
         nothing = ("logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary", "enable_checkpointing")
         return dict.fromkeys(nothing) | {"callbacks": None}
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
-        going_on = f", going on from {self.checkpoint} at step {self.checkpoint_step}" if self.checkpoint else ""
-        self.run.greeting = f"training {self.experiment.name} on {self.trainer.strategy.root_device}{going_on}"
-        if not cluster_environment(self.trainer).creates_processes_externally:
-            mark_first()
-        try:
-            with self.run.opened(self.trainer, trains=True):
-                self.trainer.fit(**kwargs, weights_only=True)
-                self._tell_ending()
-        except SIGTERMException:
-            # in what comes before training: how Lightning ends then, as if all were well
-            raise SystemExit(143) from None
-        except SystemExit:
-            # how Lightning ends after Ctrl-C
-            last = self._callback(LastCheckpoint)
-            way = "; the same command with --ckpt_path last goes on from the last checkpoint"
-            show(f"interrupted{way if last and last.best_model_path else ', before anything was saved'}")
-            raise SystemExit(130) from None
-        except StoppedError as stopped:
-            ignore_signals()
-            refusal = requeue() if stopped.requeue and self.trainer.is_global_zero else None
-            show(
-                f"{stopped}; the same command with --ckpt_path last goes on from there"
-                if stopped.checkpoint
-                else stopped
-            )
-            if stopped.requeue and refusal is None:
-                show("the job is put back into the queue")
-                return
-            if refusal:
-                show(f"the job is not requeued: {refusal}")
-            raise
-        best = self._callback(BestCheckpoint)
-        if best and best.best_model_score is not None:
-            show(f"best checkpoint: {best.best_model_path} ({best.monitor} = {float(best.best_model_score):.4g})")
-        if self.run.folder and (self.run.folder / "figures").exists():
-            show(f"figures:         {self.run.folder / 'figures'}")
-        if isinstance(self.trainer.logger, TensorBoardLogger):
-            show(f"TensorBoard:     tensorboard --logdir {self.experiment.parent}")
-
-    def _tell_ending(self) -> None:
-        """Say why training ended; where there was none, do what the end of the run may not have come to."""
-        ending = self._callback(Ending)
-        if ending is None:
-            return
-        (why, way), step = ending.reason(self.trainer), self.trainer.global_step
-        if self.run.trained or not self.checkpoint:
-            # of processes that multiprocessing has started, nothing comes back
-            if step:
-                show(f"training ended after outer step {step}: {why}")
-            elif self.run.folder and not self.run.trained:
-                show(f"nothing was trained: {why}; to train, {way}")
-            return
-        if self.resumes and isinstance(self.model, BilevelLearner) and self.trainer.limit_val_batches:
-            self._callback(ReportWriter).ends_fit = True
-            self.trainer.validate(
-                self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True, verbose=False
-            )
-        show(f"nothing to train: {self.checkpoint} is at outer step {step}, and {why}; to go on, {way}")
+        train(self.trainer, self.start, **kwargs)
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation tasks; the table is the report's."""
-        show(f"validating {self.checkpoint}")
-        with self.run.opened(self.trainer, trains=False):
+        show(f"validating {self.start.checkpoint}")
+        with self.start.run.opened(self.trainer, trains=False):
             self.trainer.validate(**kwargs, weights_only=True, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test tasks; the table is the report's."""
-        show(f"testing {self.checkpoint}")
-        with self.run.opened(self.trainer, trains=False):
+        show(f"testing {self.start.checkpoint}")
+        with self.start.run.opened(self.trainer, trains=False):
             self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
@@ -356,8 +236,8 @@ class MetalitCLI(LightningCLI):
             )
         if on_purpose("model.eval_steps", self._args):
             self.model.asked_steps = self.model.eval_steps
-        show(f"predicting with {self.checkpoint}")
-        with self.run.opened(self.trainer, trains=False):
+        show(f"predicting with {self.start.checkpoint}")
+        with self.start.run.opened(self.trainer, trains=False):
             self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
 
@@ -384,7 +264,7 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             MetalitCLI(args)
         except InputError:
@@ -399,16 +279,14 @@ def run(args: Sequence[str]) -> None:
             set_handlers(handlers)
 
 
-def _class_names() -> set[str]:
-    def below(family: type) -> Iterator[type]:
-        for member in family.__subclasses__():
-            yield member
-            yield from below(member)
-
-    return {member.__name__ for family in _FAMILIES for member in (family, *below(family))}
-
-
-def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """A warning of ours is a line for the user, who has no use for the line of code that gave it."""
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     text = f"metalit: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
