@@ -1,5 +1,7 @@
 """Where the Trainer's batches come from: that there are any, and whose they are."""
 
+from typing import cast
+
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from metalit.errors import InputError
@@ -21,7 +23,7 @@ def check_source(module: LightningModule, takes: str) -> None:
     trainer = module.trainer
     fit, validate = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
     loops = {"fit": fit, "validate": trainer.validate_loop, "test": trainer.test_loop, "predict": trainer.predict_loop}
-    source = data_source(loops[str(trainer.state.fn)])
+    source = data_source(loops[cast(str, trainer.state.fn)])
     if not source.is_defined():
         owner = "" if source.instance is module else f" in {type(source.instance).__name__}"
         raise InputError(f"data: there is no {source.name}{owner}; {type(module).__name__} takes {takes}")

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from metalit.errors import InputError
@@ -41,7 +42,7 @@ def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         InputError: something is missing, or of another kind.
     """
-    stage = str(trainer.state.fn)
+    stage = cast(TrainerFn, trainer.state.fn).value
     loop = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}[stage]
     broken = _differs(checkpoint["loops"], {loop: getattr(trainer, loop).state_dict()})
     if broken is not None:
