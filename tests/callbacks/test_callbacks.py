@@ -298,7 +298,7 @@ class TestReport:
     def test_values_that_are_not_finite_are_counted_and_not_dropped(self):
         interval = mean_with_interval(torch.tensor([1.0, torch.inf, torch.nan]))
         assert np.isnan(interval.mean)
-        assert (interval.diverged, interval.count) == (2, 3)
+        assert (interval.diverged, interval.tasks) == (2, 3)
 
 
 def test_best_checkpoint_watches_what_it_is_told():

@@ -298,8 +298,8 @@ class TestFits:
 
 class TestTensorBoard:
     def test_opens_on_the_losses_and_has_no_card_of_a_single_dot(self, metalit, tmp_path):
-        metalit("fit", "configs/curves_gapminder.yaml")
-        metalit("test", "configs/curves_gapminder.yaml")
+        metalit("fit", "configs/curves_gapminder.yaml", "--figures.tasks=2")
+        metalit("test", "configs/curves_gapminder.yaml", "--figures.tasks=2")
         found = EventAccumulator(str(tmp_path / "lightning_logs/curves_gapminder/version_0"), {"tensors": 0})
         found.Reload()
         tags = found.Tags()

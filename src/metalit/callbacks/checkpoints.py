@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from metalit.callbacks.atomic import AtomicCheckpointIO
+from metalit.callbacks.learner import learner_of
 from metalit.checkpoints import CheckedCheckpointIO
 from metalit.checks.monitors import Mode, mode_of
 from metalit.errors import InputError
-from metalit.modules.base import OuterLearner
 from metalit.private_lightning import forget_saved_step, save_unless_saved, validation_is_due
 
 
@@ -78,7 +78,7 @@ class LastCheckpoint(ModelCheckpoint):
         self.seconds = seconds
         self._saved_at = time.monotonic()
 
-    def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save whole files, which hold the best score."""
         if stage == "fit":
             savers = trainer.checkpoint_callbacks
@@ -93,23 +93,25 @@ class LastCheckpoint(ModelCheckpoint):
                 trainer.callbacks = [_SaveFirst(self), *trainer.callbacks]
         super().setup(trainer, pl_module, stage)
 
-    def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic()
-        pl_module.agreement.request("save", lambda: trainer.is_global_zero and self._is_late())
+        agreement = learner_of(pl_module, self).agreement
+        agreement.request("save", lambda: trainer.is_global_zero and self._is_late())
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: OuterLearner, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time; ModelCheckpoint's own interval does not work under manual optimisation.
 
         Where a validation is due, it waits for it: a resumed run needs its outcome.
         """
-        asked = any(pl_module.agreement.any_rank(name) for name in ("save", "stop"))
+        agreement = learner_of(pl_module, self).agreement
+        asked = any(agreement.any_rank(name) for name in ("save", "stop"))
         if asked and not validation_is_due(trainer):
             self.save_now(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also over what was saved after the same step, before the validation."""
         if not trainer.sanity_checking:
             forget_saved_step(self)
@@ -136,6 +138,6 @@ class _SaveFirst(Callback):
     def __init__(self, saver: LastCheckpoint) -> None:
         self._saver = saver
 
-    def on_train_end(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         self._saver.save_now(trainer)

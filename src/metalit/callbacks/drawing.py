@@ -88,6 +88,7 @@ def labelled(figure: "Figure", places: "Sequence[Axes]", x: str, y: str, legend:
         figure.supxlabel(x, fontsize=10)
         figure.supylabel(y, fontsize=10)
     handles, labels = places[0].get_legend_handles_labels()
+    place: Literal["outside right upper", "outside upper center"]
     place = "outside right upper" if legend == "right" else "outside upper center"
     figure.legend(handles, labels, loc=place, frameon=False, fontsize=9, handlelength=1.8, labelspacing=0.3)
 

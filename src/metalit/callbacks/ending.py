@@ -48,7 +48,7 @@ class Ending(Callback):
             if callback.stopping_reason_message:
                 told = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.").rstrip(".")
                 return f"EarlyStopping ended it: {told}", "raise its patience or change its threshold, or leave it out"
-        if 0 < (trainer.max_epochs or 0) <= trainer.fit_loop.epoch_progress.current.processed:
+        if 0 < (trainer.max_epochs or 0) <= trainer.fit_loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
             return f"trainer.max_epochs is {trainer.max_epochs}", "give more epochs"
         return "a callback ended it (trainer.should_stop)", "leave that callback out"
 

@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from metalit.callbacks.drawing import COLOURS, Sketching, labelled, literal, panels, pixels, save_picture
@@ -46,21 +46,22 @@ class FitFigures(Callback):
         self._next_step = 0
         self._sketching = Sketching("pictures of the fits")
 
-    def on_validation_end(self, trainer: Trainer, learner: MetaLearner) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw validation tasks, at most ``_MOST`` times in a run."""
         if trainer.sanity_checking or (trainer.global_step < self._next_step and trainer.state.fn == "fit"):
             return
         self._next_step = trainer.global_step + max(trainer.max_steps, 0) // _MOST
-        self._publish(trainer, learner, "val")
+        self._publish(trainer, pl_module, "val")
 
-    def on_test_end(self, trainer: Trainer, learner: MetaLearner) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw test tasks."""
-        self._publish(trainer, learner, "test")
+        self._publish(trainer, pl_module, "test")
 
-    def _publish(self, trainer: Trainer, learner: MetaLearner, split: Split) -> None:
+    def _publish(self, trainer: Trainer, learner: LightningModule, split: Split) -> None:
         data = trainer.datamodule
-        few_shot = isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)
-        folder = run_folder(trainer) if self.tasks and few_shot and trainer.is_global_zero else None
+        if not (isinstance(learner, MetaLearner) and isinstance(data, TaskDataModule)):
+            return
+        folder = run_folder(trainer) if self.tasks and trainer.is_global_zero else None
         if folder is None:
             return
         with self._sketching():
@@ -133,6 +134,7 @@ def _fits(
     learner: MetaLearner, tasks: Task, index: int, predictions: dict[int, Tensor], at_support: dict[int, Tensor]
 ) -> _Fits:
     scaling = learner.scaling
+    assert scaling is not None  # tasks of a DataModule have one
 
     def real(points: Points) -> Tensor | slice:
         return slice(None) if points.mask is None else points.mask[index]

@@ -48,8 +48,8 @@ class PredictionWriter(Callback):
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: _Answer, *_: Any) -> None:
         """Collect."""
-        name, *values = outputs
-        self._answers.append((name, *(value.double().cpu() for value in values)))
+        name, values, curve = outputs
+        self._answers.append((name, values.double().cpu(), curve.double().cpu()))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write both files and say where they are."""
@@ -122,7 +122,7 @@ def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer])
         axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=6, label="support")
         axes.set_title(literal(name, 24), fontsize=10, pad=3)
         if not single:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
     figure.suptitle(_part(answers).strip(" ()"), fontsize=10)
     x = literal(columns.x[0]) if single else "line of the file"
     labelled(figure, places, x, literal(columns.y[0]), "right")

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from metalit.callbacks.drawing import Sketching, pixels, save_picture
 from metalit.callbacks.errors import draw_errors
+from metalit.callbacks.learner import learner_of
 from metalit.callbacks.screen import show, table
 from metalit.callbacks.tensorboard import tensorboards, write_table
 from metalit.evaluation.report import Report
@@ -31,8 +32,9 @@ class ReportWriter(Callback):
         self._drawing_errors = Sketching("the picture of the errors")
         self._drawing_histograms = Sketching("histograms of the outer variable")
 
-    def on_validation_end(self, trainer: Trainer, learner: OuterLearner) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what ``validate`` found; draw histograms in the validations of a fit."""
+        learner = learner_of(pl_module, self)
         if trainer.state.fn == "validate":
             self._write(trainer, learner, learner.final_report() if self.ends_fit else learner.report("val"))
         elif not trainer.sanity_checking:
@@ -41,15 +43,17 @@ class ReportWriter(Callback):
                     for name, value in learner.histograms().items():
                         logger.experiment.add_histogram(name, value, learner.outer_step)
 
-    def on_test_end(self, trainer: Trainer, learner: OuterLearner) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what ``test`` found."""
+        learner = learner_of(pl_module, self)
         self._write(trainer, learner, learner.report("test"))
 
-    def on_train_end(self, trainer: Trainer, learner: OuterLearner) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what training left."""
+        learner = learner_of(pl_module, self)
         self._write(trainer, learner, learner.final_report())
 
-    def teardown(self, trainer: Trainer, learner: OuterLearner, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print all that, below the progress bar, which is drawn until now."""
         show(self._told)
         self._told = []

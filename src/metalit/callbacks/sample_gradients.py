@@ -1,12 +1,28 @@
 """Per-sample gradient norms, which tell wrong labels from right ones."""
 
+from typing import Any, Protocol, cast, runtime_checkable
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from metalit.callbacks.drawing import Sketching
 from metalit.errors import InputError
+
+
+@runtime_checkable
+class _HasRows(Protocol):
+    """A learner that fits rows."""
+
+    outer_step: int
+
+    def sample_gradient_norms(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The norm of the gradient of each training row, and which rows are corrupted."""
+
+    def write_scalars(self, scalars: dict[str, Any]) -> None:
+        """Send scalars to the loggers."""
 
 
 class SampleGradientNorms(Callback):
@@ -23,16 +39,17 @@ class SampleGradientNorms(Callback):
     def __init__(self) -> None:
         self._sketching = Sketching("histograms of per-sample gradients")
 
-    def on_fit_start(self, trainer: Trainer, learner: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse other learners."""
-        if not hasattr(learner, "sample_gradient_norms"):
-            raise InputError(f"SampleGradientNorms: {type(learner).__name__} has no rows; leave the callback out")
+        if not isinstance(pl_module, _HasRows):
+            raise InputError(f"SampleGradientNorms: {type(pl_module).__name__} has no rows; leave the callback out")
 
-    def on_validation_end(self, trainer: Trainer, learner: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the gradient of each row; in the sanity check too, so that a failure comes early."""
         if trainer.state.fn != "fit":
             return
-        norms, corrupted = learner.sample_gradient_norms(next(iter(trainer.val_dataloaders)))
+        learner, loader = cast(_HasRows, pl_module), trainer.val_dataloaders
+        norms, corrupted = learner.sample_gradient_norms(next(iter(loader or ())))
         if trainer.sanity_checking:
             return
         groups = {"all": norms}

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from metalit.callbacks.checkpoints import LastCheckpoint
+from metalit.callbacks.learner import learner_of
 from metalit.errors import InputError, StoppedError
-from metalit.modules.base import OuterLearner
 from metalit.patience import give_up, is_waiting
 from metalit.private_lightning import cluster_environment
 
@@ -45,7 +45,7 @@ class StopOnSignal(Callback):
         self._trainer: Trainer | None = None
         self._first = 0
 
-    def setup(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from saving and requeueing by itself."""
         if stage != "fit":
             return
@@ -61,34 +61,36 @@ class StopOnSignal(Callback):
         if in_slurm():
             self._install(trainer, *self._previous)
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handlers of Lightning."""
         self._install(trainer, signal.SIGTERM, *self._previous)
 
-    def on_train_start(self, trainer: Trainer, pl_module: OuterLearner) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handlers of Lightning, and tell the other ranks of signals."""
         self._install(trainer, signal.SIGTERM, *self._previous)
         self._trainer, self._first = trainer, trainer.global_step
-        pl_module.agreement.request("stop", lambda: bool(self._received))
-        pl_module.agreement.request("requeue", lambda: in_slurm() and signal.SIGUSR1 in self._received)
+        agreement = learner_of(pl_module, self).agreement
+        agreement.request("stop", lambda: bool(self._received))
+        agreement.request("requeue", lambda: in_slurm() and signal.SIGUSR1 in self._received)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Ask whether a rank was told to stop."""
-        self._stops = self._stops or pl_module.agreement.any_rank("stop")
-        self._requeues = self._requeues or pl_module.agreement.any_rank("requeue")
+        agreement = learner_of(pl_module, self).agreement
+        self._stops = self._stops or agreement.any_rank("stop")
+        self._requeues = self._requeues or agreement.any_rank("requeue")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: OuterLearner, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Leave, if one was."""
         if self._stops:
             saver = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
             raise StoppedError(trainer.global_step, Path(saver.best_model_path), self._requeues)
 
-    def teardown(self, trainer: Trainer, pl_module: OuterLearner, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give SIGUSR1 its previous handler back, as Lightning has done with SIGTERM."""
         set_handlers(self._previous)
         self._previous, self._trainer = {}, None
 
-    def on_exception(self, trainer: Trainer, pl_module: OuterLearner, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let a signal end the process at once: Lightning's handler would wait for ranks that may be gone."""
         ends = signal.SIG_IGN if isinstance(exception, StoppedError) else signal.SIG_DFL
         set_handlers(dict.fromkeys((signal.SIGTERM, *self._previous), ends))

@@ -100,7 +100,7 @@ class SignsOfLife(Callback):
         fits, most = trainer.state.fn == "fit", trainer.max_steps
         if fits:
             yield f"step {trainer.global_step}{f' of {most}' if most > 0 else ''}"
-        doing = _DOING.get(trainer.state.stage)
+        doing = _DOING.get(trainer.state.stage) if trainer.state.stage else None
         if doing:
             yield f"{doing}: {self._batch} batch(es) done"
         elif fits and rate > 0:

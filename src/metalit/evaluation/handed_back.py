@@ -18,7 +18,7 @@ class HandedBack:
 
     def keep(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Take the metrics at the end of an evaluation's epoch, before Lightning logs its own."""
-        loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(trainer.state.fn)
+        loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(trainer.state.fn or "")
         # one dictionary for each loader, taken away from the loop before the evaluation's end
         self._returned, self._metrics = [] if loop is None else list(returned_metrics(loop)), metrics
 

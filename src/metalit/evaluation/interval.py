@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class Interval(NamedTuple):
-    """A mean over ``count`` tasks and half the width of its 95 % interval; ``diverged`` tasks had no finite value."""
+    """A mean over ``tasks`` tasks and half the width of its 95 % interval; ``diverged`` tasks had no finite value."""
 
     mean: float
     half_width: float
     diverged: int
-    count: int
+    tasks: int
 
     def __str__(self) -> str:
         text = f"{self.mean:.3f} ± {self.half_width:.3f}"
-        return f"{text} ({self.diverged} of {self.count} diverged)" if self.diverged else text
+        return f"{text} ({self.diverged} of {self.tasks} diverged)" if self.diverged else text
 
 
 def means_of_tasks(values: Tensor, tasks: Tensor) -> Tensor:

@@ -9,6 +9,11 @@ class RowScores(Metric):
     """The mean loss and the share of right answers, every real row counted once, whatever the batches and ranks."""
 
     full_state_update = False
+    loss: Tensor
+    rows: Tensor
+    right: Tensor
+    judged: Tensor
+    unjudged: Tensor
 
     def __init__(self) -> None:
         super().__init__()

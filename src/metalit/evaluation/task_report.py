@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -22,6 +23,7 @@ def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | N
         data: where the tasks come from, if that is known.
     """
     learner, *baselines = judged
+    source = None if data is None else data.tasks
     rows = [
         [[predictor.label(step), *map(str, intervals)] for step, intervals in enumerate(predictor.means())]
         for predictor in judged
@@ -33,7 +35,10 @@ def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | N
         [rows[0], [row for part in rows[1:] for row in part]],
         [_protocol(data, learner.tasks, split)],
         [_comparison(learner, baseline) for baseline in baselines],
-        {split: means_frame(judged), f"{split}_tasks": tasks_frame(judged, data and data.tasks, split)},
+        {
+            split: means_frame(judged),
+            f"{split}_tasks": tasks_frame(judged, source, split),
+        },
         chart=chart_of(judged),
     )
 
@@ -66,10 +71,11 @@ def means_frame(judged: Sequence[Judged]) -> pd.DataFrame:
     rows = []
     for predictor in judged:
         for step, intervals in enumerate(predictor.means()):
-            row = {"predictor": predictor.name, "inner_steps": step if predictor.name == LEARNER else None}
+            steps = step if predictor.name == LEARNER else None
+            row: dict[str, Any] = {"predictor": predictor.name, "inner_steps": steps}
             for measure, interval in zip(predictor.values, intervals, strict=True):
                 row |= {measure.name: interval.mean, f"{measure.name}_ci95": interval.half_width}
-            counts = {"tasks": intervals[0].count, "diverged": intervals[0].diverged, "draws": len(predictor.tasks)}
+            counts = {"tasks": intervals[0].tasks, "diverged": intervals[0].diverged, "draws": len(predictor.tasks)}
             rows.append(row | counts)
     return pd.DataFrame(rows).astype({"inner_steps": "Int64"})
 

@@ -84,8 +84,9 @@ def accuracies(loss: nn.Module | None, predictions: Tensor, query: Points) -> Te
     None where it is not known how a prediction answers; see :func:`~metalit.judging.right_rows`.
     """
     y, mask = query.y.flatten(0, 1), None if query.mask is None else query.mask.flatten()
-    right = [right_rows(loss, prediction.flatten(0, 1), y) for prediction in predictions.unbind(1)]
-    if any(values is None for values in right):
+    answers = [right_rows(loss, prediction.flatten(0, 1), y) for prediction in predictions.unbind(1)]
+    right = [values for values in answers if values is not None]
+    if len(right) < len(answers):
         return None
     counts = real_rows(loss, y, mask)
     weights = torch.ones_like(right[0]) if counts is None else counts.to(right[0].dtype)

@@ -38,7 +38,7 @@ class Adapted:
             InputError: inputs of another shape, or that are not finite.
         """
         learner = self.learner
-        check_points("x", x, learner.scaling and learner.scaling.x_mean)
+        check_points("x", x, learner.scaling.x_mean if learner.scaling else None)
         with torch.no_grad(), learner.evaluating():
             inputs = learner.cast(learner.normalise_x(x))
             with learner.told_at(inputs):
@@ -119,8 +119,8 @@ class AdaptingLearner(TwoLevelLearner):
         return adapted
 
     def _adapt(self, x: Tensor, y: Tensor, steps: int) -> Adapted:
-        check_points("x", x, self.scaling and self.scaling.x_mean)
-        check_points("y", y, self.scaling and self.scaling.y_mean)
+        check_points("x", x, self.scaling.x_mean if self.scaling else None)
+        check_points("y", y, self.scaling.y_mean if self.scaling else None)
         if len(x) != len(y) or len(x) == 0:
             raise InputError(
                 f"adapt: x has {len(x)} points and y has {len(y)}; give one y for each x, and one at least"

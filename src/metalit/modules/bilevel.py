@@ -1,7 +1,7 @@
 """The bilevel learner: hyperparameters, weights of examples, factors: any outer variable of any problem."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -114,11 +114,11 @@ class BilevelLearner(TwoLevelLearner):
         keys.setup("fit")
         return keys.train_dataloader()
 
-    def val_dataloader(self) -> EvalStream:
+    def val_dataloader(self) -> EvalStream | Sequence[Any]:
         """One key."""
         return self._keys().val_dataloader()
 
-    def test_dataloader(self) -> EvalStream:
+    def test_dataloader(self) -> EvalStream | Sequence[Any]:
         """One key."""
         return self._keys().test_dataloader()
 
@@ -191,7 +191,7 @@ class BilevelLearner(TwoLevelLearner):
                 self.stepper.check_finite()
                 self.start_evaluation()
                 most = trainer.num_val_batches[0]
-                for tasks in islice(loader, None if most == math.inf else most):
+                for tasks in islice(loader, None if most == math.inf else int(most)):
                     self._collected += self.judge(tasks, "val", baselines=True)
                 self.evaluated("val")
             results = self.results(next(iter(loader)))

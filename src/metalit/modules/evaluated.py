@@ -148,7 +148,7 @@ class EvaluatedLearner(LightningModule, ABC):
         """
         scheduler = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
         if isinstance(scheduler, ReduceLROnPlateau):
-            there = {**self.trainer.callback_metrics, **metrics}
+            there: dict[str, Any] = {**self.trainer.callback_metrics, **metrics}
             if scheduler.monitor not in there:
                 raise InputError(f"model.scheduler.monitor={scheduler.monitor!r} is none of {sorted(there)}")
             scheduler.step(float(there[scheduler.monitor]))

@@ -25,7 +25,6 @@ from metalit.inner.base import InnerOptimizer
 from metalit.keys import fold
 from metalit.modules.adapted import AdaptingLearner
 from metalit.problem import FewShotProblem, Task
-from metalit.tree import Tree
 
 
 class MetaLearner(AdaptingLearner):
@@ -94,9 +93,9 @@ class MetaLearner(AdaptingLearner):
 
     # ---- training
 
-    def training_step(self, tasks: Task, batch_idx: int) -> None:
+    def training_step(self, tasks: Task | Fused, batch_idx: int) -> None:
         """Take one outer step, or as many as are fused."""
-        self.steps_on(self.cast(self._tasks_of(tasks, self.global_step)))
+        self.steps_on(self.cast(tasks if isinstance(tasks, Fused) else self._tasks_of(tasks, self.global_step)))
 
     def on_fit_start(self) -> None:
         """Try the network on a task, before anything is trained.
@@ -135,7 +134,8 @@ class MetaLearner(AdaptingLearner):
         units = real and compares and data.tasks.scaling().changes
 
         def errors(predictions: Tensor) -> dict[Measure, Tensor]:
-            return absolute_errors(predictions, tasks.query, data.tasks.columns.y, self.scaling.y_std)
+            scaling = self.scaling or data.tasks.scaling()
+            return absolute_errors(predictions, tasks.query, data.tasks.columns.y, scaling.y_std)
 
         if not real:
             right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
@@ -156,7 +156,7 @@ class MetaLearner(AdaptingLearner):
         found = {measure.name: learner.intervals(measure) for measure in (LOSS, ACCURACY) if measure in learner.values}
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
-            self.best_steps = min(losses, key=losses.get, default=None)
+            self.best_steps = min(losses, key=lambda k: losses[k], default=None)
         metrics = {"loss": found["loss"][self.hypergradient.steps].mean} if split == "val" else {}
         for name, intervals in found.items():
             for k, interval in enumerate(intervals):
@@ -178,7 +178,7 @@ class MetaLearner(AdaptingLearner):
         """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
         return self._after_each_step(tasks, lambda inner, outer, task: self.problem.predict(inner, outer, task.query.x))
 
-    def _after_each_step(self, tasks: Task, found: Callable[[Tree, Tree, Task], Tensor]) -> Tensor:
+    def _after_each_step(self, tasks: Task, found: Callable[[Any, Any, Task], Tensor]) -> Tensor:
         scaled = self.scaled_problem(self.stepper.scale)
 
         def one(outer: Outer, task: Task) -> Tensor:
@@ -199,8 +199,8 @@ class MetaLearner(AdaptingLearner):
         """The query losses of all draws of the last evaluation, ``[draws, eval_steps + 1]``."""
         return self.evaluation.losses
 
-    def _tasks_of(self, batch: Any, number: int) -> Task | Fused:
+    def _tasks_of(self, batch: Any, number: int) -> Task:
         """A batch as tasks; those of loaders of the user's draw from a key of (batch, rank)."""
-        if isinstance(batch, Fused) or isinstance(self.trainer.datamodule, TaskDataModule):
+        if isinstance(self.trainer.datamodule, TaskDataModule):
             return batch
         return tasks_of(batch, fold(torch.tensor(0, device=self.device), number, self.global_rank))
