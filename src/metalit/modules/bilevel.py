@@ -1,8 +1,6 @@
 """The bilevel learner: hyperparameters, weights of examples, factors: any outer variable of any problem."""
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -190,8 +188,7 @@ class BilevelLearner(TwoLevelLearner):
             if trainer.state.fn == "fit":  # whose validations leave baselines out
                 self.stepper.check_finite()
                 self.start_evaluation()
-                most = trainer.num_val_batches[0]
-                for tasks in islice(loader, None if most == math.inf else int(most)):
+                for tasks in self.val_batches():
                     self._collected += self.judge(tasks, "val", baselines=True)
                 self.evaluated("val")
             results = self.results(next(iter(loader)))

@@ -1,8 +1,10 @@
 """What all learners share in validation and test: one batch after the other, then metrics by name."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
@@ -126,6 +128,11 @@ class EvaluatedLearner(LightningModule, ABC):
         return metrics
 
     # ---- helpers
+
+    def val_batches(self) -> Iterator[Any]:
+        """The batches of a validation, once more."""
+        most = self.trainer.num_val_batches[0]
+        return islice(self.trainer.val_dataloaders or (), None if most == math.inf else int(most))
 
     def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
         """Send scalars to the loggers, on the one x-axis of all: the outer step.
