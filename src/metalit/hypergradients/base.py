@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from metalit.adapt import Outer
@@ -114,6 +115,11 @@ def over_tasks(
     loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
     return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics)
+
+
+def problem_alone(gradient: dict[str, Tensor], outer: Outer) -> Outer:
+    """The gradient of an estimator that learns the problem's outer parameters; the optimiser's rates get zeros."""
+    return {"problem": gradient, "optimizer": tree_map(torch.zeros_like, outer["optimizer"])}
 
 
 def check_steps(owner: str, steps: int) -> None:

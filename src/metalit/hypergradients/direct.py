@@ -3,16 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
 from metalit.adapt import Outer, adapt
-from metalit.hypergradients.base import Estimate, Hypergradient, Progress
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, problem_alone
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree, tree_map
+from metalit.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -43,5 +42,4 @@ class Direct(Hypergradient):
             return problem.outer_loss(inner, own, task), inner
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer["problem"])
-        no_rates = tree_map(torch.zeros_like, outer["optimizer"])
-        return Estimate(value, {"problem": gradient, "optimizer": no_rates}, inner)
+        return Estimate(value, problem_alone(gradient, outer), inner)

@@ -10,12 +10,12 @@ from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, adapt
 from metalit.errors import InputError, check_not_negative
-from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps, problem_alone
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.linsolve import CG, Dense, LinearSolver
 from metalit.problem import Problem
-from metalit.tree import Tree, axpy, norm, tree_map
+from metalit.tree import Tree, axpy, norm
 
 _ENOUGH = 0.1  # of the right-hand side may be left over
 
@@ -86,8 +86,7 @@ class Implicit(Hypergradient):
             "solver_residual": left / torch.where(size > 0, size, 1.0),
             "indefinite": indefinite.to(left.dtype),
         }
-        no_rates = tree_map(torch.zeros_like, outer["optimizer"])
-        return Estimate(loss, {"problem": axpy(-1.0, indirect, direct), "optimizer": no_rates}, inner, metrics)
+        return Estimate(loss, problem_alone(axpy(-1.0, indirect, direct), outer), inner, metrics)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Not stationary, not positive definite, not solved."""

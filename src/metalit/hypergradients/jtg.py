@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch.func import vjp
 
 from metalit.adapt import Outer, adapt
-from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
+from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps, problem_alone
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
@@ -51,5 +50,4 @@ class JTg(Hypergradient):
         g, pull_back = vjp(lambda own: problem.inner_grad(before, own, task, 0), own)[:2]
         (product,) = pull_back(tree_map(problem.scaled, g))
         inner = adapt(problem, optimizer, outer, task, self.steps, before)
-        no_rates = tree_map(torch.zeros_like, outer["optimizer"])
-        return Estimate(problem.scaled(0.5 * dot(g, g)), {"problem": product, "optimizer": no_rates}, inner)
+        return Estimate(problem.scaled(0.5 * dot(g, g)), problem_alone(product, outer), inner)
