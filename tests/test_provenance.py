@@ -78,26 +78,26 @@ def test_a_configuration_of_any_kind_is_compared():
         ("model.inner_optimizer.lr", "refused", "refused", "refused", "refused"),
         ("model.hypergradient.steps", "refused", "refused", "refused", "refused"),
         ("model.problem.adapt", "refused", "refused", "refused", "refused"),
-        ("model.perturbation.rho", "refused", "said", "said", "nothing"),
+        ("model.perturbation.rho", "refused", "mentioned", "mentioned", "nothing"),
         ("model.compile", "nothing", "nothing", "nothing", "nothing"),
         ("model.compile_seconds", "nothing", "nothing", "nothing", "nothing"),
         ("model.optimizer.lr", "nothing", "nothing", "nothing", "nothing"),
         ("data.tasks.x", "refused", "refused", "refused", "refused"),
         ("data.split_seed", "refused", "refused", "refused", "nothing"),
         ("data.val", "refused", "refused", "refused", "nothing"),
-        ("data.batch_size", "refused", "said", "said", "nothing"),
-        ("data.train.shots", "refused", "said", "said", "nothing"),
-        ("data.val.shots", "said", "refused", "nothing", "nothing"),
-        ("data.test.shots", "said", "nothing", "refused", "nothing"),
-        ("data.test.tasks", "said", "nothing", "said", "nothing"),
-        ("data.tasks.file", "refused", "refused", "refused", "said"),
+        ("data.batch_size", "refused", "mentioned", "mentioned", "nothing"),
+        ("data.train.shots", "refused", "mentioned", "mentioned", "nothing"),
+        ("data.val.shots", "mentioned", "refused", "nothing", "nothing"),
+        ("data.test.shots", "mentioned", "nothing", "refused", "nothing"),
+        ("data.test.tasks", "mentioned", "nothing", "mentioned", "nothing"),
+        ("data.tasks.file", "refused", "refused", "refused", "mentioned"),
         ("data.predict_file", "nothing", "nothing", "nothing", "nothing"),
     ],
 )
 def test_what_a_difference_is_for_each_subcommand(key, fit, validate, test, predict):
     found = [weight(Difference(key, "a", "b"), stage) for stage in ("fit", "validate", "test", "predict")]
     assert found == [fit, validate, test, predict]
-    assert weight(Difference("data.tasks.file", "old/it.csv", "it.csv"), "test") == "said"
+    assert weight(Difference("data.tasks.file", "old/it.csv", "it.csv"), "test") == "mentioned"
 
 
 def test_what_the_command_line_names_is_on_purpose():

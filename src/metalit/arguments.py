@@ -157,13 +157,13 @@ def _check_arguments(key: str, class_path: str, arguments: Namespace) -> None:
     module, _, owner = class_path.rpartition(".")
     making: Any = getattr(import_module(module), owner)
     try:
-        known = signature(making).parameters
+        parameters = signature(making).parameters
         hints = get_type_hints(making.__init__ if isclass(making) else making)
     except (NameError, TypeError, ValueError):  # a user's class whose types cannot be resolved, or a builtin
         return
     for name, given in vars(arguments).items():
         hint: Any = hints.get(name, Any)
-        if given is None and name in known and known[name].default is not None and not _admits_none(hint):
+        if given is None and name in parameters and parameters[name].default is not None and not _admits_none(hint):
             raise InputError(f"{key}.{name}=null: {owner} needs a value there; leave it out for its default")
         # what an earlier config gave to another class under this name
         if is_dataclass(hint) and not isinstance(given, Namespace | hint):

@@ -121,8 +121,8 @@ class MetalitCLI(LightningCLI):
             raise InputError(f"config: {str(cause).splitlines()[0]}") from None
         except ArgumentError as cause:
             known = {key for sub in subcommand_parsers(self).values() for key in sub.get_defaults().keys()}  # noqa: SIM118
-            told = explain(str(cause), known, class_names())
-            raise InputError(f"{told}{origin(told.key, given) if told.key else ''}") from None
+            explanation = explain(str(cause), known, class_names())
+            raise InputError(f"{explanation}{origin(explanation.key, given) if explanation.key else ''}") from None
         check_values(self.config[self.config.subcommand])
 
     @property

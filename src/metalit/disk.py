@@ -24,6 +24,6 @@ def explain(error: OSError) -> str:
     """
     where = str(error.filename or "")
     where = where if len(where) <= _LONGEST else f"{where[:_LONGEST]}…"
-    told = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    reason = " ".join((error.strerror or str(error) or type(error).__name__).split())
     way = _WAYS.get(error.errno or 0)
-    return "; ".join(filter(None, [f"{where}: {told}" if where else told, way]))
+    return "; ".join(filter(None, [f"{where}: {reason}" if where else reason, way]))

@@ -58,8 +58,8 @@ def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
             return None
         answers, target = prediction.argmax(1), target.reshape(places)
     skipped = torch.zeros_like(target, dtype=torch.bool) if skipped is None else skipped.reshape(target.shape)
-    known = skipped | ((target >= 0) & (target < classes))
-    if not bool(known.all()):
+    valid = skipped | ((target >= 0) & (target < classes))
+    if not bool(valid.all()):
         return None
     right = (
         ((answers == target) & ~skipped).flatten(1) if target.dim() > 1 else ((answers == target) & ~skipped)[:, None]

@@ -47,12 +47,12 @@ class Explanation(NamedTuple):
         return f"{self.key}: {text}" if self.key and self.key not in text else text
 
 
-def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> Explanation:
+def explain(message: str, keys: Iterable[str], classes: Iterable[str]) -> Explanation:
     """Turn a message of jsonargparse into one that a person can act on.
 
     Args:
         message: what the parser said.
-        known: the keys that it knows, dotted.
+        keys: all keys that there are, dotted.
         classes: the short names of classes that configs may name.
 
     >>> print(explain("unrecognized arguments: --trainer.max_stps 3", ["trainer.max_steps"], []))
@@ -68,21 +68,21 @@ def explain(message: str, known: Iterable[str], classes: Iterable[str]) -> Expla
     if unknown and not where:
         group = f"{unknown['group']}.{unknown['grouped']}" if unknown["group"] else None
         key = (unknown["flag"] or unknown["top"] or group or unknown["option"]).replace(".init_args", "")
-        return Explanation(key, _no_key(key, known))
+        return Explanation(key, _no_key(key, keys))
     no_group = _NO_GROUP.search(message)
     if no_group:
         return Explanation(where, f"{where}={no_group['value']} must be a group of settings, such as {{name: value}}")
     lines = [_CALLABLE.sub("", line).lstrip(" -") for line in message.splitlines()]
     lines = [_SPEC.sub("", _KEY.sub("", _CLASS.sub("", line)).strip(" :")) for line in lines]
     value = _VALUE.search(message)
-    told = _told([line for line in lines if line and not _NOISE.match(line)], value["value"] if value else None)
+    reason = _reason([line for line in lines if line and not _NOISE.match(line)], value["value"] if value else None)
     denied = _DENIED.search(message)
     if denied:
-        told = f"a config may not name {denied['name']!r}, which can run or change anything; name a class of your own"
-    no_class = _NO_CLASS.search(told)
+        reason = f"a config may not name {denied['name']!r}, which can run or change anything; name a class of your own"
+    no_class = _NO_CLASS.search(reason)
     if no_class:
-        told = f"there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
-    return Explanation(where, told)
+        reason = f"there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
+    return Explanation(where, reason)
 
 
 def _path(message: str) -> str:
@@ -100,7 +100,7 @@ def _path(message: str) -> str:
     return ".".join(deepest)
 
 
-def _told(lines: Sequence[str], value: str | None) -> str:
+def _reason(lines: Sequence[str], value: str | None) -> str:
     """What is wrong: the alternatives that a value may be count as one."""
     types, choices, families, others = [], [], [], []
     for line in dict.fromkeys(lines):
@@ -133,12 +133,12 @@ def _required(names: str) -> str:
     return f"{_REQUIRED}{names}"
 
 
-def _no_key(key: str, known: Iterable[str]) -> str:
-    known = list(known)
-    section, sections = key.split(".", maxsplit=1)[0], {name.split(".")[0] for name in known}
+def _no_key(key: str, keys: Iterable[str]) -> str:
+    keys = list(keys)
+    section, sections = key.split(".", maxsplit=1)[0], {name.split(".")[0] for name in keys}
     if section not in sections:
         return f"there is no key {section!r}{_hint(section, sections)}"
-    return f"there is no key {key!r}{_hint(key, [name for name in known if name.startswith(section)])}"
+    return f"there is no key {key!r}{_hint(key, [name for name in keys if name.startswith(section)])}"
 
 
 def _no_key_of(owner: str, unknown: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ from metalit.private_lightning import CLASS_PATH
 from metalit.runs import find_checkpoint
 
 Stage = Literal["fit", "validate", "test", "predict"]
-Weight: TypeAlias = Literal["refused", "said", "nothing"]
+Weight: TypeAlias = Literal["refused", "mentioned", "nothing"]
 
 # how the same numbers are found, not which
 _HOW = {
@@ -93,9 +93,9 @@ def weight(difference: Difference, stage: Stage) -> Weight:
     if first in _HOW or (section == "model" and first in _TAKEN_OVER):
         return "nothing"
     if first in _TRAINING:
-        return "refused" if stage == "fit" else "nothing" if stage == "predict" else "said"
+        return "refused" if stage == "fit" else "nothing" if stage == "predict" else "mentioned"
     if (section, first, stage) == ("model", "eval_steps", "predict"):
-        return "said"  # it takes the number that validation found best
+        return "mentioned"  # it takes the number that validation found best
     return "refused" if section == "model" else _weight_of_data(rest, difference, stage)
 
 
@@ -103,13 +103,13 @@ def _weight_of_data(rest: Sequence[str], difference: Difference, stage: Stage) -
     first, last = (rest[0], rest[-1]) if rest else ("", "")
     moved = Path(str(difference.trained)).name == Path(str(difference.now)).name
     if last == "file" and (moved or stage == "predict"):
-        return "said"  # what it holds is compared elsewhere, by its scaling
+        return "mentioned"  # what it holds is compared elsewhere, by its scaling
     if stage == "predict":
         return "refused" if first in ("tasks", "") else "nothing"
     if first in ("val", "test") and len(rest) > 1:
         if first != {"validate": "val", "test": "test"}.get(stage):
-            return "said" if stage == "fit" else "nothing"
-        return "said" if last == "tasks" else "refused"
+            return "mentioned" if stage == "fit" else "nothing"
+        return "mentioned" if last == "tasks" else "refused"
     return "refused"
 
 

@@ -18,7 +18,7 @@ from metalit.errors import InputError
 from metalit.locks import FolderLock
 from metalit.notices import show, warn
 
-_BEGUN = "training has begun"
+_STARTED = "training has begun"
 
 
 def version_folder(checkpoint: Path, experiment: Path) -> str | None:
@@ -145,7 +145,7 @@ class RunFolder(Callback):
         with ExitStack() as stack:
             folder, made = (self.folder, []) if self.folder else self._claim()
             self.folder = folder
-            known = set() if made else set(folder.rglob("*"))
+            earlier = set() if made else set(folder.rglob("*"))
             if trains:
                 stack.callback(FolderLock(folder).release)
                 for left in folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
@@ -166,10 +166,10 @@ class RunFolder(Callback):
                             parent.rmdir()
                 elif failed and not trains:
                     # of this process alone: another one may train there
-                    for path in set(folder.glob(f"events.out.tfevents.*.{getpid()}.*")) - known:
+                    for path in set(folder.glob(f"events.out.tfevents.*.{getpid()}.*")) - earlier:
                         path.unlink(missing_ok=True)
                 elif failed and trains and not self.trained:
-                    for path in sorted(set(folder.rglob("*")) - known, reverse=True):
+                    for path in sorted(set(folder.rglob("*")) - earlier, reverse=True):
                         with suppress(OSError):
                             path.rmdir() if path.is_dir() else path.unlink()
 
@@ -199,7 +199,7 @@ class RunFolder(Callback):
     def trained(self) -> bool:
         """Whether an outer step was taken, in this process or in one that it started."""
         try:
-            return self._begun or (self.folder is not None and _BEGUN in (self.folder / ".lock").read_text())
+            return self._begun or (self.folder is not None and _STARTED in (self.folder / ".lock").read_text())
         except OSError:
             return False
 
@@ -238,7 +238,7 @@ class RunFolder(Callback):
         """Note that there is something to keep."""
         if not self._begun and self.folder and trainer.is_global_zero:
             with (self.folder / ".lock").open("a") as file:
-                file.write(f"{_BEGUN}\n")
+                file.write(f"{_STARTED}\n")
         self._begun = True
 
 

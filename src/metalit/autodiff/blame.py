@@ -17,7 +17,7 @@ _NO_SECOND = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented
 
 
 @contextmanager
-def told(owner: str, module: nn.Module, x: Tensor | None = None) -> Iterator[None]:
+def as_input_error(owner: str, module: nn.Module, x: Tensor | None = None) -> Iterator[None]:
     """Raise what goes wrong within as an :class:`InputError` of one line, with the arguments of :func:`refused`."""
     try:
         yield
@@ -36,7 +36,7 @@ def first_line(error: BaseException) -> str:
 def culprit(error: BaseException, module: nn.Module) -> str:
     """The layer of ``module`` in whose forward pass an error was raised, such as ``layer 'out' (Linear)``.
 
-    The empty string where none can be told, as in the derivative of a layer.
+    The empty string where it is not clear, as in the derivative of a layer.
     """
     names = {id(layer): name for name, layer in module.named_modules()}
     found = ""
@@ -83,8 +83,8 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
             f"{owner}: {place or 'a layer'} has no statistics of a single value: {line}; give more rows, or use "
             "GroupNorm or LayerNorm"
         )
-    told = _of_types(module, x) if x is not None and ("type" in line or "scalar" in line) else ""
-    return f"{owner}{': ' + place if place else ''} fails with {type(error).__name__}: {line}{told}"
+    types = _of_types(module, x) if x is not None and ("type" in line or "scalar" in line) else ""
+    return f"{owner}{': ' + place if place else ''} fails with {type(error).__name__}: {line}{types}"
 
 
 def _in_the_loss(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from metalit.autodiff.watch import Known
+from metalit.autodiff.watch import ModuleFacts
 from metalit.keys import fold, folded, uniform
 from metalit.private_torch import Dropout, draws_its_windows, is_batched, parameters_of
 
@@ -37,18 +37,19 @@ def _layer_draws(layer: nn.Module) -> bool:
 
 
 class DrewError(Exception):
-    """A module drew, that had drawn nothing before: what it found must be found anew, with masks from the key."""
+    """A module drew that drew nothing before: evaluate it anew, with masks from the key."""
 
 
 @contextmanager
 def drawing_by(key: Tensor | None, module: object, rows: range | None = None, again: bool = False) -> Iterator[None]:
-    """Let all that is random in ``module`` follow a key, of the rows with these numbers; without one, it draws freely.
+    """Make all random numbers in ``module`` a function of a key, for the rows with these numbers.
 
-    Dropout takes its masks from the key. Whatever else is drawn comes from the usual generators, those of torch, Python
-    and numpy and those that the module holds, which begin at the key and are put back afterwards. Under ``vmap``, where
-    a key is many, they cannot: torch refuses to draw there.
+    Without a key, it draws freely. Dropout takes its masks from the key. Other random numbers come from the generators
+    of torch, of Python, of numpy, and those that the module holds: they are seeded by the key, and put back afterwards.
+    Under ``vmap``, where a key stands for many, they cannot be seeded, and torch refuses to draw from them.
 
-    With ``again``, dropout is looked for in what has drawn before alone: to look costs more than a small network.
+    With ``again``, dropout is replaced only in modules that drew before: to watch for it costs more than a small
+    network.
 
     Raises:
         DrewError: with ``again``, where a module draws that did not before.
@@ -62,45 +63,45 @@ def drawing_by(key: Tensor | None, module: object, rows: range | None = None, ag
         return
     masks = KeyedDropout(key, rows)
     layers = list(module.modules()) if isinstance(module, nn.Module) else []
-    known = _DRAWS.get(layers) if layers else None
-    looks = not again or known is not False
+    drew = _DRAWS.get(layers) if layers else None
+    watches = not again or drew is not False
     with _seeded(folded(int(key), rows.start if rows else 0), layers) as drawn:
-        with masks if looks else nullcontext():
+        with masks if watches else nullcontext():
             yield
         if layers:
             draws = masks.calls > 0 or drawn()
-            if draws or known is None:
+            if draws or drew is None:
                 _DRAWS.set(layers, draws)
-            if draws and not looks:
+            if draws and not watches:
                 raise DrewError
 
 
-_DRAWS = Known()  # by dropout, or from a generator of torch
-_DRAWS_ELSEWHERE = Known()  # by the generators of Python or numpy, which are slow to set
+_DRAWS = ModuleFacts()  # by dropout, or from a generator of torch
+_DRAWS_FROM_OTHERS = ModuleFacts()  # by the generators of Python or numpy, which are slow to set
 
 
 @contextmanager
 def _seeded(seed: int, layers: list[nn.Module]) -> Iterator[Callable[[], bool]]:
-    """Let all generators begin at a seed; yields what says whether one of torch's was drawn from."""
+    """Seed all generators; yields a function that says whether one of torch's was drawn from."""
     own = [value for layer in layers for value in layer.__dict__.values() if isinstance(value, torch.Generator)]
     own += generators(value for layer in layers for value in parameters_of(layer).values() if value is not None)
     states = [generator.get_state() for generator in own]
-    known = _DRAWS_ELSEWHERE.get(layers) if layers else None
+    drew_from_others = _DRAWS_FROM_OTHERS.get(layers) if layers else None
     try:
         for generator in own:
             generator.manual_seed(seed)
-        begun = [generator.get_state() for generator in own]
+        start_states = [generator.get_state() for generator in own]
 
         def drawn() -> bool:
-            return not all(map(torch.equal, begun, [generator.get_state() for generator in own]))
+            return not all(map(torch.equal, start_states, [generator.get_state() for generator in own]))
 
-        if known is False:
+        if drew_from_others is False:
             yield drawn
             return
-        with Elsewhere(seed) as elsewhere:
+        with OtherGenerators(seed) as others:
             yield drawn
         if layers:
-            _DRAWS_ELSEWHERE.set(layers, elsewhere.drawn)
+            _DRAWS_FROM_OTHERS.set(layers, others.drawn)
     finally:
         for generator, state in zip(own, states, strict=True):
             generator.set_state(state)
@@ -112,11 +113,11 @@ def generators(tensors: Iterable[Tensor]) -> list[torch.Generator]:
     return [torch.default_generator, *[torch.cuda.default_generators[index] for index in sorted(devices)]]
 
 
-class Elsewhere:
-    """The generators of Python and numpy, of whose draws ``vmap`` knows nothing; put back afterwards.
+class OtherGenerators:
+    """Watches the generators of Python and numpy, which ``vmap`` does not; if they are seeded, puts them back.
 
     Args:
-        seed: where they begin; where they are, if not given.
+        seed: what they are seeded by; if not given, they go on.
 
     Attributes:
         drawn: whether one of them was drawn from.
@@ -126,19 +127,19 @@ class Elsewhere:
         self.seed = seed
         self.drawn = False
 
-    def __enter__(self) -> "Elsewhere":
-        """Keep where they are, and let them begin."""
+    def __enter__(self) -> "OtherGenerators":
+        """Keep their states, and seed them."""
         self.before = _read()
         if self.seed is not None:
             random.seed(self.seed)
             if numpy := sys.modules.get("numpy"):
                 numpy.random.seed(self.seed % 2**32)
-        self.begun = _read() if self.seed is not None else self.before
+        self.at_start = _read() if self.seed is not None else self.before
         return self
 
     def __exit__(self, *_: object) -> None:
         """Find out whether they were drawn from, and put them back if they were seeded."""
-        self.drawn = _read() != self.begun
+        self.drawn = _read() != self.at_start
         if self.seed is not None:
             random.setstate(self.before[0])
             if len(self.before) > 1:

@@ -9,12 +9,12 @@ from torch.func import functional_call
 from metalit.autodiff.draws import drawing_by
 from metalit.autodiff.exact import exact_for
 from metalit.autodiff.untouched import Kept
-from metalit.autodiff.watch import Known, Writes
+from metalit.autodiff.watch import ModuleFacts, Writes
 from metalit.errors import InputError
 from metalit.private_torch import BatchNorm, InstanceNorm, buffers_of
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-_WRITES = Known()  # whether a module writes to tensors that it holds or is given
+_WRITES = ModuleFacts()  # whether a module writes to tensors that it holds or is given
 
 
 def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, key: Tensor | None = None) -> Tensor:
@@ -77,11 +77,11 @@ def evaluated(
     """
     kept = Kept(module)
     try:
-        # nothing is learned about what is made up for one derivative, or does more than call() lets it
-        known = True if as_torch or isinstance(module, With) else _WRITES.get(kept.layers)
+        # what is made for one derivative alone, or may do more than under call(), is always taken to write
+        writes_to_any = True if as_torch or isinstance(module, With) else _WRITES.get(kept.layers)
         clones: dict[int, Tensor] = {}
-        if known is not False:
-            clones = kept.lend()
+        if writes_to_any is not False:
+            clones = kept.lend_clones()
             parameters, inputs = _cloned(module, parameters, inputs, clones)
         for layer in kept.layers:
             if isinstance(layer, BatchNorm | InstanceNorm) and not as_torch:
@@ -89,7 +89,7 @@ def evaluated(
             elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
                 layer.sparse = False  # torch.func has no sparse gradients; their values are the same
         with exact_for(kept.layers):
-            if known is not None:
+            if writes_to_any is not None:
                 return functional_call(module, dict(parameters), inputs)
             with Writes() as writes:
                 found = functional_call(module, dict(parameters), inputs)

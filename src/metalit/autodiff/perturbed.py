@@ -76,7 +76,7 @@ def gradient_at(
         with torch.inference_mode(False), untouched(module) as kept:
             # clones, as a forward pass may write to them
             point = {name: given.get(name, value).detach().clone() for name, value in module.named_parameters()}
-            kept.lend()
+            kept.lend_clones()
             return _gradient(module, loss, point | dict(buffers or {}), key, rows, again)
 
     try:
@@ -216,8 +216,8 @@ def _alpha(
     own = dict(module.named_parameters())
     if isinstance(perturbation, Perturbation):
         free = {name: value.detach() for name, value in own.items() if value.requires_grad}
-        known = None if gradient is None else _known(module, free, gradient)
-        return perturbation(free, cache(lambda: gradient_at(module, loss, key=key)[1] if known is None else known), key)
+        given = None if gradient is None else _given_gradient(module, free, gradient)
+        return perturbation(free, cache(lambda: gradient_at(module, loss, key=key)[1] if given is None else given), key)
     if isinstance(perturbation, Mapping):
         return perturbation
     if isinstance(perturbation, Tensor) or not isinstance(perturbation, Iterable):
@@ -233,7 +233,9 @@ def _alpha(
     return {name: value for name, value in zip(own, values, strict=True) if value is not None}
 
 
-def _known(module: nn.Module, free: dict[str, Tensor], gradient: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def _given_gradient(
+    module: nn.Module, free: dict[str, Tensor], gradient: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
     if missing := free.keys() - gradient.keys():
         raise InputError(f"gradient: {sorted(missing)} missing; give None for a gradient of zero")
     given = of_module(module, {name: value for name, value in gradient.items() if value is not None}, "gradient")

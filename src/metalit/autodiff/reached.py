@@ -25,18 +25,18 @@ class Bypass:
         with torch.enable_grad():
             self.parameters = {name: value.view_as(value) for name, value in parameters.items()}
         self._ways = {node for value in self.parameters.values() if (node := bottom(value).grad_fn) is not None}
-        known = [*parameters.items(), *(others or {}).items()]
-        self._names = {_memory(value): name for name, value in known if value.layout is torch.strided}
+        named = [*parameters.items(), *(others or {}).items()]
+        self._names = {_memory(value): name for name, value in named if value.layout is torch.strided}
 
     def check(self, value: Tensor, owner: str) -> None:
         """Raise an :class:`InputError` where ``value`` depends on a parameter by another way."""
         node = bottom(value).grad_fn
-        waiting, seen = [node] if node is not None else [], set(self._ways)
+        waiting, visited = [node] if node is not None else [], set(self._ways)
         while waiting:
             node = waiting.pop()
-            if node in seen:
+            if node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             leaf: Any = getattr(node, "variable", None)
             if leaf is not None and (name := self._names.get(_memory(leaf))) is not None:
                 raise InputError(

@@ -39,7 +39,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        for part, told in _REFUSED.items():
+        for part, explanation in _REFUSED.items():
             if part in str(error):
-                raise InputError(told) from error
+                raise InputError(explanation) from error
         raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, vjp, vmap
 
 from metalit.autodiff.attention import plain_attention
-from metalit.autodiff.draws import Elsewhere, drawing_by, draws, generators
+from metalit.autodiff.draws import OtherGenerators, drawing_by, draws, generators
 from metalit.autodiff.exact import ExactSecondDerivatives
 from metalit.autodiff.functional import With, evaluated
 from metalit.autodiff.names import matching, of_module
@@ -80,10 +80,10 @@ def _watched(rows: Callable[..., Tree], key: Tensor | None) -> Callable[..., Tre
         grads = torch.is_grad_enabled()
         states = [(generator, generator.get_state()) for generator in generators(batches)]
         # what is reached past the arguments shows in the graph; under inference_mode there is none
-        with torch.enable_grad(), Elsewhere() as elsewhere:
+        with torch.enable_grad(), OtherGenerators() as others:
             found = rows(*batches)
         drawn = any(not torch.equal(generator.get_state(), state) for generator, state in states)
-        if elsewhere.drawn or (key is None and drawn):
+        if others.drawn or (key is None and drawn):
             raise InputError(OTHER_DRAWS)
         return found if grads else tree_map(Tensor.detach, found)
 

@@ -56,8 +56,8 @@ class Kept:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
 
-    def lend(self) -> dict[int, Tensor]:
-        """Let the module hold clones of its tensors until they are put back, by the id of each; parameters aside."""
+    def lend_clones(self) -> dict[int, Tensor]:
+        """Let the module hold clones of its tensors, but for parameters, until :meth:`restore`; by the id of each."""
         clones = _clones(self._distinct())
         for put, key, tensor in self._tensors:
             put(key, clones[id(tensor)])

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from metalit.private_torch import TorchDispatchMode, bottom, memory, written_arguments
 
 
-class Known:
+class ModuleFacts:
     """One fact for each module, as long as its layers and their modes are the same."""
 
     def __init__(self) -> None:
         self.facts: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
     def get(self, layers: list[nn.Module]) -> bool | None:
-        """What is known of the module with these layers, itself first; None if nothing is."""
+        """The fact of the module with these layers, itself first; None if there is none yet."""
         facts = self.facts.get(layers[0])
         return None if facts is None else facts.get(_modes(layers))
 
@@ -35,7 +35,7 @@ class Writes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.written: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,18 +43,18 @@ class Writes(TorchDispatchMode):
         """Call ``func``, and note what it may have written to."""
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        for written in written_arguments(func, args, kwargs):
-            self._note(written)
+        for argument in written_arguments(func, args, kwargs):
+            self._note(argument)
         return found
 
     def of_any(self, values: Iterable[Any]) -> bool:
         """Whether the memory of one of the tensors among the values was, or may have been, written to."""
         tensors = [bottom(value) for value in values if isinstance(value, Tensor)]
-        return any(tensor.layout is not torch.strided or memory(tensor) in self.seen for tensor in tensors)
+        return any(tensor.layout is not torch.strided or memory(tensor) in self.written for tensor in tensors)
 
     def _note(self, value: Any) -> None:
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            self.seen.add(memory(value))
+            self.written.add(memory(value))
         elif isinstance(value, list | tuple):
             for part in value:
                 self._note(part)

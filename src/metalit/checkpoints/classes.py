@@ -64,14 +64,14 @@ def find_class(path: Any, where: str) -> type:
     for name in parts[modules[0].count(".") + 1 :] if modules else ():
         found = vars(found).get(name) if hasattr(found, "__dict__") else None  # getattr might run code of the module
     if not isclass(found):
-        told = (
+        way_out = (
             ""
             if modules and modules[0].count(".") == len(parts) - 2
             else (f"; if you trust it, import the module {'.'.join(parts[:-1])!r} before")
         )
         raise InputError(
             f"{where} names {path}, which is no class of metalit, of torch.nn, of torch.optim or of a module that has "
-            f"been imported: a checkpoint is data and runs nothing{told}"
+            f"been imported: a checkpoint is data and runs nothing{way_out}"
         )
     home = f"{found.__module__}.{found.__qualname__}"
     if home.split(".", maxsplit=1)[0] in _NOT_THE_USERS and not home.startswith(_TRUSTED):

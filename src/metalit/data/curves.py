@@ -138,13 +138,13 @@ class Curves(TaskDistribution):
         frame = read_table(self.file, "data.tasks.file")
         check_columns(frame, [self.task, *self.x, *self.y], owner)
         y = numbers(frame, self.y, owner, missing=True)
-        known = ~np.isnan(y).any(1)
-        if not known.all():
-            if not known.any():
+        complete = ~np.isnan(y).any(1)
+        if not complete.all():
+            if not complete.any():
                 raise InputError(f"{owner}: no row has a number in each of {list(self.y)}; name other columns as y")
             where = " or ".join(map(repr, self.y))
-            warn(f"{owner}: {(~known).sum()} of {len(known)} rows have no number in {where}, and are left out")
-        frame, y = frame[known], y[known]
+            warn(f"{owner}: {(~complete).sum()} of {len(complete)} rows have no number in {where}, and are left out")
+        frame, y = frame[complete], y[complete]
         check_named(frame, self.task, owner)
         x = inputs(frame, self.x, self.levels, owner)
         rows = frame.groupby(self.task).indices

@@ -139,8 +139,8 @@ def _check_bypass(problem: Problem, values: Iterable[Tensor]) -> None:
             f"outer[{bypassed[0]!r}]; for a network, metalit.autodiff.call(network, parameters, x) takes them by the "
             "network's own names; for a constant, use .detach() or requires_grad_(False)"
         )
-    known = {id(parameter) for parameter in problem.parameters()}
-    lost = [leaf for leaf in _parameters_below(values) if id(leaf) not in known]
+    registered = {id(parameter) for parameter in problem.parameters()}
+    lost = [leaf for leaf in _parameters_below(values) if id(leaf) not in registered]
     if lost:
         warnings.warn(
             f"{type(problem).__name__}: its init or losses use {len(lost)} parameter(s) that are not registered with "
@@ -190,12 +190,12 @@ def _reaches(tree: Tree, values: Iterable[Tensor]) -> set[str]:
 
 def _parameters_below(values: Iterable[Tensor]) -> list[nn.Parameter]:
     """All parameters that the values depend on."""
-    waiting, seen, found = [value.grad_fn for value in values if value.grad_fn is not None], set(), []
+    waiting, visited, found = [value.grad_fn for value in values if value.grad_fn is not None], set(), []
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter):
             found.append(leaf)

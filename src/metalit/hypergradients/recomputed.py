@@ -47,7 +47,7 @@ class Recomputed(Unrolled):
         """Adapt, then sweep back."""
         own = outer["problem"]
 
-        def begin(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
+        def first_iterate(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
             inner = problem.init(own, task) if start is None else tree_map(Tensor.detach, start)
             return inner, _tree(optimizer.init(inner))
 
@@ -55,7 +55,7 @@ class Recomputed(Unrolled):
             inner, after = inner_step(problem, optimizer, inner, state.get("state"), outer, task, number)
             return inner, _tree(after)
 
-        path = [begin(own)]
+        path = [first_iterate(own)]
         for number in range(self.steps):
             path.append(step(number, *path[-1], outer))
         only_last = [0.0] * (self.steps - 1) + [1.0]
@@ -75,7 +75,7 @@ class Recomputed(Unrolled):
             *pull, through = _pulled(partial(step, number), (*path[number], outer), tuple(pull))
             gradient = axpy(1.0, through, gradient)
             del path[number + 1 :]
-        (through,) = _pulled(begin, (own,), tuple(pull))
+        (through,) = _pulled(first_iterate, (own,), tuple(pull))
         return Estimate(value, {**gradient, "problem": axpy(1.0, through, gradient["problem"])}, inner)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalit.adapt import adapt
-from metalit.autodiff.blame import told
+from metalit.autodiff.blame import as_input_error
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
@@ -171,7 +171,7 @@ class AdaptingLearner(TwoLevelLearner):
     def told_at(self, x: Tensor) -> AbstractContextManager[None]:
         """Tell it likewise of a network that is tried on the rows ``x``."""
         network = getattr(self.problem, "network", None)
-        return super().told(x) if network is None else told("model.problem.network", network, x)
+        return super().told(x) if network is None else as_input_error("model.problem.network", network, x)
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]``; unchanged where the data had none."""

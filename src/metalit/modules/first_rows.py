@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metalit.autodiff import gradient_at
-from metalit.autodiff.blame import told
+from metalit.autodiff.blame import as_input_error
 from metalit.autodiff.draws import drawing_by
 from metalit.autodiff.functional import evaluated
 from metalit.errors import InputError
@@ -27,7 +27,7 @@ def check_first_rows(network: nn.Module, loss: nn.Module | None, x: Tensor, y: T
         InputError: the network cannot take the rows, or lacks a score for each class; the loss cannot take what it
             says, or has no gradient by it, or not the whole one.
     """
-    with told("model.network", network, x), torch.no_grad(), drawing_by(torch.tensor(seed), network):
+    with as_input_error("model.network", network, x), torch.no_grad(), drawing_by(torch.tensor(seed), network):
         scores = evaluated(network, {}, (x,), as_torch=True)
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     # one logit may do for two classes, where a criterion of the user's says so
@@ -48,7 +48,7 @@ def check_first_rows(network: nn.Module, loss: nn.Module | None, x: Tensor, y: T
         ) from error
     trains = any(parameter.requires_grad for parameter in network.parameters())
     if loss is not None and trains:  # a loss of the user's may reach anything
-        with told("model.network", network):
+        with as_input_error("model.network", network):
             gradient_at(network, partial(_mean_loss, loss, x, y), key=torch.tensor(seed))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metalit.adapt import Outer
-from metalit.autodiff.draws import Elsewhere
+from metalit.autodiff.draws import OtherGenerators
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
 from metalit.inner.base import InnerOptimizer
@@ -40,16 +40,16 @@ def check_first_task(
 
     Raises:
         InputError: what :meth:`~metalit.hypergradients.base.Hypergradient.check` raises; derivatives that are missing;
-            random numbers from elsewhere than a key; a matrix that cannot be inverted.
+            random numbers from others than a key; a matrix that cannot be inverted.
     """
     hypergradient.check(problem, optimizer, context.outer, first_of(tasks), first_of(start))
     try:
         given = few_of(tasks), few_of(start), context.progress
-        with Elsewhere() as elsewhere:
+        with OtherGenerators() as others:
             found = over_tasks(hypergradient, problem, optimizer, context.outer, *given)
     except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
         return
-    if elsewhere.drawn:
+    if others.drawn:
         raise InputError(
             "model.problem: it, or its network, draws from the generators of Python or numpy, so nothing could be "
             "resumed or repeated; draw by metalit.keys from the task's key"

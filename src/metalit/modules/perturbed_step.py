@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor, nn
 
 from metalit.autodiff import Perturbation, gradient_at
-from metalit.autodiff.blame import told
+from metalit.autodiff.blame import as_input_error
 from metalit.autodiff.perturbed import gradient_in_training
 from metalit.autodiff.untouched import Kept
 from metalit.judging import real_rows
@@ -100,7 +100,7 @@ class PerturbedStep:
 
     def _pass(self, context: RowsContext, items: tuple[Points, Tensor]) -> OuterGradient:
         """Loss and gradient; changes the network as a forward pass does, where a state is kept."""
-        with told("model", cast(nn.Module, self.owner), items[0].x):
+        with as_input_error("model", cast(nn.Module, self.owner), items[0].x):
             return self.batches(context, items).gradient
 
     def _step_result(self, context: RowsContext, items: tuple[Points, Tensor]) -> StepResult:

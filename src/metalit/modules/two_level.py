@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from metalit.adapt import Outer
-from metalit.autodiff.blame import told
+from metalit.autodiff.blame import as_input_error
 from metalit.checks.trainer import check_counts
 from metalit.data.stream import Fused
 from metalit.errors import InputError
@@ -159,7 +159,7 @@ class TwoLevelLearner(OuterLearner):
 
     def told(self, tasks: Any) -> AbstractContextManager[None]:
         """Tell in one line what is wrong with the user's code, which is tried on tasks."""
-        return told("model.problem", self.problem)
+        return as_input_error("model.problem", self.problem)
 
     def start(self, tasks: Any) -> Tree | None:
         """Where the inner variables of an outer step start, with a leading dimension of tasks; None for ``init``."""
