@@ -105,7 +105,7 @@ class FusedLoop:
         # a warm start travels as what "the step before the first" left
         previous = form if start is None else form._replace(per_item=start)
 
-        def step(number: Tensor, carry: tuple, context: tuple) -> tuple:
+        def step(number: Tensor, carry: tuple[Any, ...], context: tuple[Any, ...]) -> tuple[Any, ...]:
             (flat, *states), previous, _, _, flags = carry
             begun = None if start is None else previous.per_item
             found = self._evaluated(number, flat, begun, context)
@@ -120,7 +120,7 @@ class FusedLoop:
         carry = carried, previous, carried[0], start, rows.new_zeros(len(rows))
         return repeated(step, count, carry, context)
 
-    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple) -> StepResult:
+    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple[Any, ...]) -> StepResult:
         """The result of step ``number`` of the loop, at the parameters ``flat``."""
         held, first, rows, items = context
 
