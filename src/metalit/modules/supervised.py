@@ -1,7 +1,7 @@
 """The supervised learner: trains any network plainly, with noise on its weights, or for flat minima."""
 
 from math import isnan
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -209,7 +209,7 @@ class SupervisedLearner(OuterLearner):
             return row_losses(self.loss, prediction.unsqueeze(0), target.unsqueeze(0))[0]
 
         gradients = per_sample_gradients(self.network, points.x, points.y, loss=loss, chunk_size=256, flat=True)
-        return gradients.norm(dim=1), data.splits.corrupted.to(self.device)
+        return cast(Tensor, gradients).norm(dim=1), data.splits.corrupted.to(self.device)
 
     # ---- checkpoints
 
