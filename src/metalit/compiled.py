@@ -38,6 +38,11 @@ _ON_CPU = {
     # hash does, would otherwise be written out a thousand times
     "realize_opcount_threshold": 20,
 }
+_ELSEWHERE = {
+    # kernels are not tried out against each other: which is fastest would differ from run to run, and so would the last
+    # digits of a run that goes on
+    "deterministic": True,
+}
 
 
 class Compiled:
@@ -256,7 +261,7 @@ class CompiledProgram(Program):
                 graph,
                 tensors,
                 dynamic_shapes="from_example_inputs",
-                options={"config_patches": _OPTIONS | (_ON_CPU if self.device == "cpu" else {})},
+                options={"config_patches": _OPTIONS | (_ON_CPU if self.device == "cpu" else _ELSEWHERE)},
             )
 
     def __call__(self, values: Values) -> list[Any]:

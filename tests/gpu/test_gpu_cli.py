@@ -35,7 +35,7 @@ def test_compiled_and_predicted_on_both_devices(metalit, tmp_path, device, recor
     record_property("told", [line for line in told.splitlines() if "compil" in line])
     assert "not compiled" not in told
     run = tmp_path / "lightning_logs/sine_maml/version_0"
-    assert list(run.rglob("*.png"))
+    assert list(run.rglob("*.png")), told
     assert list(run.glob("events.out.tfevents.*"))
     found = []
     for place in (device, "cpu"):
