@@ -11,10 +11,11 @@ LEARNER = "learner"
 
 
 class Measure(NamedTuple):
-    """What is measured: ``name`` in files, ``heading`` in tables."""
+    """What is measured: ``name`` in files and logs, ``heading`` in tables."""
 
     name: str
     heading: str
+    logged: bool = True  # in every validation; else it stands in reports alone
 
 
 LOSS = Measure("loss", "loss")

@@ -1,7 +1,7 @@
 """The report of a meta-learner: errors over tasks after each number of inner steps, beside those of baselines."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,7 +10,7 @@ from torch import Tensor
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.evaluation.interval import mean_with_interval, means_of_tasks
-from metalit.evaluation.judged import LEARNER, LOSS, Judged
+from metalit.evaluation.judged import LEARNER, LOSS, Judged, Measure
 from metalit.evaluation.report import Chart, Report
 
 
@@ -24,10 +24,7 @@ def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | N
     """
     learner, *baselines = judged
     source = None if data is None else data.tasks
-    rows = [
-        [[predictor.label(step), *map(str, intervals)] for step, intervals in enumerate(predictor.means())]
-        for predictor in judged
-    ]
+    rows = [_rows(predictor, learner.values) for predictor in judged]
     return Report(
         "errors",
         split,
@@ -95,6 +92,15 @@ def tasks_frame(judged: Sequence[Judged], source: TaskDistribution | None, split
                 end = f"step_{step}" if predictor.name == LEARNER else re.sub(r"\W+", "_", predictor.name)
                 columns[f"{measure.name}_{end}"] = column.tolist()
     return pd.DataFrame(columns)
+
+
+def _rows(predictor: Judged, measures: Iterable[Measure]) -> list[list[str]]:
+    """The table's row for each inner step; a cell is empty where the predictor has no such measure."""
+    columns = [predictor.intervals(measure) if measure in predictor.values else None for measure in measures]
+    return [
+        [predictor.label(step), *("" if column is None else str(column[step]) for column in columns)]
+        for step in range(predictor.values[LOSS].shape[1])
+    ]
 
 
 def _protocol(data: TaskDataModule | None, tasks: Tensor, split: Split) -> str:

@@ -95,15 +95,15 @@ def accuracies(loss: nn.Module | None, predictions: Tensor, query: Points) -> Te
 
 
 def absolute_errors(
-    predictions: Tensor, query: Points, outputs: Sequence[str], deviations: Sequence[float]
+    query: Points, outputs: Sequence[str], deviations: Sequence[float], predictions: Tensor
 ) -> dict[Measure, Tensor]:
     """The mean absolute error of each output over the query rows, in the user's units, ``[tasks, steps]``.
 
     Args:
-        predictions: ``[tasks, steps, rows, outputs]``, normalised.
         query: what is true.
         outputs: the names of the outputs.
         deviations: their standard deviations, by which they were normalised.
+        predictions: ``[tasks, steps, rows, outputs]``, normalised.
     """
     truth = query.y.unsqueeze(1).double()
     errors = (predictions.double() - truth).abs() * truth.new_tensor(deviations)
@@ -112,5 +112,5 @@ def absolute_errors(
     else:
         weights = query.mask[:, None, :, None].double()
         means = (errors * weights).sum(2) / weights.sum(2)
-    names = [Measure(f"{output}_absolute_error", f"|error| in {output}") for output in outputs]
-    return dict(zip(names, means.unbind(2), strict=True))
+    measures = [Measure(f"{output}_absolute_error", f"|error| in {output}", logged=False) for output in outputs]
+    return dict(zip(measures, means.unbind(2), strict=True))

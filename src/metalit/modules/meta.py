@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,30 +123,31 @@ class MetaLearner(AdaptingLearner):
         self.evaluation.start()
 
     def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
-        """Adapt, and collect the query losses; beside baselines only where it is none of the many validations of a fit.
+        """Adapt, and collect what is measured; beside baselines only where it is none of the validations of a fit.
 
-        Where the data has units, each output's mean absolute error in them is collected beside the loss.
+        Beside baselines, where the data has units, each output's mean absolute error in them is collected too.
         """
         loader = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
         tasks, data = self._tasks_of(batch, batch_idx), self.trainer.datamodule
-        found = {LEARNER: {LOSS: self.query_losses(tasks)}}
-        compares = isinstance(data, TaskDataModule) and self.trainer.state.fn != "fit"
-        real = tasks.query.y.is_floating_point()
-        units = real and compares and data.tasks.scaling().changes
-
-        def errors(predictions: Tensor) -> dict[Measure, Tensor]:
+        found = {LEARNER: self.measures(tasks)}
+        if isinstance(data, TaskDataModule) and self.trainer.state.fn != "fit":
             scaling = self.scaling or data.tasks.scaling()
-            return absolute_errors(predictions, tasks.query, data.tasks.columns.y, scaling.y_std)
-
-        if not real:
-            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
-            found[LEARNER] |= {} if right is None else {ACCURACY: right}
-        elif units:
-            found[LEARNER] |= errors(self.query_predictions(tasks))
-        for name, prediction in data.tasks.baselines(tasks).items() if compares else ():
-            found[name] = {LOSS: self.judge(prediction, tasks).unsqueeze(1)}
-            found[name] |= errors(prediction.unsqueeze(1)) if units else {}
+            has_units = tasks.query.y.is_floating_point() and data.tasks.scaling().changes
+            errors = partial(absolute_errors, tasks.query, data.tasks.columns.y, scaling.y_std)
+            if has_units:
+                found[LEARNER] |= errors(self.query_predictions(tasks))
+            for name, prediction in data.tasks.baselines(tasks).items():
+                found[name] = {LOSS: self.judge(prediction, tasks).unsqueeze(1)}
+                found[name] |= errors(prediction.unsqueeze(1)) if has_units else {}
         self.evaluation.add(indices(loader, batch_idx), found)
+
+    def measures(self, tasks: Task) -> dict[Measure, Tensor]:
+        """What is measured on a batch of tasks, the loss and for classes the accuracy: ``[tasks, eval_steps + 1]``."""
+        found = {LOSS: self.query_losses(tasks)}
+        if not tasks.query.y.is_floating_point():
+            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
+            found |= {} if right is None else {ACCURACY: right}
+        return found
 
     def evaluated(self, split: Split) -> dict[str, float]:
         """The means after every inner step; of a validation the loss after as many as are trained, of a test intervals.
@@ -153,7 +155,7 @@ class MetaLearner(AdaptingLearner):
         A validation of training remembers after how many steps the loss is lowest.
         """
         learner = self.evaluation.finish(self.trainer.datamodule, split)
-        found = {measure.name: learner.intervals(measure) for measure in (LOSS, ACCURACY) if measure in learner.values}
+        found = {measure.name: learner.intervals(measure) for measure in learner.values if measure.logged}
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
             self.best_steps = min(losses, key=lambda k: losses[k], default=None)
