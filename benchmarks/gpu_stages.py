@@ -369,7 +369,7 @@ STAGES = {
     "small": Measured(partial(small, compiled=False), 70),
     "small, compiled": Measured(partial(small, compiled=True), 70, compiles=True),
     "step alone": Measured(partial(alone, inner_steps=1), 60, compiles=True),
-    "step alone, 5 inner steps": Measured(partial(alone, inner_steps=5), 60, compiles=True),
+    "step alone, 5 inner steps": Measured(partial(alone, inner_steps=5), 90, compiles=True),
     "large": Measured(partial(large, compiled=False), 50),
     "large, compiled": Measured(partial(large, compiled=True), 50, compiles=True),
     "supervised": Measured(supervised, 40),
