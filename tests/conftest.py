@@ -1,6 +1,7 @@
 """What the tests share: one thread, the repository as working folder, and the command line as a function."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,6 +73,25 @@ def metalit(
         return status, captured.out + captured.err
 
     return run
+
+
+_KEPT: dict[str, Path] = {}
+
+
+@pytest.fixture
+def trained(
+    metalit: Callable[..., tuple[int, str]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], None]:
+    """Put a run of a config below ``tmp_path``, trained once for all tests that only read it."""
+
+    def put(config: str) -> None:
+        if config not in _KEPT:
+            root = tmp_path_factory.mktemp("kept")
+            assert metalit("fit", config, f"--trainer.default_root_dir={root}")[0] == 0
+            _KEPT[config] = root / "lightning_logs"
+        shutil.copytree(_KEPT[config], tmp_path / "lightning_logs", dirs_exist_ok=True)
+
+    return put
 
 
 @pytest.fixture

@@ -244,11 +244,11 @@ class TestCheckpoints:
             assert torch.equal(value, halves["state_dict"][name]), name
         assert "keeps" not in output
 
-    def test_last_means_the_newest_version_that_has_one(self, metalit, tmp_path):
-        metalit("fit", MAML)
-        metalit("fit", MAML)
+    def test_last_means_the_newest_version_that_has_one(self, metalit, trained, tmp_path):
+        trained(MAML)
         empty = tmp_path / "lightning_logs" / "sine_maml" / "version_10"
         empty.mkdir()
+        shutil.copytree(empty.with_name("version_0"), empty.with_name("version_1"))
         shutil.copytree(empty.with_name("version_1"), empty.with_name("version_3_old"))
         _, output = metalit("validate", MAML, "--ckpt_path=last")
         assert "version_1/checkpoints/last.ckpt" in output
@@ -261,8 +261,8 @@ class TestCheckpoints:
         assert "keeps optimizer.lr=0.003 " in told[0]
         assert "; 0.5, as now configured" in told[0]
 
-    def test_never_overrides_the_configuration(self, metalit):
-        metalit("fit", MAML)
+    def test_never_overrides_the_configuration(self, metalit, trained):
+        trained(MAML)
         _, output = metalit("test", MAML, "--model.eval_steps=3")
         assert "│ 3 " in output
         assert "│ 4 " not in output
@@ -289,8 +289,8 @@ class TestCheckpoints:
         assert status == 2
         assert "it lacks ['global_step', 'loops'" in output
 
-    def test_damaged_is_refused(self, metalit, tmp_path):
-        metalit("fit", MAML)
+    def test_damaged_is_refused(self, metalit, trained, tmp_path):
+        trained(MAML)
         last = tmp_path / "lightning_logs/sine_maml/version_0/checkpoints/last.ckpt"
         last.write_bytes(last.read_bytes()[:3000])
         status, output = metalit("fit", MAML, "--ckpt_path=last")
@@ -335,8 +335,8 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(metali
     assert all(bool(value.isfinite().all()) for value in kept["state_dict"].values())
 
 
-def test_a_learner_that_diverges_when_tested_reports_it_and_goes_on(metalit, tmp_path):
-    metalit("fit", MAML)
+def test_a_learner_that_diverges_when_tested_reports_it_and_goes_on(metalit, trained, tmp_path):
+    trained(MAML)
     status, output = metalit("test", MAML, "--model.inner_optimizer.lr=1000.0", "--model.eval_steps=30")
     assert status == 0
     assert "6 of 6 diverged" in output
@@ -345,8 +345,8 @@ def test_a_learner_that_diverges_when_tested_reports_it_and_goes_on(metalit, tmp
     assert lines[31].endswith(",6,6")
 
 
-def test_predict_without_a_file(metalit):
-    metalit("fit", MAML)
+def test_predict_without_a_file(metalit, trained):
+    trained(MAML)
     status, output = metalit("predict", MAML)
     assert status == 2
     assert "data.predict_file" in output

@@ -110,8 +110,8 @@ class TestPredict:
         file.write_text("task,x,y\nmine,-2.0,0.4\nmine,1.0,0.0\nmine,2.5,\n")
         return file
 
-    def test_replaces_what_it_wrote_and_nothing_else(self, metalit, points):
-        metalit("fit", MAML)
+    def test_replaces_what_it_wrote_and_nothing_else(self, metalit, trained, points):
+        trained(MAML)
         predict = ["predict", MAML, f"--data.predict_file={points}"]
         target = points.with_name("points_predicted.csv")
         status, output = metalit(*predict)
@@ -133,8 +133,8 @@ class TestPredict:
             )
             assert points.with_name(name).read_text() == words
 
-    def test_beside_a_file_in_a_folder_that_cannot_be_written(self, metalit, points, monkeypatch):
-        metalit("fit", MAML)
+    def test_beside_a_file_in_a_folder_that_cannot_be_written(self, metalit, trained, points, monkeypatch):
+        trained(MAML)
 
         def refuse(frame, path, **_):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -126,12 +126,30 @@ def printed(outputs, capsys):
     return run
 
 
-@pytest.mark.parametrize(("name", "label"), [(name, label) for name, labels in PRINTED.items() for label in labels])
+def long_if_low_rank(name, *rest):
+    """It trains twenty times: the quick run has two of its ten seeds."""
+    return pytest.param(name, *rest, marks=pytest.mark.long if name == "low_rank" else ())
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [long_if_low_rank(name, label) for name, labels in PRINTED.items() for label in labels]
+)
 def test_prints(name, label, printed):
     assert numbers_after(label, printed(name)) == PRINTED[name][label]
 
 
-@pytest.mark.parametrize("name", PRINTED)
+def test_low_rank_prints_the_optimum_of_its_first_seeds(capsys):
+    main = runpy.run_path(str(FOLDER / "low_rank.py"))["main"]
+    main.__globals__["SEEDS"] = range(2)
+    main()
+    output = capsys.readouterr().out
+    for seed in range(2):
+        assert numbers_after(f"{seed} ", output) == PRINTED["low_rank"][f"{seed} "]
+    assert numbers_after("both factors by Adam:", output)[2:] == [2, 2]
+    assert numbers_after("v solved for exactly:", output)[2:] == [2, 2]
+
+
+@pytest.mark.parametrize("name", [long_if_low_rank(name) for name in PRINTED])
 def test_fits_the_folder(name, printed):
     source = (FOLDER / f"{name}.py").read_text("utf-8")
     assert "\n\n" in ast.get_docstring(ast.parse(source))
@@ -151,6 +169,7 @@ def test_expected_and_actual_products_are_equal(printed):
     assert lines[0::2] == lines[1::2]
 
 
+@pytest.mark.long
 def test_solving_for_one_factor_saves_most_steps(printed):
     both, exact = (
         numbers_after(label, printed("low_rank")) for label in ("both factors by Adam:", "v solved for exactly:")

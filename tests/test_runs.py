@@ -40,7 +40,7 @@ class TestLoggers:
             "TensorBoard": logger("TensorBoardLogger", save_dir=tmp_path / "elsewhere", name="mine", version="first"),
         }[name]
 
-    @pytest.mark.parametrize("name", ["none", "CSV", "TensorBoard"])
+    @pytest.mark.parametrize("name", ["none", pytest.param("CSV", marks=pytest.mark.long), "TensorBoard"])
     def test_a_run_is_found_again(self, metalit, tmp_path, experiment, name):
         options = self.loggers(tmp_path, name)
         for number in (0, 1):
@@ -179,12 +179,15 @@ class TestRefusals:
         ],
     )
     def test_of_a_new_run(self, metalit, tmp_path, config, options):
+        status, output = metalit("fit", config, *options)
+        assert status == 2, output
+        assert f"training {Path(config).stem}" not in output
+        assert listing(tmp_path) == []
+
+    def test_takes_no_number(self, metalit):
         for _ in range(2):
-            status, output = metalit("fit", config, *options)
-            assert status == 2, output
-            assert f"training {Path(config).stem}" not in output
-            assert listing(tmp_path) == []
-        status, output = metalit("fit", config)
+            assert metalit("fit", MAML, "--model.problem.network.sizes=[2,4,1]")[0] == 2
+        status, output = metalit("fit", MAML)
         assert status == 0
         assert "version_0" in output
 

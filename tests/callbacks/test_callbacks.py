@@ -4,6 +4,7 @@ import csv
 import os
 import pty
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import fsspec
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from matplotlib.image import imread
 
+from metalit.__main__ import main
 from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
 from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.callbacks.figures import draw_fits
@@ -250,15 +252,20 @@ class TestProgress:
         options = ["--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=3"]
         options += ["--model.compile=false", "--model.fused_steps=3"]
         sizes = ["--data.val.tasks=6", f"--trainer.default_root_dir={tmp_path}", "--figures.tasks=0"]
+        process, terminal = pty.fork()
+        if process == 0:
+            status = 1
+            try:
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                status = main(["fit", "--config", MAML, *options, *sizes])
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
         shown = bytearray()
-
-        def read(descriptor):
-            data = os.read(descriptor, 4096)
-            shown.extend(data)
-            return data
-
-        sys.stdout.flush()
-        status = pty.spawn([sys.executable, "-m", "metalit", "fit", "--config", MAML, *options, *sizes], read)
+        with suppress(OSError):  # which is how a terminal ends
+            while data := os.read(terminal, 4096):
+                shown.extend(data)
+        _, status = os.waitpid(process, 0)
         text = shown.decode(errors="replace")
         assert status == 0, text
         for words in ("Training", "6/6", "it/s", "val/loss:", "best:", "train/loss:"):
@@ -266,8 +273,8 @@ class TestProgress:
 
 
 class TestReport:
-    def test_rows_of_the_file_are_the_errors(self, metalit, tmp_path):
-        metalit("fit", "configs/curves_gapminder.yaml")
+    def test_rows_of_the_file_are_the_errors(self, metalit, trained, tmp_path):
+        trained("configs/curves_gapminder.yaml")
         status, output = metalit("test", "configs/curves_gapminder.yaml", "--data.test.tasks=all")
         assert status == 0
         file = tmp_path / "lightning_logs/curves_gapminder/version_0/test.csv"
@@ -285,8 +292,8 @@ class TestReport:
         assert errors["a polynomial for each support set"] == pytest.approx(2.1, abs=0.5)
         assert "43 test tasks, adapted to 3 points each" in output.replace("\n", " ")
 
-    def test_one_task_is_enough(self, metalit):
-        metalit("fit", MAML)
+    def test_one_task_is_enough(self, metalit, trained):
+        trained(MAML)
         assert metalit("test", MAML, "--data.test.tasks=1")[0] == 0
 
     def test_interval_is_that_of_a_sample_mean(self):

@@ -55,8 +55,8 @@ def test_without_a_validation_it_is_that_of_training(tmp_path):
     assert torch.equal(answers(module), answers(module, steps=2))
 
 
-def test_predict_says_how_many_and_why(metalit, tmp_path):
-    assert metalit("fit", METASGD)[0] == 0
+def test_predict_says_how_many_and_why(metalit, trained, tmp_path):
+    trained(METASGD)
     path = tmp_path / "lightning_logs/sine_metasgd/version_0/checkpoints/best.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     points = tmp_path / "points.csv"
@@ -74,8 +74,8 @@ def test_predict_says_how_many_and_why(metalit, tmp_path):
     ]
 
 
-def test_a_prediction_that_is_not_finite_writes_nothing(metalit, tmp_path):
-    assert metalit("fit", METASGD)[0] == 0
+def test_a_prediction_that_is_not_finite_writes_nothing(metalit, trained, tmp_path):
+    trained(METASGD)
     points = tmp_path / "points.csv"
     points.write_text("task,x,y\nfar,-2.0,1e30\nfar,1.0,0.0\nfar,2.5,\n")
     status, output = metalit("predict", METASGD, f"--data.predict_file={points}", "--model.eval_steps=50")
