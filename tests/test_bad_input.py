@@ -52,7 +52,20 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("config", "options", "told"), OPTIONS, ids=[case[1][0][:40] for case in OPTIONS])
+# each takes the way of another that is in the quick run
+LONG = {
+    *("--trainer=-5", "--last_checkpoint=[1]", "--trainer.devices=null", "--trainer.devices=[0,0]", "--threads=0"),
+    *("--trainer.devices=4000", "--seed_everything=4294967296", "--seed_everything=many", "--trainer.logger=Nope"),
+    *("--model.eval_steps=99999999999999999999", "--model.optimizer.differentiable=null"),
+    *("--model.inner_optimizer.lr=null", "--ckpt_path=" + "a" * 5000, "--model.scheduler.T_max=many"),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "told"),
+    [pytest.param(*case, marks=pytest.mark.long if case[1][0] in LONG else ()) for case in OPTIONS],
+    ids=[case[1][0][:40] for case in OPTIONS],
+)
 def test_an_option_that_cannot_be_used_is_told_in_one_line(config, options, told, metalit, tmp_path):
     status, output = metalit("fit", config, *options, tiny=False)
     assert status == 2
@@ -86,7 +99,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("more", [[], ["--print_config"]], ids=["", "print_config"])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--print_config"], marks=pytest.mark.long)], ids=["", "print_config"]
+)
 def test_a_config_that_cannot_be_used_is_named(kind, more, metalit, tmp_path):
     content, told = FILES[kind]
     file = tmp_path / "mine.yaml"

@@ -90,7 +90,7 @@ def check_equal(found, right):
     assert_close(found, right, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.long), True], ids=["cold", "warm"])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
