@@ -22,7 +22,7 @@ _PROCESSES = 16  # each takes half a gigabyte
 
 
 def prepared(args: Sequence[str]) -> list[str]:
-    """Arguments that the parser reads as they are meant.
+    """The arguments, changed so that the parser reads them as they are meant.
 
     Raises:
         InputError: a config file that is no YAML mapping in UTF-8, or has a key twice; a value that is nested too
@@ -32,7 +32,7 @@ def prepared(args: Sequence[str]) -> list[str]:
     ['fit', '--model.problem.loss=${oc.decode:null}', '--ckpt_path', 'null']
     """
     for file in map(Path, named_configs(args)):
-        if _is_file(file):  # the parser says of a missing one what there is to say
+        if _is_file(file):  # the parser explains a missing one
             read_config(file)
     found, below = [], False
     for argument in args:
@@ -101,7 +101,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def origin(key: str, args: Sequence[str]) -> str:
-    """Where a dotted key was last set, for the end of a message: nothing for one that was typed."""
+    """Where a dotted key was last set, for the end of a message; empty for one that was typed."""
     if any(argument.split("=")[0].rstrip("+").startswith(f"--{key}") for argument in args):
         return ""
     named, path = map(Path, reversed(named_configs(args))), key.split(".")

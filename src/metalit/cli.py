@@ -78,7 +78,7 @@ class MetalitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, less what is not the user's to choose here: loading is safe, and tables are our own."""
+        """Lightning's, without options that are fixed here: checkpoints are loaded safely, and tables are our own."""
         own = {"weights_only", "verbose", "return_predictions"}
         return {name: skipped | own for name, skipped in LightningCLI.subcommands().items()}
 
@@ -196,12 +196,12 @@ class MetalitCLI(LightningCLI):
         return trainer
 
     def _without_checkpoints(self) -> None:
-        """Leave out what saves: where nothing is to be kept, nothing can be gone on from after a signal either."""
+        """Leave out what saves checkpoints."""
         keys = parser_of(self, self.stage).callback_keys
         keys[:] = [key for key in keys if key not in ("best_checkpoint", "last_checkpoint")]
 
     def _bare(self) -> dict[str, Any]:
-        """What ``barebones`` asks for: a loop, and nothing of what we add to it."""
+        """The arguments for ``barebones``, without any callback of ours."""
         parser_of(self, self.stage).callback_keys.clear()
         self.save_config_callback = None
         nothing = ("logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary", "enable_checkpointing")
@@ -224,7 +224,7 @@ class MetalitCLI(LightningCLI):
             self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
-        """Answer for the user's points.
+        """Predict at the user's points.
 
         Raises:
             InputError: the learner does not adapt to points.
@@ -287,7 +287,7 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning of ours is a line for the user, who has no use for the line of code that gave it."""
+    """Show a warning of ours without the line of code that gave it, which the user has no use for."""
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     text = f"metalit: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
     sys.stderr.write(text)

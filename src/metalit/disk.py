@@ -17,7 +17,7 @@ _WAYS |= dict.fromkeys((errno.EEXIST, errno.EISDIR), _WAYS[errno.ENOTDIR])
 
 
 def explain(error: OSError) -> str:
-    """One line for a person.
+    """What was refused, where, and the way out, in one line.
 
     >>> explain(OSError(errno.ENAMETOOLONG, "File name too long", "aaa"))
     'aaa: File name too long; use a shorter name or path'

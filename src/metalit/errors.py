@@ -13,7 +13,7 @@ class NonFiniteError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """Training was told to stop by a signal, and did, in good order.
+    """A signal stopped training, at the end of a step.
 
     Attributes:
         step: the outer steps that are taken and saved.

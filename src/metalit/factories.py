@@ -1,4 +1,4 @@
-"""Functions that a config names where an argument wants what makes an object, such as an optimiser."""
+"""Functions that a config names for arguments that are factories, such as an optimiser's."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -10,7 +10,7 @@ from metalit.errors import InputError
 
 
 def check_factories(config: Any, where: str, hint: Any = Any) -> None:
-    """Check every function below a configuration that would be called to get what makes an optimiser, say.
+    """Check every function in a configuration that is to be a factory, such as an optimiser's.
 
     Args:
         config: parsed values, as nested dictionaries and lists.
@@ -46,13 +46,13 @@ def check_factories(config: Any, where: str, hint: Any = Any) -> None:
 
 
 def _results(hint: Any) -> list[type]:
-    """The classes of what a function that is wanted returns."""
+    """The classes that the wanted function may return."""
     wanted = [kind for kind in members(hint) if get_origin(kind) is Callable and get_args(kind)]
     return [result for kind in wanted for result in members(get_args(kind)[1]) if isclass(result)]
 
 
 def _named(path: str) -> Any:
-    """What the parser has found by this name."""
+    """The object that the parser has found by this name."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None)

@@ -23,7 +23,10 @@ MatVec = Callable[[Tree], Tree]
 
 
 class Solution(NamedTuple):
-    """An answer ``x``, and whether A was found not to be positive definite: a flag, so that nothing waits for it."""
+    """An answer ``x``, and whether A was found not to be positive definite.
+
+    That is a flag and no exception, for which a GPU would have to be waited for.
+    """
 
     x: Tree
     indefinite: Tensor
@@ -75,7 +78,7 @@ class CG(LinearSolver):
             product = _product(matvec, direction)
             curvature = dot(direction, product)
             active = square > enough
-            # not "<= 0": a curvature that is NaN is none either
+            # not "<= 0", which is false for NaN
             indefinite = indefinite | (active & ~(curvature > 0))
             active = active & ~indefinite
             step = torch.where(active, square, 0.0) / torch.where(active, curvature, 1.0)
@@ -148,7 +151,7 @@ def single(value: Tensor) -> Tensor:
 
 
 def _product(matvec: MatVec, direction: Tree) -> Tree:
-    """A times a direction, taken at one of size 1: in half precision the entries of a short one would vanish."""
+    """``A v`` as ``|v| · A(v/|v|)``: in half precision the entries of a product with a small v would vanish."""
     size = torch.stack([leaf.abs().max() for _, leaf in leaves(direction)]).max()
     # a power of 2, so that nothing is rounded
     unit = torch.exp2(torch.floor(torch.log2(torch.where(size > 0, size, 1.0))))

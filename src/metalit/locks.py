@@ -43,7 +43,7 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Unlock the folder."""
         # what could not be written is of no use any more
         with suppress(OSError):
             self._file.close()

@@ -1,4 +1,4 @@
-"""What the parser says of bad options, in one line that names the option, its value and the nearest right one."""
+"""Explains the parser's errors in one line that names the option, its value and the nearest right one."""
 
 import inspect
 import re
@@ -101,7 +101,7 @@ def _path(message: str) -> str:
 
 
 def _reason(lines: Sequence[str], value: str | None) -> str:
-    """What is wrong: the alternatives that a value may be count as one."""
+    """What is wrong; the alternatives of a value are joined to one message."""
     types, choices, families, others = [], [], [], []
     for line in dict.fromkeys(lines):
         kind, literal, no_subclass = _TYPE.match(line), _LITERAL.match(line), _NO_SUBCLASS.match(line)
@@ -172,7 +172,7 @@ def _arguments(class_path: str, group: str | None) -> list[str]:
 
 
 def failed_constructor(error: BaseException) -> InputError:
-    """What a class that a config names could not be built for: an input error as it was raised, or the first cause."""
+    """Why a class that a config names could not be built: an input error as it was raised, or the first cause."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

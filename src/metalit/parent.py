@@ -9,7 +9,7 @@ _FIRST = "METALIT_FIRST_PROCESS"
 
 
 def mark_first() -> None:
-    """Let the processes that this one starts know it."""
+    """Hand this process's id to the processes that it starts."""
     os.environ[_FIRST] = str(os.getpid())
 
 

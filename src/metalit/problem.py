@@ -14,7 +14,7 @@ from metalit.private_torch import collate_by
 from metalit.tree import Tree
 from metalit.unrounded import Unrounded
 
-Inner: TypeAlias = Any  # a Tree; of which form, each problem says itself
+Inner: TypeAlias = Any  # a Tree, whose form each problem decides
 
 
 class Points(NamedTuple):
@@ -63,7 +63,7 @@ class Task(NamedTuple):
 class Splits(NamedTuple):
     """A table in three parts: the inner level fits ``train``, the outer one is judged on ``val``, both on ``test``.
 
-    What was spoiled on purpose is known to evaluation alone: ``noise`` of shape ``[inputs]`` is true for columns of
+    What was spoiled on purpose is for evaluation alone: ``noise`` of shape ``[inputs]`` is true for columns of
     noise, ``corrupted`` of shape ``[rows of train]`` for rows whose label is wrong. ``key`` seeds every draw.
     """
 
@@ -117,7 +117,7 @@ class Problem(Unrounded, ABC):
     def outer_loss(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
 
-    # ---- how it is differentiated: see metalit.scaled, which alone does it otherwise
+    # ---- how it is differentiated; metalit.scaled alone overrides these
 
     def inner_grad(self, inner: Inner, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
         """Return ∇θ inner_loss, which inner optimisers descend."""
@@ -129,7 +129,7 @@ class Problem(Unrounded, ABC):
         """Return what is differentiated to get the outer gradient in place of ``value``."""
         return value
 
-    # ---- what a problem may tell of itself
+    # ---- what a problem may report
 
     def check(self, task: Any) -> None:
         """Raise an ``InputError`` if a task is not of the size that the problem was made for."""
@@ -149,7 +149,7 @@ class Problem(Unrounded, ABC):
         return {}
 
     def results(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> dict[str, dict[str, Tensor]]:
-        """Return what is worth a file at the end of training: by file, its columns by name, ``[rows]`` or a matrix."""
+        """Return what to write at the end of training: by file, its columns by name, each ``[rows]`` or a matrix."""
         return {}
 
 

@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def weight(difference: Difference, stage: Stage) -> Weight:
-    """What a difference is for a subcommand: does it change the answer?"""
+    """Whether a difference changes the answer of a subcommand: it is refused, mentioned, or nothing."""
     section, *rest = difference.key.split(".")
     first = rest[0] if rest else ""
     if first in _HOW or (section == "model" and first in _TAKEN_OVER):
@@ -122,10 +122,10 @@ def check(
         owner: the checkpoint, for messages.
         kept, now: see :func:`differences`.
         stage: the subcommand.
-        args: the command line; what it says is on purpose.
+        args: the command line; what is named there is on purpose.
 
     Yields:
-        A line for each difference that is to be told.
+        A line for each difference that is mentioned.
 
     Raises:
         InputError: some change the answer, and were not asked for.
@@ -167,7 +167,7 @@ def check_left_over(root: str | None) -> None:
 
 
 def on_purpose(key: str, args: Sequence[str]) -> bool:
-    """Whether a command line names a key, or what holds it."""
+    """Whether a command line names a key, or a group that holds it."""
     return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given_keys(args))
 
 

@@ -133,7 +133,7 @@ class RunFolder(Callback):
 
     @contextmanager
     def opened(self, trainer: Trainer, trains: bool) -> Iterator[None]:
-        """Have the folder: a new one, made on rank 0, or the one that there is; locked, if the run trains.
+        """Open the folder, on rank 0: a new one is made; if the run trains, it is locked.
 
         Raises:
             InputError: another run trains in it, or it cannot be made.
@@ -180,7 +180,7 @@ class RunFolder(Callback):
         try:
             self.experiment.mkdir(parents=True, exist_ok=True)
             number = max(_versions(self.experiment), default=-1) + 1
-            # another run may take a number first: to make a folder is what tells
+            # another run may take a number first: only one can make the folder
             while True:
                 folder = self.experiment / f"version_{number}"
                 try:
@@ -235,7 +235,7 @@ class RunFolder(Callback):
                 raise FileNotFoundError(ENOENT, "the folder of the run was removed while it trained", str(self.folder))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Note that there is something to keep."""
+        """Note that an outer step was taken."""
         if not self._begun and self.folder and trainer.is_global_zero:
             with (self.folder / ".lock").open("a") as file:
                 file.write(f"{_STARTED}\n")
@@ -243,7 +243,7 @@ class RunFolder(Callback):
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's files in the folder of the run, where what a person wants first is first.
+    """Writes TensorBoard's files to the folder of the run, with the most important ones first.
 
     The two losses are written as ``loss/train`` and ``loss/val`` too, since TensorBoard sorts its cards by name. The
     scalars of a test are left out: each would be a card with a single dot. :class:`~metalit.callbacks.ReportWriter`

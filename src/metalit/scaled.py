@@ -14,7 +14,7 @@ _LEAST = 2.0**-40  # of a loss that is 0, or as good as
 
 
 class Scaled(Problem):
-    """Another problem, whose hypergradient comes out ``scale`` times as large and whose inner gradients are the same.
+    """A problem with the same inner gradients and a hypergradient that is ``scale`` times as large.
 
     outer_loss ← s · outer_loss,  ∇θ inner_loss ← ∇θ(r · inner_loss) / r,  r = min(2^(4 − ⌊log₂|inner_loss| / 2⌋), 16 s)
 

@@ -71,6 +71,6 @@ def flatten(tree: Tree) -> Tensor:
 
 
 def unflatten(vector: Tensor, like: SomeTree) -> SomeTree:
-    """The way back from :func:`flatten`: a tree of the shapes and types of ``like`` with the entries of ``vector``."""
+    """The inverse of :func:`flatten`: a tree of the shapes and types of ``like`` with the entries of ``vector``."""
     pieces = iter(vector.split([leaf.numel() for _, leaf in leaves(like)]))
     return tree_map(lambda leaf: next(pieces).view_as(leaf).to(leaf.dtype), like)

@@ -39,7 +39,7 @@ def fill_widths(config: Namespace) -> None:
 
 
 def _check(config: Namespace) -> None:
-    """The columns of curves are all that an MLP gets and gives, so that other widths can be told before it is built."""
+    """The data's columns are all inputs and outputs of an MLP: other widths are an error before it is built."""
     network = config.get("model.init_args.problem.init_args.network")
     tasks = config.get("data.init_args.tasks")
     if not (_is(network, "metalit.networks.MLP") and _is(tasks, "metalit.data.Curves")):

@@ -1,4 +1,4 @@
-"""Operations whose second derivatives torch has wrong, written down by their formulas."""
+"""Operations whose second derivatives are wrong in torch, by their formulas."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +29,7 @@ class ExactSecondDerivatives(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call ``func``, or what it stands for."""
+        """Call ``func``, or the formula in its place."""
         if func is FUSED_WEIGHT_NORM:
             return _weight_norm(*args, **(kwargs or {}))
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]  # for torch's types it is no property
@@ -58,7 +58,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def exact_for(layers: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-    """What makes the second derivatives of these layers exact; costs nothing where no layer needs it.
+    """A context in which second derivatives of these layers are exact; it does nothing where no layer needs it.
 
     Raises:
         InputError: a layer whose derivatives torch has wrong, and for which there is another.
@@ -69,7 +69,7 @@ def exact_for(layers: Iterable[nn.Module]) -> AbstractContextManager[Any]:
 
 
 def check_exact(layers: Iterable[nn.Module]) -> None:
-    """Raise an :class:`InputError` for a layer whose derivatives torch has wrong, by a third and more."""
+    """Raise an :class:`InputError` for a layer whose derivatives are wrong in torch, by a third and more."""
     if any(isinstance(layer, nn.CrossMapLRN2d) for layer in layers):
         raise InputError(
             "network: torch differentiates CrossMapLRN2d wrongly; use LocalResponseNorm, which is the same"

@@ -47,7 +47,7 @@ def call(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor, k
 
 
 class With(nn.Module):
-    """A function of a module as a module, so that it can be :func:`evaluated` with other parameters of that.
+    """``fn(module, *inputs)`` as a module, so that it can be :func:`evaluated` with other parameters of ``module``.
 
     Args:
         module: registered under the name ``module``, by which its parameters are given.
@@ -102,7 +102,7 @@ def evaluated(
 def _cloned(
     module: nn.Module, parameters: Mapping[str, Tensor], inputs: tuple[Any, ...], clones: dict[int, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-    """Clones of all parameters and inputs; equal ones stay so."""
+    """Clones of all parameters and inputs; a tensor that stands at two places has one clone."""
 
     def clone(value: Any) -> Any:
         if id(value) not in clones:

@@ -19,7 +19,7 @@ class Perturbation(ABC):
 
     @abstractmethod
     def __call__(self, parameters: Parameters, gradient: Callable[[], Parameters], key: Tensor | None) -> Parameters:
-        """Say α for each parameter; one that is left out stays as it is.
+        """Return α for each parameter; one that is left out is not perturbed.
 
         Args:
             parameters: the trainable weights w by name.

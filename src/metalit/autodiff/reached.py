@@ -1,4 +1,4 @@
-"""Which tensors a value depends on by another way than the one that is differentiated."""
+"""Finds parameters that a value depends on past the arguments that are differentiated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from metalit.private_torch import bottom, memory
 
 
 class Bypass:
-    """Finds values that depend on parameters past the ones that are handed over, and so have a part without gradient.
+    """Finds values that reach parameters by another way than the arguments, so that part of the gradient is lost.
 
     Attributes:
         parameters: what is to be handed over in place of the given ones, with the same values and derivatives.

@@ -1,4 +1,4 @@
-"""What ``vmap`` cannot do, in words of one line that name the way out."""
+"""Messages of one line for what ``vmap`` cannot do, each with the way out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ _REFUSED = {
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Say in one line what ``vmap`` cannot do."""
+    """Raise what ``vmap`` cannot do as an :class:`InputError` of one line."""
     try:
         yield
     except RuntimeError as error:

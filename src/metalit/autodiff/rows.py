@@ -64,7 +64,7 @@ def for_each_row(
         derivatives = derivative(value, point)
         return _flat(derivatives, point) if flat else derivatives
 
-    # without a row, one of zeros tells the shapes
+    # without a row, one of zeros is taken, for the shapes
     given = inputs if count else tuple(part.new_zeros(1, *part.shape[1:]) for part in inputs)
     keys = () if key is None else (fold(key, torch.arange(len(given[0]), device=key.device)),)
     each = _one_after_the_other if _has_no_rule(fn) else partial(vmap, chunk_size=chunk_size)
@@ -74,7 +74,7 @@ def for_each_row(
 
 
 def _watched(rows: Callable[..., Tree], key: Tensor | None) -> Callable[..., Tree]:
-    """``rows``, seen to draw no random numbers that do not follow the key, and to reach nothing past its arguments."""
+    """``rows``, with a check that all random numbers follow the key, and a graph for the check of what is reached."""
 
     def watched(*batches: Tensor) -> Tree:
         grads = torch.is_grad_enabled()

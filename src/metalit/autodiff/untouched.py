@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metalit.private_torch import MODULE_TABLES, RECURRENT_LISTS, buffers_of, children_of, memory, parameters_of
 
-# values that hold nothing which could change, or that are handled apart
+# types whose values cannot change, or that are handled elsewhere
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type, FunctionType, MethodType, ModuleType})
 _PLAIN |= {BuiltinFunctionType, torch.dtype, torch.device, torch.Size, nn.Parameter}
 _DICTS = (OrderedDict, dict)
@@ -141,7 +141,7 @@ class Kept:
         elif slots := _slots(value):
             self._others.append((value, {name: getattr(value, name) for name in slots}))
         elif not isinstance(value, type) and type(state := getattr(value, "__dict__", None)) is dict:
-            # an object of the user's: its own attributes, and nothing beyond
+            # an object of the user's: its attributes, but not what they hold
             self._dicts.append((state, state.copy()))
             for name, part in state.items():
                 if type(part) is Tensor:
@@ -163,7 +163,7 @@ def _cut(held: Any, depth: int = 2) -> None:
 
 
 def _nowhere(key: Any, value: Any) -> None:
-    """A place in a tuple, which is put anew as a whole."""
+    """For a place in a tuple: the tuple is replaced as a whole."""
 
 
 def _clones(tensors: list[Tensor]) -> dict[int, Tensor]:

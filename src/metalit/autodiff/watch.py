@@ -1,4 +1,4 @@
-"""What an evaluation of a module does beside returning a value, found out by watching one."""
+"""Finds out what else an evaluation of a module does, by watching one: what it writes to, whether it draws."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +22,7 @@ class ModuleFacts:
         return None if facts is None else facts.get(_modes(layers))
 
     def set(self, layers: list[nn.Module], fact: bool) -> None:
-        """Remember."""
+        """Keep a fact of the module with these layers."""
         self.facts.setdefault(layers[0], {})[_modes(layers)] = fact
 
 

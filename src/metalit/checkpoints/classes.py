@@ -88,7 +88,7 @@ def _import(parts: list[str]) -> None:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """What the arguments of a class are declared to be."""
+    """The declared types of the arguments of a class."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):  # what a subclass hands on as **kwargs is annotated above it
         try:
@@ -117,7 +117,7 @@ def _built(value: Any, hint: Any, where: str) -> Any:
 
 
 def _named(value: str, kinds: list[Any], where: str) -> Any:
-    """What a string stands for: most often itself; where it cannot, a class, a member, a path, and never an object."""
+    """What a string stands for: itself, or by the type that is declared a class, an enum's member or a path."""
     if any(kind in (str, Any, object) or not (isclass(kind) or get_origin(kind)) for kind in kinds):
         return value
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""The file of a checkpoint: its sums are checked, it is data and no code, and its parts are what they should be."""
+"""Reads the file of a checkpoint: its checksums hold, it is data and no code, and its parts are of the right types."""
 
 import io
 import pickle
@@ -132,5 +132,5 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     """Reads what :func:`read_checkpoint` accepts, and nothing else."""
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it, to the CPU if not told otherwise; ``weights_only`` is so in any case."""
+        """Read it, by default to the CPU; as if ``weights_only`` were true in any case."""
         return read_checkpoint(path, "cpu" if map_location is None else map_location)

@@ -1,4 +1,4 @@
-"""What problems are posed on, tasks, tables and matrices, and the DataModules that draw from them."""
+"""Tasks, tables and matrices, on which problems are posed, and the DataModules that draw from them."""
 
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.batches import BatchDataModule

@@ -18,7 +18,7 @@ Split = Literal["train", "val", "test"]
 
 
 def task_keys(seed: int, split: Split, index: Tensor) -> Tensor:
-    """The key of each task: nothing else decides what it is. ``index`` is ``[tasks]``, counted over all ranks."""
+    """The key of each task, which alone decides what is drawn. ``index`` is ``[tasks]``, counted over all ranks."""
     return fold(torch.tensor(seed), get_args(Split).index(split), index)
 
 
@@ -60,7 +60,7 @@ class TaskDistribution(ABC):
         return False
 
     def needs(self, rows: Mapping[Split, int]) -> None:  # noqa: B027  (most tasks have as many rows as are asked for)
-        """Hear, before :meth:`prepare`, how many rows a task of each split must have."""
+        """Called before :meth:`prepare` with the number of rows that a task of each split must have."""
 
     def prepare(self) -> None:  # noqa: B027  (most distributions are made from nothing)
         """Read and check what the tasks are made from; called once, before anything is drawn."""
@@ -75,7 +75,7 @@ class TaskDistribution(ABC):
         return None
 
     def which(self, split: Split, index: Tensor) -> Tensor:
-        """The number of the task that each of ``[n]`` global indices draws: they come in turn, where they end."""
+        """The number of the task at each of ``[n]`` global indices: tasks of a finite split come in turn."""
         count = self.count(split)
         return index if count is None else index % count
 
@@ -89,5 +89,5 @@ class TaskDistribution(ABC):
         return Scaling.identity(len(columns.x), len(columns.y))
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
-        """What predictors without meta-learning say at the query points: ``[tasks, queries, outputs]`` by name."""
+        """Predictions without meta-learning at the query points: ``[tasks, queries, outputs]`` by name."""
         return {}

@@ -99,7 +99,7 @@ class Curves(TaskDistribution):
         return {name: [str(level) for level in levels] for name, levels in self.categories.items()}
 
     def needs(self, rows: Mapping[Split, int]) -> None:
-        """Leave out shorter tasks, if told so by ``skip_short``."""
+        """Leave out shorter tasks, with ``skip_short``."""
         if self.skip_short and self.__dict__.get("_least") != rows:
             self.__dict__.update(_least=dict(rows))
             for found in ("_raw", "_scaling", "splits"):
@@ -124,11 +124,11 @@ class Curves(TaskDistribution):
             )
 
     def count(self, split: Split) -> int | None:
-        """Training tasks never end, as they are drawn; the others are as many as were held out."""
+        """None for training tasks, which are drawn without an end; of the others, the number that was held out."""
         return None if split == "train" else len(self.splits[split].names)
 
     def name(self, split: Split, index: int) -> str | None:
-        """The text of its cells in the column ``task``; training tasks are drawn, and have a name in no turn."""
+        """The text of its cells in the column ``task``; None for training tasks, which are drawn."""
         names = self.splits[split].names
         return None if split == "train" else names[index % len(names)]
 

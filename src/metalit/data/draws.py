@@ -171,7 +171,7 @@ class KeysDataModule(DrawsDataModule):
 
 
 def expanded(posed: Posed, key: Tensor) -> Posed:
-    """Pose one object once for each of ``[n]`` keys: every tensor gets a dimension of n, without a copy."""
+    """Repeat one task for each of ``[n]`` keys: every tensor gets a dimension of n, without a copy."""
     return pytree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), posed)._replace(
         key=key
     )

@@ -1,4 +1,4 @@
-"""A matrix, generated or the user's own, posed in each outer step."""
+"""A matrix, generated or the user's own, which is the task of each outer step."""
 
 import math
 from pathlib import Path

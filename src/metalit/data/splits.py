@@ -1,4 +1,4 @@
-"""A table of rows in three parts, posed as a bilevel problem in each outer step."""
+"""A table of rows in three parts, which is the task of each outer step of a bilevel problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -87,7 +87,7 @@ def nearest(name: str, present: Sequence[str]) -> str | None:
 
 
 def check_named(frame: pd.DataFrame, task: str, owner: str) -> None:
-    """Check that each row says which task it belongs to; tell of names that may be one.
+    """Check that each row names its task; warn of names that may mean the same one.
 
     Raises:
         InputError: a row does not.
@@ -106,7 +106,7 @@ def check_named(frame: pd.DataFrame, task: str, owner: str) -> None:
 
 
 def _spoken(name: str) -> str:
-    """A name as one would read it out: "P 1" and "p1", "01" and "1.0" are one."""
+    """A name without case, spaces and forms of numbers: "P 1" and "p1", "01" and "1.0" are the same."""
     value = value_of(name)
     return re.sub(r"\s+", "", name).casefold() if np.isnan(value) else f"{value:.15g}"
 
@@ -174,7 +174,7 @@ def _check_task(frame: pd.DataFrame, columns: Columns, one_task: bool, owner: st
 
 
 def _tell_of_words(frame: pd.DataFrame, columns: Columns, owner: str) -> None:
-    """Say which words, beside empty cells, were taken for questions."""
+    """Report which words, beside empty cells, were taken for a y that is asked for."""
     cells = frame[list(columns.y)].to_numpy()[missing_cells(frame, columns.y)]
     words = cells[cells != ""]
     if len(words):

@@ -85,7 +85,7 @@ class Hypergradient(ABC):
             optimizer.check(lambda inner: problem.inner_grad(inner, outer["problem"], task, 0), inner)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Say what the means of ``metrics`` over tasks tell against the estimate: by kind, each with the way out."""
+        """Return warnings by kind, given the means of ``metrics`` over tasks; each names the way out."""
         return {}
 
 

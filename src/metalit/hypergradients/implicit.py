@@ -17,7 +17,7 @@ from metalit.linsolve import CG, Dense, LinearSolver
 from metalit.problem import Problem
 from metalit.tree import Tree, axpy, norm
 
-_ENOUGH = 0.1  # of the right-hand side may be left over
+_ENOUGH = 0.1  # the largest relative residual without a warning
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Implicit(Hypergradient):
         return Estimate(loss, problem_alone(axpy(-1.0, indirect, direct), outer), inner, metrics)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Not stationary, not positive definite, not solved."""
+        """Warn where the inner point is not stationary, the Hessian not positive definite, or the system not solved."""
         found = {}
         if not metrics["inner_grad_ratio"] <= self.stationary:
             found["not stationary"] = (

@@ -151,7 +151,7 @@ def _check_bypass(problem: Problem, values: Iterable[Tensor]) -> None:
 
 
 def check_real(owner: str, tree: Tree) -> None:
-    """Raise an :class:`InputError` for complex numbers, whose products and norms nothing here is made for."""
+    """Raise an :class:`InputError` for complex numbers: products and norms here are those of real ones."""
     for name, value in leaves(tree):
         if value.is_complex():
             raise InputError(

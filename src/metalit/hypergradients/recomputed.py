@@ -1,4 +1,4 @@
-"""The exact hypergradient in flat memory: every inner step is taken again on the way back."""
+"""The exact hypergradient in little memory: every inner step is computed again in the backward sweep."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

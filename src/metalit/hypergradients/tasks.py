@@ -30,7 +30,7 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, pro
     """Evaluate ``fn(outer, task)`` for every task of a batch at once; results get a leading task dimension.
 
     Where that cannot be, though each task alone can, they are evaluated one after the other: the numbers are the same,
-    and it is slower, which is told once. From then on that is how tasks of ``problem`` are evaluated.
+    and it is slower; a warning says so once. From then on all tasks of ``problem`` are evaluated so.
 
     Raises:
         InputError: the network draws random numbers that do not follow the task's key, or holds an operation whose
@@ -114,7 +114,7 @@ def _recurrent(problem: Problem) -> str:
 
 
 def _raise_if_clear(error: Exception) -> None:
-    """Raise an :class:`InputError` if it is known what an error means."""
+    """Raise an :class:`InputError` if the cause of an error is clear."""
     if _RANDOMNESS in str(error):
         raise InputError(_DRAWS) from error
     if "setup_context" in str(error):

@@ -51,11 +51,11 @@ class Newton(InnerOptimizer):
         return axpy(-1.0, unflatten(solve(matrix, gradient), inner), inner), state
 
     def check(self, grad_fn: GradFn, inner: Tree) -> None:
-        """Raise an :class:`InputError` if the matrix has no inverse at ``inner``, to rounding."""
+        """Raise an :class:`InputError` if the matrix at ``inner`` is singular, to rounding."""
         if next(leaves(inner), None) is None:
             return
         matrix = single(self._system(grad_fn, inner)[0])
-        if not bool(torch.isfinite(matrix).all()):  # other words are for that
+        if not bool(torch.isfinite(matrix).all()):  # which is refused elsewhere
             return
         size = len(matrix)
         tolerance = size * torch.finfo(matrix.dtype).eps

@@ -59,7 +59,7 @@ class FewShot(FewShotProblem):
 
     @property
     def adapted(self) -> list[str]:
-        """The names of the parameters that are adapted, as things are."""
+        """The names of the parameters that are adapted now."""
         return _adapted(self.outer(), self.patterns)
 
     def init(self, outer: dict[str, Tensor], task: Task | None = None) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class RowsProblem(Problem):
         return None
 
     def penalty(self, inner: Inner, outer: dict[str, Tensor]) -> Tensor | float:
-        """Return what the inner loss has beside the rows."""
+        """Return the penalty that the inner loss adds to the mean row loss."""
         return 0.0
 
     def inner_loss(self, inner: Inner, outer: dict[str, Tensor], task: Splits, step: int) -> Tensor:
@@ -90,7 +90,7 @@ class RowsProblem(Problem):
         return {"loss": losses.mean(), **self._quality(prediction, points.y)}
 
     def answers(self, prediction: Tensor) -> Tensor | None:
-        """The classes that predictions say, ``[rows]``: of ``[rows, classes]`` scores the largest, of others None."""
+        """The predicted classes, ``[rows]``, of ``[rows, classes]`` scores; None for other predictions."""
         return prediction.argmax(1) if prediction.dim() == 2 and prediction.shape[1] > 1 else None
 
     def _quality(self, prediction: Tensor, y: Tensor) -> dict[str, Tensor]:
