@@ -59,25 +59,23 @@ def main(args: Sequence[str] | None = None) -> int:
 
         run(args)
     except InputError as error:
-        status = _tell(f"error: {error}", 2)
+        status = _failed(f"error: {error}", 2)
     except NonFiniteError as error:
-        status = _tell(f"stopped: {error}", 1)
+        status = _failed(f"stopped: {error}", 1)
     except StoppedError:
         status = 143
     except OSError as error:
         # a name that is too long was given; what else a disk refuses may be no fault of the user's
-        status = _tell(f"error: {explain(error)}", 2 if error.errno == errno.ENAMETOOLONG else 1)
+        status = _failed(f"error: {explain(error)}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
-        status = _tell("interrupted", 130)
+        status = _failed("interrupted", 130)
     return status
 
 
-def _tell(line: str, status: int) -> int:
-    # in one piece, and with its number: several ranks may fail at once, for one reason or each for its own
-    from metalit.private_lightning import rank_of_process
+def _failed(line: str, status: int) -> int:
+    from metalit.notices import complain
 
-    rank = rank_of_process()
-    sys.stderr.write(f"metalit: {f'rank {rank}: ' if rank else ''}{line}\n")
+    complain(line)
     return status
 
 
