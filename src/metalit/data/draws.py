@@ -16,7 +16,7 @@ from metalit.errors import InputError
 from metalit.private_torch import pytree_map
 from metalit.problem import Matrix, Splits
 
-Posed = TypeVar("Posed", Splits, Matrix)
+Data = TypeVar("Data", Splits, Matrix)
 
 
 class Ranks(NamedTuple):
@@ -172,6 +172,5 @@ class KeysDataModule(DrawsDataModule):
 
 def expanded(posed: Posed, key: Tensor) -> Posed:
     """Repeat one task for each of ``[n]`` keys: every tensor gets a dimension of n, without a copy."""
-    return pytree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), posed)._replace(
-        key=key
-    )
+    repeated = pytree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), data)
+    return repeated._replace(key=key)

@@ -216,9 +216,9 @@ class BilevelLearner(TwoLevelLearner):
         table = {LEARNED: self._scored(self.solve(task, index), outer, task, split)}
         alike = self.eval_steps is not None or not self.warm_start
         others = self.problem.baselines(outer["problem"], task) if baselines and alike else {}
-        for name, (own, posed) in others.items():
+        for name, (own, its_task) in others.items():
             other = {**outer, "problem": {**outer["problem"], **own}}
-            table[name] = self._scored(self._from_init(other, posed), other, posed, split)
+            table[name] = self._scored(self._from_init(other, its_task), other, its_task, split)
         return table
 
     def solve(self, task: Any, index: int = 0) -> Tree:

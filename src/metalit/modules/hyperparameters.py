@@ -1,4 +1,4 @@
-"""Hyperparameters: what a checkpoint keeps of the configuration, and what TensorBoard shows of it."""
+"""Hyperparameters: what TensorBoard and other loggers show of a configuration, and of the best score."""
 
 import math
 from collections.abc import Mapping
