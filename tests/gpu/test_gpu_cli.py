@@ -29,7 +29,7 @@ def test_a_fit_and_its_test(metalit, tmp_path, device, name):
 
 
 def test_compiled_and_predicted_on_both_devices(metalit, tmp_path, device, record_property):
-    config, compiled = "configs/sine_maml.yaml", ["--model.compile=true", "--model.fused_steps=2"]
+    config, compiled = "configs/sine_maml.yaml", ["--model.compile=true", "--model.fused_steps=2", "--figures.tasks=1"]
     status, told = metalit("fit", config, *flags(device), *compiled)
     assert status == 0
     record_property("told", [line for line in told.splitlines() if "compil" in line])
