@@ -12,7 +12,11 @@ _TINY = "Tiny sizes on the CPU, to see that it runs: the figures say nothing.\n"
 def page(whole: dict[str, Any]) -> str:
     """All sections that there is something for."""
     stages = whole["stages"]
-    parts = [_HEAD.format(file="gpu.json"), *[_TINY] * whole["quick"], *(f"{note}\n" for note in whole.get("notes", []))]
+    parts = [
+        _HEAD.format(file="gpu.json"),
+        *[_TINY] * whole["quick"],
+        *(f"{note}\n" for note in whole.get("notes", [])),
+    ]
     for make in (_card, _tests, _small, _alone, _large):
         parts += [part for part in [make(whole, stages)] if part]
     parts += [f"`{name}`: {found['failed']}\n" for name, found in stages.items() if "failed" in found]
