@@ -170,7 +170,7 @@ class KeysDataModule(DrawsDataModule):
         return task_keys(self.seed, split, index)
 
 
-def expanded(posed: Posed, key: Tensor) -> Posed:
+def expanded(data: Data, key: Tensor) -> Data:
     """Repeat one task for each of ``[n]`` keys: every tensor gets a dimension of n, without a copy."""
     repeated = pytree_map(lambda leaf: None if leaf is None else leaf.expand(len(key), *leaf.shape), data)
     return repeated._replace(key=key)
