@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_torchs: list[str] = []
 _fresh: list[tempfile.TemporaryDirectory[str]] = []  # they are removed when Python ends
 
 
@@ -28,7 +29,8 @@ def keep_private(tell: Callable[[str], None]) -> Path:
     from torch._inductor import codecache
     from torch._inductor.runtime import cache_dir_utils, runtime_utils
 
-    folder = _folder(cache_dir_utils.default_cache_dir(), tell)
+    _torchs.append(cache_dir_utils.default_cache_dir())  # the first is torch's own; after that it is ours
+    folder = _folder(_torchs[0], tell)
     os.environ[_VARIABLE] = str(folder)
     # precompiled headers lie in the default, whatever the variable says
     for module in (cache_dir_utils, runtime_utils, codecache):
