@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
 from metalit import compiled as compiled_module
+from metalit import program
 from metalit.adapt import outer_variable
-from metalit.compiled import Compiled, CompiledProgram
+from metalit.compiled import Compiled
 from metalit.hypergradients import Implicit, Recomputed, Unrolled, over_tasks
 from metalit.inner import SGD
 from metalit.linsolve import CG
 from metalit.networks import MLP
 from metalit.problems import FewShot
+from metalit.program import CompiledProgram
 
 E64, E32 = 1e-12, 1e-6
 
@@ -378,7 +380,7 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch):
         except OSError as error:
             raise RuntimeError("many\nlines") from error
 
-    monkeypatch.setattr(torch._inductor, "standalone_compile", compile)
+    monkeypatch.setattr(program, "compile_graph", compile)
     check_falls_back(Watched(lambda x: 5 * x), "OSError: g++: no space left", torch.ones(3))
 
 
@@ -386,7 +388,7 @@ def test_what_does_not_fit_into_memory_is_no_reason_to_run_as_it_stands(monkeypa
     def compile(*args, **options):
         raise torch.OutOfMemoryError("40 GiB")
 
-    monkeypatch.setattr(torch._inductor, "standalone_compile", compile)
+    monkeypatch.setattr(program, "compile_graph", compile)
     compiled = Watched(lambda x: 5 * x)
     with pytest.raises(torch.OutOfMemoryError, match="40 GiB"):
         compiled(torch.ones(3))
@@ -414,7 +416,7 @@ def test_a_fit_that_cannot_be_compiled_says_so_once(fused, metalit, tmp_path, mo
 
     config = ROOT / "configs" / "sine_maml_seed.yaml"
     plain, _ = fitted(metalit, tmp_path, config, "plain")
-    monkeypatch.setattr(torch._inductor, "standalone_compile", compile)
+    monkeypatch.setattr(program, "compile_graph", compile)
     found, output = fitted(
         metalit, tmp_path, config, "not compiled", "--model.compile=true", f"--model.fused_steps={fused}"
     )

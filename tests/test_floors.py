@@ -12,8 +12,8 @@ ROOT = Path(metalit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "cache", "patience", "durations"), 0),
     **dict.fromkeys(("unrounded", "compiler", "disk", "parent", "private_torch", "private_lightning"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices"), 1),
-    **dict.fromkeys(("problem", "inner", "compiled"), 2),
+    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices", "loops"), 1),
+    **dict.fromkeys(("problem", "inner", "program", "compiled"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "provenance", "factories"), 5),
@@ -21,6 +21,7 @@ FLOORS = {
     **dict.fromkeys(("short_names", "starting_point", "training_run"), 6),
 }
 SAME_FLOOR = {
+    ("compiled", "program"),
     *(
         ("checks", "training"),
         ("modules", "training"),

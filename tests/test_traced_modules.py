@@ -11,11 +11,13 @@ from torch._subclasses import FakeTensor
 from torch.func import grad
 from torch.nn.utils import parametrizations
 
-from metalit.compiled import Compiled, repeated
+from metalit import program
+from metalit.compiled import Compiled
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.keys import fold, uniform
+from metalit.loops import repeated
 from metalit.modules import MetaLearner
 from metalit.problems import FewShot
 
@@ -56,7 +58,7 @@ def held(module):
 @pytest.fixture
 def traced(monkeypatch):
     """The traced graph in place of a compiled program, which is of no account here."""
-    monkeypatch.setattr(torch._inductor, "standalone_compile", lambda graph, tensors, **_: graph)
+    monkeypatch.setattr(program, "compile_graph", lambda graph, _: lambda tensors: graph(*tensors))
 
 
 def slope(module):
@@ -83,7 +85,7 @@ def fails(*_, **__):
 @pytest.mark.parametrize("compiler", [None, fails], ids=["it succeeds", "it fails"])
 def test_a_module_is_as_before(compiler, traced, monkeypatch):
     if compiler is not None:
-        monkeypatch.setattr(torch._inductor, "standalone_compile", compiler)
+        monkeypatch.setattr(program, "compile_graph", compiler)
     torch.manual_seed(0)
     module = Aliases().requires_grad_(False)
     expected, x = copy.deepcopy(module), torch.randn(2, 3)

@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
-from metalit.compiled import Compiled, repeated
+from metalit.compiled import Compiled
+from metalit.loops import repeated
 from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.training.batches import StepResult
 from metalit.training.context import StepContext

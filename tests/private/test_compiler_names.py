@@ -1,0 +1,107 @@
+"""What the private names of torch's compiler mean to metalit. Each test says what to do where torch changes one."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+
+from metalit import cache, compiler
+from metalit.loops import repeated
+
+
+def traced(fn, *tensors):
+    return compiler.trace(fn, tensors)
+
+
+def operations(graph):
+    return {node.target for part in graph.modules() for node in part.graph.nodes if node.op == "call_function"}
+
+
+def test_a_function_is_traced_to_what_the_compiler_knows():
+    """Elsewhere: ``torch.export`` with a table of decompositions, if it learns to go through ``torch.func``."""
+    shift = torch.tensor([1.0, 2.0])
+    graph = traced(lambda x: [torch.nn.functional.silu(x) + shift], torch.ones(2))
+    assert torch.ops.aten.silu.default not in operations(graph)
+    torch.testing.assert_close(graph(torch.ones(2))[0], torch.nn.functional.silu(torch.ones(2)) + shift)
+
+
+def test_nothing_in_a_graph_writes_and_nothing_is_of_no_use():
+    """Elsewhere: ``functionalize`` always, if operations no longer tell by their schema that they write."""
+
+    def writes(x):
+        y = x.sin()
+        y[0] = 3.0
+        torch.zeros_like(x.cos())
+        return [y.relu_()]
+
+    graph = traced(writes, torch.ones(3))
+    assert not any(target._schema.is_mutable for target in operations(graph) if hasattr(target, "_schema"))
+    assert torch.ops.aten.cos.default not in operations(graph)
+    assert torch.equal(graph(torch.ones(3))[0], writes(torch.ones(3))[0])
+
+
+def test_the_check_of_a_matrix_is_left_out():
+    """Where ``_linalg_check_errors`` has another name: give that one to the table in ``compiler.trace``."""
+    graph = traced(lambda a: [torch.linalg.solve(a, a)], torch.eye(2))
+    assert not any("check_errors" in str(target) for target in operations(graph))
+
+
+def test_a_loop_stays_a_loop():
+    """Where ``while_loop_op`` goes: ``torch.while_loop``, if it can be traced by ``make_fx`` without Dynamo."""
+    count, x = torch.tensor(3), torch.ones(2)
+    graph = traced(lambda count, x: [repeated(lambda k, x, a: a * x + k, count, x, x)], count, x)
+    assert torch.ops.higher_order.while_loop in operations(graph)
+
+
+@pytest.mark.parametrize("name", [*compiler._EVERYWHERE, *compiler._ON_CPU, *compiler._ELSEWHERE])
+def test_the_compiler_has_the_option(name):
+    """Where an option goes: find what it has become, or leave it out and measure again (``docs/performance.md``)."""
+    config = importlib.import_module("torch._inductor.config")
+    assert name in config.get_config_copy()
+
+
+def test_a_graph_is_compiled_below_autograd_and_runs_on_a_list(monkeypatch):
+    """Where ``compile_fx_inner`` asks for more: ``torch._inductor.standalone_compile``, which traces twice more."""
+    compiler.import_compiler()
+    x, weight = torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)
+    graph = traced(lambda x, y: [(x * y).mT.contiguous(), x], x, weight.detach())
+    cache.keep_private(print)
+    built = []
+    codecache = importlib.import_module("torch._inductor.codecache")
+    build = codecache._worker_compile_cpp
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", lambda *args: (built.append(args), build(*args))[1])
+    with compiler.quiet():
+        program = compiler.compile_graph(graph, "cpu")
+    arguments = [x, weight.detach()]
+    with torch.no_grad():
+        product, same = program(arguments)
+    assert torch.equal(product, torch.ones(3, 2))
+    assert product.is_contiguous()
+    assert torch.equal(same, x)
+    assert all(isinstance(lock, str) and len(builders) in (1, 3) for lock, builders in built)
+
+
+def test_what_is_found_in_the_cache_is_counted():
+    """Where the counter goes: time alone tells whether a program was found; ``durations`` may then keep all."""
+    assert isinstance(compiler.found_in_cache(), int)
+
+
+def test_the_folders_of_the_cache_are_those_that_torch_asks_for(monkeypatch, tmp_path):
+    """Where torch takes its folder from elsewhere: replace it there, in ``cache.keep_private``."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    folder = cache.keep_private(print)
+    assert folder == tmp_path / "own" == cache.keep_private(print)
+    codecache = importlib.import_module("torch._inductor.codecache")
+    for name in ("_inductor.codecache", "_inductor.runtime.cache_dir_utils", "_inductor.runtime.runtime_utils"):
+        assert importlib.import_module(f"torch.{name}").default_cache_dir() == str(folder)
+    assert codecache.cache_dir() == str(folder)
+    assert codecache._HEADER_DIR.startswith(str(folder))
+    assert codecache._HEADER_LOCK_DIR.startswith(codecache._HEADER_DIR)
+
+
+def test_quiet_hides_logs_of_the_compiler(caplog):
+    """``logging.root.manager.disable`` is what ``logging.disable`` sets; it is in Python's own documentation."""
+    with compiler.quiet():
+        logging.getLogger("torch._inductor").warning("noise")
+    assert caplog.records == []
