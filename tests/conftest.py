@@ -23,6 +23,7 @@ TINY_BY_CLASS = {
 
 # before torch is imported, in this process and in those that tests start; one that only shares out tests needs none
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "1"  # worth it from the fifth program on
 settings.register_profile("metalit", deadline=None, derandomize=True, database=None)
 settings.load_profile("metalit")
 

@@ -145,8 +145,7 @@ def test_a_learner_of_a_layer_under_several_names_ends_where_the_plain_one_does(
         before = held(network)
         run = bare(tmp_path, 6, log_every_n_steps=6, precision="64-true", limit_val_batches=0)
         run.fit(learner, data)
-        assert learner.is_compiled == compiles
-        assert not compiles or not learner._estimates.compiled.failed
+        assert learner.is_compiled == compiles  # also false where it was given up
         after = held(network)
         assert all(after[name] is value for name, value in before.items())
         found.append({name: value.detach().clone() for name, value in copy.deepcopy(network).named_parameters()})

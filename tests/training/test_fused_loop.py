@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from metalit import compiled
+from metalit import program
 from metalit.training.batches import StepResult
 from metalit.training.context import StepContext
 from metalit.training.fused_loop import FusedLoop
@@ -142,7 +142,7 @@ def test_where_nothing_compiles_no_step_is_taken(monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compiled, "make_fx", fails)
+    monkeypatch.setattr(program, "trace", fails)
     pull, said, called = Pull(), [], []
     made, _ = optimizer(torch.optim.Adam, pull, {})
     before = copy.deepcopy(pull.state_dict())
