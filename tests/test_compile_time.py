@@ -116,13 +116,13 @@ def test_a_bound_that_is_not_positive_is_refused(made, seconds):
 
 
 def test_ranks_wait_for_each_other_half_their_patience_at_most():
-    class Ranks:
+    class Several:
         def __init__(self, size, seconds):
             self.world_size = size
             self.strategy = SimpleNamespace(_timeout=seconds and timedelta(seconds=seconds))
 
     for size, timeout, seconds in ((1, 60, 300), (2, 60, 30), (2, 1800, 300), (2, None, 300)):
-        assert compile_patience(Ranks(size, timeout), 300) == seconds
+        assert compile_patience(Several(size, timeout), 300) == seconds
 
 
 # ---- what is told

@@ -68,7 +68,7 @@ def test_no_data(make, does, told, tmp_path):
         getattr(bare(tmp_path), does)(make(), datamodule=LightningDataModule())
 
 
-class Rows(Problem):
+class ByRows(Problem):
     """Weight decay on tasks that are pairs of tensors."""
 
     def __init__(self):
@@ -92,7 +92,7 @@ def rows():
 
 
 def test_a_training_loader_of_ones_own_brings_no_validation(tmp_path):
-    module = BilevelLearner(Rows(), SGD(0.05), Unrolled(2))
+    module = BilevelLearner(ByRows(), SGD(0.05), Unrolled(2))
     run = bare(tmp_path, 8, val_check_interval=2)
     run.fit(module, rows())
     assert run.global_step == 8

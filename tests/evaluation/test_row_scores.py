@@ -21,7 +21,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def loader(*tensors, size=5, masked=None):
-    class Rows(Dataset):
+    class Numbered(Dataset):
         def __len__(self):
             return len(tensors[0])
 
@@ -29,7 +29,7 @@ def loader(*tensors, size=5, masked=None):
             parts = [tensor[row] for tensor in tensors]
             return tuple(parts) if masked is None else Points(*parts, masked[row])
 
-    return DataLoader(Rows(), batch_size=size)
+    return DataLoader(Numbered(), batch_size=size)
 
 
 def scored(tmp_path, network, data, loss=None):

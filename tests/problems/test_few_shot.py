@@ -97,13 +97,13 @@ def test_a_reduced_loss_raises(reduction):
 
 
 def test_a_loss_of_ones_own_may_return_rows_or_trailing_dimensions():
-    class Rows(nn.Module):
+    class PerRow(nn.Module):
         def forward(self, prediction, target):
             return (prediction - target).abs().sum(1)
 
     prediction, given = draw(5, 3, seed=9), points(outputs=3)
     error = (prediction - given.y).abs()
-    assert_close(FewShot(linear(2, 3), loss=Rows()).judge(prediction, given), error.sum(1).mean(), rtol=1e-14, atol=0)
+    assert_close(FewShot(linear(2, 3), loss=PerRow()).judge(prediction, given), error.sum(1).mean(), rtol=1e-14, atol=0)
     whole = FewShot(linear(2, 3), loss=nn.L1Loss(reduction="none"))
     assert_close(whole.judge(prediction, given), error.mean(), rtol=1e-14, atol=0)
 

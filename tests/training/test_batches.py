@@ -14,7 +14,7 @@ from metalit.training.outer_gradient import OuterGradient
 COUNT = 7
 
 
-class Rows(NamedTuple):
+class Batch(NamedTuple):
     x: Tensor
     mask: Tensor | None
     number: float
@@ -40,7 +40,7 @@ class Fit:
 
 
 OUTER = {"w": draw(3, seed=1)}
-TASKS = Rows(draw(COUNT, 3, seed=2), None, 2.0)
+TASKS = Batch(draw(COUNT, 3, seed=2), None, 2.0)
 START = {"a": draw(COUNT, seed=3)}
 
 

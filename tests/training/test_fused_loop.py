@@ -19,7 +19,7 @@ from metalit.training.outer_gradient import OuterGradient
 TASKS, STEPS = 2, 3
 
 
-class Rows(NamedTuple):
+class Batch(NamedTuple):
     x: Tensor  # a slice of one tensor, as y is: support and query are, where nothing is cast
     y: Tensor
     mask: Tensor | None
@@ -52,7 +52,7 @@ class Pull(nn.Module):
 def rows(seed):
     torch.manual_seed(seed)
     drawn = torch.randn(STEPS * TASKS, 4, dtype=torch.float64)
-    return Rows(drawn[:, :3], drawn[:, 3:], None, 2)
+    return Batch(drawn[:, :3], drawn[:, 3:], None, 2)
 
 
 def begin(warm):
@@ -75,7 +75,7 @@ def by_torch(pull, made, schedule, tasks, start, first=0):
     """One step after the other; what was found, at which outer variable and start."""
     for number in range(STEPS):
         which = slice(number * TASKS, (number + 1) * TASKS)
-        now = Rows(tasks.x[which], tasks.y[which], None, tasks.power)
+        now = Batch(tasks.x[which], tasks.y[which], None, tasks.power)
         before = {"problem": {"w": pull.w.detach().clone(), "b": pull.b.detach().clone()}}
         context = StepContext(before, None, torch.tensor(first + number))
         found, begun = pull.evaluate(context, (now, start)), start
