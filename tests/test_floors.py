@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(("hypergradients", "data"), 4),
     **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "provenance", "factories"), 5),
     **dict.fromkeys(("arguments", "cli", "messages", "widths", "__main__"), 6),
-    **dict.fromkeys(("short_names", "starting_point", "training_run"), 6),
+    **dict.fromkeys(("short_names", "starting_point", "trainer_parts", "training_run"), 6),
 }
 SAME_FLOOR = {
     ("compiled", "program"),
@@ -30,7 +30,8 @@ SAME_FLOOR = {
     ),
     *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
     *(("provenance", "runs"), ("provenance", "checks")),
-    *(("cli", part) for part in ("arguments", "messages", "widths", "short_names", "starting_point", "training_run")),
+    *(("cli", part) for part in ("arguments", "messages", "widths")),
+    *(("cli", part) for part in ("short_names", "starting_point", "trainer_parts", "training_run")),
     *(("training_run", "starting_point"), ("__main__", "cli")),
 }
 KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}

@@ -11,24 +11,13 @@ from typing import Any, TextIO, cast
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from metalit.arguments import check_values, origin, prepared
-from metalit.callbacks import (
-    BestCheckpoint,
-    Ending,
-    FitFigures,
-    LastCheckpoint,
-    PredictionWriter,
-    Progress,
-    ReportWriter,
-    SignsOfLife,
-    StopOnSignal,
-)
+from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
 from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
 from metalit.errors import InputError
@@ -39,12 +28,10 @@ from metalit.modules.base import OuterLearner
 from metalit.notices import say, show
 from metalit.private_lightning import fill_config_dump, parser_of, subcommand_parsers
 from metalit.provenance import Stage, named_configs, on_purpose, with_own_config
-from metalit.runs import (
-    RunLogger,
-    SaveConfig,
-)
+from metalit.runs import SaveConfig
 from metalit.short_names import class_names
 from metalit.starting_point import compare, find_start
+from metalit.trainer_parts import trainer_arguments, wants
 from metalit.training_run import train
 from metalit.widths import fill_widths
 
@@ -167,26 +154,13 @@ class MetalitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our logger and callbacks, unless the configuration names others."""
         config = self.config_init[self.subcommand].trainer
-        if config.logger in (None, True):
-            kwargs["logger"] = RunLogger(self.start.run)
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
-        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        own = [callback for callback in own if callback is not None]
-        callbacks: list[Callback] = [ReportWriter(), PredictionWriter(), Ending()]
-        if config.enable_checkpointing is False:
-            self._without_checkpoints()
-        else:
-            callbacks.append(StopOnSignal())
-        if any(isinstance(callback, ProgressBar) for callback in own):
-            kwargs["enable_progress_bar"] = config.enable_progress_bar is not False
-        elif config.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
-            # first, because the others print below it once it has ended
-            callbacks = [Progress() if sys.stdout.isatty() else SignsOfLife(), *callbacks]
-        kwargs["callbacks"] = [self.start.run, *own, *callbacks]
+        kwargs |= trainer_arguments(config, self.start.run)
+        keys = parser_of(self, self.stage).callback_keys
+        keys[:] = [key for key in keys if wants(key, config)]
         if config.barebones:
-            kwargs |= self._bare()
+            self.save_config_callback = None
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
@@ -194,18 +168,6 @@ class MetalitCLI(LightningCLI):
             raise InputError(f"{owner}: {' '.join(str(error).split())}") from error
         check_nodes(trainer)
         return trainer
-
-    def _without_checkpoints(self) -> None:
-        """Leave out what saves checkpoints."""
-        keys = parser_of(self, self.stage).callback_keys
-        keys[:] = [key for key in keys if key not in ("best_checkpoint", "last_checkpoint")]
-
-    def _bare(self) -> dict[str, Any]:
-        """The arguments for ``barebones``, without any callback of ours."""
-        parser_of(self, self.stage).callback_keys.clear()
-        self.save_config_callback = None
-        nothing = ("logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary", "enable_checkpointing")
-        return dict.fromkeys(nothing) | {"callbacks": None}
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and say where everything is."""
