@@ -1,13 +1,29 @@
+"""The gradient at perturbed weights is that of a copy of the network there, which is left as it was."""
+
 import copy
-import math
 from dataclasses import FrozenInstanceError
-from functools import partial
 
 import pytest
 import torch
 from cases import draw
-from hypothesis import given
-from hypothesis import strategies as st
+from perturbed_networks import (
+    CASES,
+    KEY,
+    MODULES,
+    Partly,
+    Quadratic,
+    X,
+    conv,
+    data,
+    exact,
+    f64,
+    filled,
+    noise,
+    on_a_copy,
+    positive,
+    tied,
+    twice,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -17,113 +33,6 @@ from metalit.errors import InputError
 from metalit.keys import fold, normal
 from metalit.networks import MLP
 from metalit.tree import flatten, norm
-
-KEY = torch.tensor(5)
-exact = partial(assert_close, rtol=0, atol=0)
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def filled(module, seed=100):
-    """The module in float64, with numbers of its own in every parameter and buffer."""
-    module = module.double()
-    for index, value in enumerate([*module.parameters(), *module.buffers()]):
-        if value.is_floating_point():
-            value.data = 0.5 * draw(*value.shape, seed=seed + index)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
-            layer.running_var.abs_().add_(0.5)
-    return module
-
-
-class Quadratic(nn.Module):
-    """½ xᵀHx of its own parameter, whatever it is called with."""
-
-    def __init__(self, H, x):
-        super().__init__()
-        self.register_buffer("H", H)
-        self.x = nn.Parameter(x)
-
-    def forward(self):
-        return 0.5 * self.x @ self.H @ self.x
-
-
-def positive(size, seed=0):
-    A = draw(size, size, seed=seed)
-    return A @ A.T + torch.eye(size, dtype=torch.float64)
-
-
-def value(network):
-    return network()
-
-
-# the gradient at w + α is the one of a copy whose weights had α added
-
-
-def tied():
-    module = filled(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
-    module[2].weight = module[0].weight
-    return module
-
-
-class Recurrent(nn.LSTM):
-    def forward(self, x):
-        return super().forward(x)[0]
-
-
-class Partly(nn.Linear):
-    """An unused parameter and a frozen one."""
-
-    def __init__(self):
-        super().__init__(3, 2)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.bias.requires_grad_(False)
-
-
-def conv():
-    return filled(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)))
-
-
-MODULES = {
-    "mlp": (filled(MLP([3, 6, 2], activation="Tanh")), (3,)),
-    "conv": (conv(), (2, 4, 4)),
-    "cumulative": (filled(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=None))), (3,)),
-    "tied": (tied(), (3,)),
-    "lstm": (filled(Recurrent(3, 2, num_layers=2, batch_first=True, bidirectional=True)), (4, 3)),
-    "transformer": (filled(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)).eval(), (3, 4)),
-    "partly": (filled(Partly()), (3,)),
-}
-CASES = [
-    (name, training) for name in MODULES for training in (True, False) if (name, training) != ("transformer", True)
-]
-
-
-def data(shape):
-    return draw(5, *shape, seed=8)
-
-
-def twice(x):
-    """A loss that calls the network twice, with different inputs."""
-    return lambda network: network(x).square().mean() + network(x + 1).sin().sum()
-
-
-def on_a_copy(module, loss, alpha):
-    module = copy.deepcopy(module)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in alpha:
-                parameter.add_(alpha[name])
-    free = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    found = loss(module)
-    slopes = torch.autograd.grad(found, list(free.values()), allow_unused=True)
-    slopes = [torch.zeros_like(at) if slope is None else slope for at, slope in zip(free.values(), slopes, strict=True)]
-    return found.detach(), dict(zip(free, slopes, strict=True))
-
-
-def noise(module, seed=50):
-    return {name: 0.1 * draw(*p.shape, seed=seed + i) for i, (name, p) in enumerate(module.named_parameters())}
 
 
 @pytest.mark.parametrize(("name", "training"), CASES)
@@ -213,8 +122,6 @@ def test_given_buffers_are_those_of_an_ordinary_forward():
 
 
 # left as it was
-
-
 def everything_of(module):
     held = {}
     for path, layer in module.named_modules():
@@ -266,8 +173,6 @@ def test_perturbations_are_left_as_they_were_and_are_no_part_of_a_graph():
 
 
 # surrounding modes
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.inference_mode(False)])
 def test_works_where_gradients_are_off(mode):
     module, x = MODULES["mlp"][0], data((3,))
@@ -300,106 +205,7 @@ def test_a_perturbation_takes_the_precision_of_the_weights():
     assert {leaf.dtype for tree in found[1:] for leaf in tree.values()} == {torch.float32}
 
 
-# SAM
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("rho", [0.0, 0.05, 1.7])
-def test_sam_on_a_quadratic(size, rho):
-    H, x = positive(size), draw(size, seed=3)
-    slope = H @ x
-    found = perturbed_gradient(Quadratic(H, x), value, SAM(rho))
-    assert_close(found.perturbation["x"], rho * slope / slope.norm(), rtol=1e-14, atol=0)
-    assert_close(found.gradient["x"], H @ (x + rho * slope / slope.norm()), rtol=1e-13, atol=0)
-    at = x + rho * slope / slope.norm()
-    assert_close(found.loss, 0.5 * at @ H @ at, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("a", [0.3, 1.0, 1.6])
-@pytest.mark.parametrize("h", [1.0, 4.0])
-def test_sam_in_one_dimension_ends_in_a_two_cycle(a, h):
-    module, rho = Quadratic(f64([h]), f64(0.9)), 0.25
-    visited = []
-    for _ in range(300):
-        with torch.no_grad():
-            module.x -= a / h * perturbed_gradient(module, value, SAM(rho)).gradient["x"]
-        visited.append(module.x.item())
-    assert math.isclose(abs(visited[-1]), a * rho / (2 - a), rel_tol=1e-12)
-    assert math.isclose(visited[-1], -visited[-2], rel_tol=1e-12)
-
-
-@pytest.mark.parametrize("perturbation", [SAM(0.0), AdaptiveSAM(0.0), WeightNoise(0.0), [None] * 4, {}], ids=str)
-def test_without_a_perturbation_it_is_the_plain_gradient(perturbation):
-    module, x = MODULES["mlp"][0], data((3,))
-    found = perturbed_gradient(module, twice(x), perturbation, key=KEY)
-    exact(found[:2], on_a_copy(module, twice(x), {}))
-    if isinstance(perturbation, Perturbation):
-        assert list(found.perturbation) == list(found.gradient)
-        assert norm(found.perturbation) == 0
-
-
-@pytest.mark.parametrize("perturbation", [SAM(0.1), AdaptiveSAM(0.1)], ids=str)
-def test_a_zero_gradient_perturbs_nothing(perturbation):
-    found = perturbed_gradient(Quadratic(positive(3), f64(0, 0, 0)), value, perturbation)
-    exact(found.perturbation["x"], f64(0, 0, 0))
-    exact(found.gradient["x"], f64(0, 0, 0))
-
-
-@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1.0, 1e20])
-def test_sams_step_has_its_length_whatever_the_gradient(scale):
-    slope = {"w": torch.tensor([3 * scale, 0.0]), "b": torch.tensor(4 * scale)}
-    found = SAM(0.5)(slope, lambda: slope, None)
-    if scale in (1e-20, 1.0):
-        assert_close(found, {"w": torch.tensor([0.3, 0.0]), "b": torch.tensor(0.4)}, rtol=1e-3, atol=0)
-    assert all(bool(leaf.isfinite().all()) for leaf in found.values())
-
-
-def test_sam_of_half_precision_does_not_overflow():
-    slope = {"w": torch.full((4,), 6e4, dtype=torch.float16)}
-    exact(SAM(1.0)(slope, lambda: slope, None), {"w": torch.full((4,), 0.5, dtype=torch.float16)})
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows(bad):
-    assert flatten(SAM()({}, lambda: {"w": f64(1, bad)}, None)).isnan().any()
-
-
-@given(seed=st.integers(0, 1000), rho=st.floats(0.01, 2.0), eta=st.floats(0.0, 1.0))
-def test_the_lengths_of_both_steps_over_all_parameters(seed, rho, eta):
-    module = filled(MLP([2, 3, 1], activation="Tanh"), seed=seed)
-    loss = twice(draw(4, 2, seed=seed))
-    plain, adaptive = (
-        perturbed_gradient(module, loss, SAM(rho)),
-        perturbed_gradient(module, loss, AdaptiveSAM(rho, eta)),
-    )
-    assert_close(norm(plain.perturbation), f64(rho)[0], rtol=1e-12, atol=0)
-    slope = gradient_at(module, loss)[1]
-    assert_close(flatten(plain.perturbation), rho * flatten(slope) / norm(slope), rtol=1e-12, atol=1e-15)
-    T = flatten(dict(module.named_parameters())).abs().detach() + eta
-    assert_close((flatten(adaptive.perturbation) / T).norm(), f64(rho)[0], rtol=1e-12, atol=0)
-    g = flatten(slope)
-    assert_close(flatten(adaptive.perturbation), rho * T**2 * g / (T * g).norm(), rtol=1e-12, atol=1e-15)
-    exact(adaptive[:2], on_a_copy(module, loss, adaptive.perturbation))
-
-
-def test_adaptive_sam_does_not_see_the_scale_of_the_weights():
-    H, x, c = positive(3), draw(3, seed=3), 7.0
-    small = perturbed_gradient(Quadratic(H, x), value, AdaptiveSAM(0.3, eta=0.0))
-    large = perturbed_gradient(Quadratic(H / c**2, c * x), value, AdaptiveSAM(0.3, eta=0.0))
-    assert_close(large.loss, small.loss, rtol=1e-13, atol=0)
-    assert_close(large.perturbation["x"], c * small.perturbation["x"], rtol=1e-13, atol=0)
-
-
-def test_the_norm_of_the_norms_is_the_norm_of_the_concatenation():
-    found = perturbed_gradient(MODULES["conv"][0], twice(data((2, 4, 4))), SAM()).gradient
-    norms = torch.stack([leaf.norm() for leaf in found.values()]).norm()
-    assert_close(norms, torch.cat([leaf.flatten() for leaf in found.values()]).norm(), rtol=1e-14, atol=0)
-    assert_close(norms, norm(found), rtol=1e-14, atol=0)
-
-
 # the gradient at w: asked for once, or known
-
-
 class Spy(Perturbation):
     def __init__(self, asks):
         self.asks = asks
@@ -445,8 +251,6 @@ def test_a_known_gradient_is_used_instead():
 
 
 # noise
-
-
 def test_noise_is_a_function_of_the_key():
     module, x = MODULES["mlp"][0], data((3,))
     state = torch.get_rng_state()
@@ -491,92 +295,6 @@ def test_it_is_the_gradient_of_call_in_the_functional_form():
     moved = {name: parameter.detach() + alpha[name] for name, parameter in module.named_parameters()}
     expected = torch.func.grad(lambda given: twice(x)(lambda x: call(module, given, x)))(moved)
     assert_close(perturbed_gradient(module, twice(x), alpha).gradient, expected, rtol=1e-13, atol=1e-15)
-
-
-# errors
-
-LAYER = nn.Linear(2, 1)
-X = torch.ones(4, 2)
-
-
-def refused(match, perturbation=None, loss=lambda network: network(X).sum(), module=LAYER, **options):
-    with pytest.raises(InputError, match=match):
-        perturbed_gradient(module, loss, perturbation or {}, **options)
-
-
-def test_losses_that_are_no_scalar_are_refused():
-    refused(r"loss: it returned shape \[4, 1\], not a scalar", loss=lambda network: network(X))
-    refused("loss: it returned type float", loss=lambda network: 1.0)
-    exact(gradient_at(LAYER, lambda network: network(X).sum().reshape(1, 1))[1]["bias"], torch.tensor([4.0]))
-
-
-def test_the_network_that_is_given_is_the_module_itself():
-    module, x = filled(MLP([3, 4, 1], activation="Tanh")), data((3,))
-    alpha = noise(module)
-
-    def by_the_module(_):
-        penalty = sum(parameter.square().sum() for parameter in module.parameters())
-        return module(x).square().mean() + penalty + module.out.weight.sum() + module.state_dict()["out.bias"].sum()
-
-    def by_the_network(network):
-        penalty = sum(parameter.square().sum() for _, parameter in network.named_parameters())
-        return network(x).square().mean() + penalty + network.out.weight.sum() + network.out.bias.detach().sum()
-
-    expected = on_a_copy(module, by_the_network, alpha)
-    exact(perturbed_gradient(module, by_the_network, alpha)[:2], expected)
-    exact(perturbed_gradient(module, by_the_module, alpha)[:2], expected)
-
-
-def test_parameters_that_were_taken_from_the_module_before_are_refused():
-    kept, outer = list(LAYER.parameters()), nn.Sequential(LAYER)
-    features = LAYER(X)
-    told = "loss: it reaches the module's 'weight' by another way"
-    refused(told, loss=lambda network: network(X).sum() + kept[0].square().sum())
-    refused(told, SAM(), loss=lambda network: network(X).sum() + kept[0].square().sum())
-    refused(told, loss=lambda network: (network(X) * features).sum())
-    found = gradient_at(LAYER, lambda network: (network(X) * features.detach()).sum() + kept[0].detach().sum())
-    exact(found[1]["bias"], features.detach().sum().reshape(1))
-    # a module that holds it is it
-    exact(gradient_at(LAYER, lambda _: outer(X).sum())[1]["bias"], torch.tensor([4.0]))
-
-
-def test_a_loss_without_the_network_is_refused():
-    refused("does not depend on the network it is given", loss=lambda network: torch.tensor(1.0))
-    with pytest.raises(InputError, match="no trainable parameter"):
-        gradient_at(nn.Linear(2, 1).requires_grad_(False), lambda network: network(X).sum())
-
-
-def test_perturbations_that_do_not_fit_are_refused():
-    refused("perturbation: 'wieght' is no parameter of Linear", {"wieght": X})
-    refused(r"perturbation: 'weight' has shape \[2\], but needs \[1, 2\]", {"weight": X[0]})
-    refused("perturbation: 'bias' has shape 0.1", {"bias": 0.1})
-    refused("perturbation: 1 tensors for 2 parameters", [torch.zeros(1, 2)])
-    refused("perturbation: a Tensor is neither", torch.zeros(1, 2).sum() + 1)
-    refused("perturbation: a float is neither", 0.1)
-    refused("are one tied weight", {"0.weight": torch.ones(3, 3), "2.weight": torch.ones(3, 3)}, module=tied())
-    with pytest.raises(InputError, match=r"parameters: 'bias' has shape \[2\]"):
-        gradient_at(LAYER, lambda network: network(X).sum(), {"bias": torch.zeros(2)})
-
-
-def test_known_gradients_that_do_not_fit_are_refused():
-    refused(r"gradient: \['bias'\] missing", SAM(), gradient={"weight": torch.ones(1, 2)})
-    refused(r"gradient: 'bias' has shape \[2\]", SAM(), gradient={"weight": None, "bias": torch.ones(2)})
-    refused("gradient: 'w' is no parameter", SAM(), gradient={"weight": None, "bias": None, "w": torch.ones(2)})
-
-
-def test_noise_without_a_key_or_of_no_parameter_is_refused():
-    refused("key: None, but WeightNoise", WeightNoise(0.1))
-    refused("names: the pattern 'head.*'.*matches no trainable parameter", WeightNoise(0.1, names=("head.*",)), key=KEY)
-
-
-@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    ("make", "argument"),
-    [(WeightNoise, "scale"), (SAM, "rho"), (AdaptiveSAM, "rho"), (AdaptiveSAM, "eta")],
-)
-def test_sizes_that_are_negative_or_not_finite_are_refused(make, argument, bad):
-    with pytest.raises(InputError, match=f"{make.__name__}: {argument}={bad} must be a finite number, 0 or more"):
-        make(**{argument: bad})
 
 
 def test_perturbations_are_frozen():
