@@ -5,6 +5,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _torchs: list[str] = []
@@ -33,7 +34,8 @@ def keep_private(tell: Callable[[str], None]) -> Path:
     folder = _folder(_torchs[0], tell)
     os.environ[_VARIABLE] = str(folder)
     # precompiled headers lie in the default, whatever the variable says
-    for module in (cache_dir_utils, runtime_utils, codecache):
+    modules: tuple[Any, ...] = (cache_dir_utils, runtime_utils, codecache)
+    for module in modules:
         module.default_cache_dir = lambda: str(folder)
     codecache._HEADER_DIR = str(folder / "precompiled_headers")
     codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers/locks")

@@ -69,7 +69,9 @@ class Compiled:
         """Evaluate ``fn(*trees)``."""
         values, spec = tree_flatten(trees)
         program = self.program(values, spec)
-        return tree_unflatten(program(values), program.spec)
+        found = program(values)
+        assert program.spec is not None  # since it was called
+        return tree_unflatten(found, program.spec)
 
     def program(self, values: Values, spec: TreeSpec) -> "Program":
         """The program for arguments of this form: the leaves of a tuple of trees, and how they lie in it."""
