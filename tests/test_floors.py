@@ -38,36 +38,32 @@ KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - KNOW_LIGHTNING
 
 
-def imported_modules(file: str, source: str) -> Iterator[str]:
-    """Absolute dotted names of all that a file of metalit imports, wherever in it."""
+def imports(file: str, source: str) -> Iterator[tuple[str, list[str]]]:
+    """Each module that a file of metalit imports, wherever in it, with the names that it takes from there."""
     package = ["metalit", *Path(file).parts[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            yield from (f"metalit.{alias.name}" for alias in node.names) if module == "metalit" else [module]
+            yield ".".join([*above, *filter(None, [node.module])]), [alias.name for alias in node.names]
+
+
+def imported_modules(file: str, source: str) -> Iterator[str]:
+    """Absolute dotted names of all that a file of metalit imports."""
+    for module, names in imports(file, source):
+        yield from (f"metalit.{name}" for name in names) if names and module == "metalit" else [module]
 
 
 def imported_files(file: str, source: str, files: Container[str]) -> set[str]:
     """The files of metalit that a file imports, and the ``__init__`` of other packages, which Python runs first."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = ["metalit", *Path(file).parts[:-1]][: len(Path(file).parts) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")[1:]
-            inits = ["/".join([*parts[:end], "__init__.py"]) for end in range(1, len(parts) + 1)]
-            own = ["/".join([*Path(file).parts[:end], "__init__.py"]) for end in range(1, len(Path(file).parts))]
-            reached = {*inits, "/".join(parts) + ".py"} - ({*own} - {f"{'/'.join(parts)}/__init__.py"})
-            found |= {each for each in reached if each in files}
-    return found - {file}
+    modules = {each for module, names in imports(file, source) for each in (module, *(f"{module}.{n}" for n in names))}
+    paths = [Path(*module.split(".")[1:]) for module in modules if module.startswith("metalit.")]
+    named = {str(found) for path in paths for found in (path.with_suffix(".py"), path / "__init__.py")}
+    run_first = {
+        str(above / "__init__.py") for path in paths for above in path.parents if above not in Path(file).parents
+    }
+    return {each for each in named | run_first if each in files} - {file}
 
 
 def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
