@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from metalit.__main__ import main
 
 MAML = "configs/sine_maml.yaml"
+LONG = pytest.mark.long  # what takes the way of another option
 
 
 @pytest.fixture
@@ -75,12 +76,12 @@ def _steps(capfd):
     [
         (["--trainer.max_stps=3"], ["trainer.max_stps", "did you mean 'trainer.max_steps'"]),
         (["--modle.eval_steps=3"], ["'modle'", "did you mean 'model'"]),
-        (["--model.evl_steps=3"], ["'evl_steps'", "did you mean 'eval_steps'"]),
-        (["--model.problem.network.szes=[1,1]"], ["'szes'", "did you mean 'sizes'"]),
+        pytest.param(["--model.evl_steps=3"], ["'evl_steps'", "did you mean 'eval_steps'"], marks=LONG),
+        pytest.param(["--model.problem.network.szes=[1,1]"], ["'szes'", "did you mean 'sizes'"], marks=LONG),
         (["--model.inner_optimizer.lrr=1"], ["SGD has no key 'lrr'", "did you mean 'lr'"]),
         (["--model.inner_optimizer=SDG"], ["no class 'SDG'", "did you mean 'SGD'"]),
-        (["--data.train.shts=3"], ["'shts'", "did you mean 'shots'"]),
-        (["--data.train.shots=many"], ["data.train.shots", "int", "many"]),
+        pytest.param(["--data.train.shts=3"], ["'shts'", "did you mean 'shots'"], marks=LONG),
+        pytest.param(["--data.train.shots=many"], ["data.train.shots", "int", "many"], marks=LONG),
         (["--data.train.shots=0"], ["data.train.shots=0", "at least 1"]),
         (["--model.problem.adapt=['ot.*']"], ["adapt", "'ot.*'", "out.weight"]),
         (["--model.inner_optimizer.lr=-1"], ["lr=-1", "positive"]),
@@ -89,15 +90,17 @@ def _steps(capfd):
         (["--model.clip_norm=0"], ["clip_norm=0", "positive"]),
         (["--model.lr_by_name={'head*': 0.1}"], ["lr_by_name", "'head*'", "problem.out.weight"]),
         (["--model.problem.network.sizes=[1,4,2]"], ["network", ", 2)", ", 1)", "as many outputs as the targets"]),
-        (["--model.optimiser.lr=3"], ["'optimiser'", "did you mean 'optimizer'"]),
+        pytest.param(["--model.optimiser.lr=3"], ["'optimiser'", "did you mean 'optimizer'"], marks=LONG),
         (["--model.optimizer.lrr=3"], ["model.optimizer: Adam has no key 'lrr'", "did you mean 'lr'"]),
-        (["--model.scheduler.T_mx=3"], ["CosineAnnealingLR has no key 'T_mx'", "did you mean 'T_max'"]),
+        pytest.param(
+            ["--model.scheduler.T_mx=3"], ["CosineAnnealingLR has no key 'T_mx'", "did you mean 'T_max'"], marks=LONG
+        ),
         (["--model.optimizer.lr=-3"], ["model.optimizer", "-3"]),
-        (["--model.lr_by_name={'*': -1.0}"], ["lr_by_name", "-1.0"]),
+        pytest.param(["--model.lr_by_name={'*': -1.0}"], ["lr_by_name", "-1.0"], marks=LONG),
         (["--model.problem.network.sizes=[2,4,1]"], ["network", "cannot take inputs of shape", "1 column(s) of x"]),
         (["--model.scheduler.T_max=${trainer.max_stps}"], ["max_stps"]),
         (["--trainer.accumulate_grad_batches=2"], ["accumulate_grad_batches=2", "model.tasks_per_chunk"]),
-        (["--trainer.gradient_clip_val=1"], ["gradient_clip_val=1", "model.clip_norm"]),
+        pytest.param(["--trainer.gradient_clip_val=1"], ["gradient_clip_val=1", "model.clip_norm"], marks=LONG),
         (["--trainer.val_check_interval=30000"], ["val_check_interval"]),
         (
             ["--trainer.val_check_interval=00:00:10:00"],
@@ -105,11 +108,11 @@ def _steps(capfd):
         ),
         (["--trainer.strategy=nonsense"], ["trainer: ", "'nonsense'", "ddp"]),
         (["--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], ["trainer: ", "fsdp"]),
-        (["--last_checkpoint.seconds=-1"], ["seconds=-1"]),
-        (["--trainer.max_steps=-1"], ["trainer.max_steps=-1", "such as"]),
+        pytest.param(["--last_checkpoint.seconds=-1"], ["seconds=-1"], marks=LONG),
+        pytest.param(["--trainer.max_steps=-1"], ["trainer.max_steps=-1", "such as"], marks=LONG),
         (["--ckpt_path=nowhere.ckpt"], ["ckpt_path='nowhere.ckpt'", "no such file"]),
         (["--ckpt_path=best"], ["ckpt_path=best", "metalit fit"]),
-        (["--config=nowhere.yaml"], ["nowhere.yaml", "not exist"]),
+        pytest.param(["--config=nowhere.yaml"], ["nowhere.yaml", "not exist"], marks=LONG),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -21,6 +21,7 @@ from metalit.networks import MLP
 from metalit.problems import FewShot, Ridge, ThetaPhi
 
 STEPS, FUSED = 20, 5
+LONG = pytest.mark.long
 
 
 def exponential(optimizer):
@@ -106,7 +107,10 @@ def check_same_runs(first, second, modules):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, "64-true") for name in FITS), ("MAML, exponential", "32-true"), ("ridge, warm, clipped", "32-true")],
+    [
+        *((name, "64-true") for name in FITS),
+        *(pytest.param(name, "32-true", marks=LONG) for name in ("MAML, exponential", "ridge, warm, clipped")),
+    ],
 )
 def test_a_fused_run_is_the_plain_run_bit_for_bit(name, precision, tmp_path):
     roots = [tmp_path / "plain", tmp_path / "fused"]
@@ -176,7 +180,7 @@ def test_callbacks_hear_of_every_outer_step(fused, of_object, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["MAML, exponential", "ridge, warm"])
-@pytest.mark.parametrize("stop", [5, 10, 15])
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=LONG), 10, pytest.param(15, marks=LONG)])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, stop, tmp_path):
     roots = [tmp_path / "plain", tmp_path / "fused"]
     whole = fit(roots[0], name, 1)
