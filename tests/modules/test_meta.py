@@ -275,7 +275,9 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
         trainer(tmp_path).test(learner(), gapminder(split_seed=1), ckpt_path=path)
 
 
-@pytest.mark.parametrize("hypergradient", [Unrolled(1), FirstOrder(1)], ids=["MAML", "FOMAML"])
+@pytest.mark.parametrize(
+    "hypergradient", [Unrolled(1), pytest.param(FirstOrder(1), marks=pytest.mark.long)], ids=["MAML", "FOMAML"]
+)
 def test_learns_to_learn(hypergradient, tmp_path):
     data = sine(train=Episodes(25, 10, 10), val=Episodes(100, 5, 50), test=Episodes(200, 5, 50))
     module = learner(

@@ -57,7 +57,7 @@ def by_hand():
         (Unrolled, {}),
         (Unrolled, {"fused_steps": FUSED}),
         (Unrolled, {"tasks_per_chunk": 3}),
-        (Unrolled, {"compile": True}),
+        pytest.param(Unrolled, {"compile": True}, marks=pytest.mark.long),
         (Unrolled, {"compile": True, "fused_steps": FUSED}),
         (Recomputed, {}),
     ],
