@@ -18,7 +18,8 @@ from metalit.inner import SGD
 from metalit.networks import MLP
 from metalit.problem import Task
 from metalit.problems import FewShot
-from metalit.training.batches import Estimates, Found, packed
+from metalit.training.batches import Batches, StepResult
+from metalit.training.outer_gradient import OuterGradient
 
 TASKS = (25, 250, 2500)
 KINDS = ("not compiled", "compiled", "compiled, `tasks_per_chunk: 25`")
@@ -42,17 +43,17 @@ def serve(kind: str, count: int, threads: int) -> None:
     step = partial(over_tasks, Unrolled(INNER_STEPS), problem, SGD(LR))
     compiles, chunk = kind != "not compiled", 25 if "chunk" in kind else None
 
-    def estimate(outer: Outer, tasks: Task, start: None) -> Found:
+    def result(outer: Outer, tasks: Task) -> StepResult:
         found = step(outer, tasks)
-        return Found(packed(found.loss, found.gradient), found.inner, {})
+        return StepResult(OuterGradient.of(found.loss, found.gradient), {}, found.inner)
 
-    estimates = Estimates(estimate, problem, compiles, chunk, "the step", say)
-    loss = float(estimates(outer, tasks, None).packed[0])
-    if estimates.compiled is not None and estimates.compiled.failed:
+    batches = Batches(result, problem, compiles, chunk, "the step", say)
+    loss = float(batches(outer, tasks).gradient.loss)
+    if compiles and not batches.is_compiled:
         return
     goes_on = told(loss, sys.stdin.readline, partial(print, flush=True))
     while goes_on():
-        estimates(outer, tasks, None)
+        batches(outer, tasks)
 
 
 def run(quick: bool) -> str:

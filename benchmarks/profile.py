@@ -19,10 +19,10 @@ from benchmarks.meta_step import Terminal
 from metalit.cli import MetalitCLI
 from metalit.data.module import TaskDataModule
 from metalit.modules.base import OuterLearner
+from metalit.modules.diagnosis import Diagnosis
 from metalit.modules.meta import MetaLearner
-from metalit.modules.two_level import TwoLevelLearner
 from metalit.program import CompiledProgram
-from metalit.training.fused_loop import AdamSteps
+from metalit.training.fused_loop import FusedLoop
 
 CONFIG = Path(__file__).with_name("meta_step.yaml")
 WINDOW, FUSED = 1000, 100
@@ -31,9 +31,9 @@ PARTS = {
     "drawing the tasks": (TaskDataModule, "draw"),
     "the Trainer's loop and hooks, the progress bar": (_TrainingEpochLoop, "advance"),
     "the learner between its steps: slicing the tasks, counting, the schedule": (MetaLearner, "training_step"),
-    "reading and writing parameters and Adam's state, Adam's numbers": (AdamSteps, "__call__"),
+    "reading and writing parameters and Adam's state, Adam's numbers": (FusedLoop, "__call__"),
     "the compiled step: hypergradient and Adam": (CompiledProgram, "__call__"),
-    "what is logged: norms of the inner and outer variable": (TwoLevelLearner, "diagnose"),
+    "what is logged: norms of the inner and outer variable": (Diagnosis, "__call__"),
     "`self.log`": (OuterLearner, "log"),
     "TensorBoard": (OuterLearner, "write_scalars"),
 }

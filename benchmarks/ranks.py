@@ -58,7 +58,7 @@ def serve(tasks: int, ranks: int) -> None:
         enable_model_summary=False, **quiet,
     )  # fmt: skip
     sys.stdout = answers
-    module._estimates.tell = module._estimates.compiled.tell = say
+    module._batches.tell = module._batches.compiled.tell = say
     trainer.fit(module, data)
 
 
