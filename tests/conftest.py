@@ -12,14 +12,7 @@ import pytest
 import yaml
 from costs import Costs
 from hypothesis import settings
-
-ROOT = Path(__file__).parent.parent
-TINY = ("--trainer.max_steps=6", "--trainer.val_check_interval=0.5", "--trainer.log_every_n_steps=2")
-TINY_BY_CLASS = {
-    "TaskDataModule": ("--data.train.tasks=4", "--data.val.tasks=6", "--data.test.tasks=6", "--figures.tasks=0"),
-    "MetaLearner": ("--model.compile=false", "--model.fused_steps=1"),  # which have tests of their own
-    "BilevelLearner": ("--model.eval_steps=5",),
-}
+from repository import ROOT, TINY, TINY_BY_CLASS
 
 # before torch is imported, in this process and in those that tests start; one that only shares out tests needs none
 os.environ["OMP_NUM_THREADS"] = "1"

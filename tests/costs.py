@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-BUDGET = {"Python processes": 16, "command lines": 260, "compiled programs": 45}
+BUDGET = {"Python processes": 30, "command lines": 300, "compiled programs": 95}
 
 
 class Costs:
@@ -47,10 +47,12 @@ class Costs:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
+        if not self._is_quick(config):
+            return
         terminalreporter.section("costs")
         beyond = self._beyond(config)
         for kind, budget in BUDGET.items():
-            terminalreporter.line(f"{kind}: {self._total(kind)}, of at most {budget} in a quick run")
+            terminalreporter.line(f"{kind}: {self._total(kind)}, of at most {budget}")
             if kind in beyond:
                 most = Counter({test: number for (other, test), number in self.counts.items() if other == kind})
                 for test, number in most.most_common(10):
@@ -60,5 +62,8 @@ class Costs:
         return sum(number for (other, _), number in self.counts.items() if other == kind)
 
     def _beyond(self, config: pytest.Config) -> list[str]:
-        quick = "not long" in config.getoption("markexpr")
-        return [kind for kind, budget in BUDGET.items() if quick and self._total(kind) > budget]
+        return [kind for kind, budget in BUDGET.items() if self._is_quick(config) and self._total(kind) > budget]
+
+    @staticmethod
+    def _is_quick(config: pytest.Config) -> bool:
+        return "not long" in config.getoption("markexpr")

@@ -120,7 +120,7 @@ def blobs(rows=120, inputs=4, classes=3, spread=0.7, seed=0):
 
 def given_checkpoint(root):
     """Checkpoints that the command line has saved after two steps of a config, by its name, each trained once."""
-    from conftest import TINY_BY_CLASS
+    from repository import TINY_BY_CLASS
 
     from metalit.__main__ import main
 

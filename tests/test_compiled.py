@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from cases import KINDS, Case, regression_tasks
-from conftest import ROOT
+from repository import ROOT
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.utils._pytree import tree_flatten, tree_leaves

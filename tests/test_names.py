@@ -4,7 +4,7 @@ import ast
 from collections import Counter
 from pathlib import Path
 
-from conftest import ROOT
+from repository import ROOT
 
 FILES = sorted((ROOT / "tests").rglob("*.py"))
 
@@ -21,3 +21,10 @@ def test_every_file_of_tests_has_a_name_of_its_own():
 def test_no_class_of_the_tests_goes_by_the_name_of_one_of_ours():
     ours = set().union(*map(classes, (ROOT / "src").rglob("*.py")))
     assert {f"{path.name}: {name}" for path in FILES for name in classes(path) & ours} == set()
+
+
+def test_no_test_imports_from_a_conftest():
+    # of which there are several, and Python knows one by that name
+    trees = {path.name: ast.walk(ast.parse(path.read_text())) for path in FILES}
+    imports = {name: [node.module for node in tree if isinstance(node, ast.ImportFrom)] for name, tree in trees.items()}
+    assert [name for name, modules in imports.items() if "conftest" in modules] == []

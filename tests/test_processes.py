@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from forks import ended as ended_ranks
 from forks import start_ranks
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from repository import ROOT
 from torch.utils._pytree import tree_leaves
 
 from metalit.__main__ import main

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 from torch.utils._pytree import tree_leaves
 
 TOOLS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "scontrol")
