@@ -131,6 +131,8 @@ def test_steps_between_its_halves_count_as_global_steps_and_are_seen(tmp_path):
     fit.fit(Plain(step_twice), loader())
     assert steps == [2, 4, 6, 8]
     assert fit.global_step == 8
+    progress = fit.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    assert (progress.ready, progress.completed) == (8, 8)
     assert fit.fit_loop.epoch_loop._batches_that_stepped == 8
 
 
@@ -286,6 +288,7 @@ def test_the_command_line_hands_out_its_parsers_and_its_configuration(tmp_path):
 
         def before_instantiate_classes(self):
             private.fill_config_dump(self)
+            seen["dump"] = self.config_dump
             seen["parsers"] = private.subcommand_parsers(self)
             seen["fit"] = private.parser_of(self, "fit")
 
@@ -293,11 +296,11 @@ def test_the_command_line_hands_out_its_parsers_and_its_configuration(tmp_path):
             """Train nothing."""
 
     options = ["fit", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=3"]
-    cli = Notes(Small, args=options, save_config_callback=None)
+    Notes(Small, args=options, save_config_callback=None)
     assert seen["asked"]
     assert seen["fit"] is seen["parsers"]["fit"]
     assert isinstance(seen["fit"].callback_keys, list)
-    assert cli.config_dump["trainer"]["max_steps"] == 3
+    assert seen["dump"]["trainer"]["max_steps"] == 3
 
 
 class Small(Plain):
