@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,16 @@ def programs_are_counted(pytestconfig: pytest.Config) -> Iterator[None]:
 def repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configs name their data relative to the repository."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_as_they_were() -> Iterator[None]:
+    """What ends in the middle of a fit leaves Lightning's handlers to the next test of the same process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import warnings
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pandas as pd
 import pytest
@@ -152,7 +153,7 @@ CALLBACKS = [
     (lambda: ModelCheckpoint(train_time_interval=timedelta(seconds=1)), "train_time_interval=.*LastCheckpoint"),
     (lambda: ModelPruning("l1_unstructured"), "ModelPruning cannot work"),
     (ModelSummary, SAME),
-    (lambda: OnExceptionCheckpoint("."), SAME),
+    (lambda: OnExceptionCheckpoint(mkdtemp()), SAME),
     (RichModelSummary, SAME),
     (RichProgressBar, SAME),
     (SpikeDetection, "SpikeDetection cannot work"),
