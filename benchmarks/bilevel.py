@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Contender, Missing, Race, check_same, one_core, rounds, say, section
-from metalit.compiled import Compiled
+from metalit.compiling.compiled import Compiled
 from metalit.data import SplitsDataModule
 from metalit.data.rows import SklearnTable
 from metalit.hypergradients import Implicit

@@ -34,8 +34,8 @@ from benchmarks.harness import (
     say,
     section,
 )
-from metalit.cli import MetalitCLI
-from metalit.compiled import Compiled
+from metalit.cli.command_line import MetalitCLI
+from metalit.compiling.compiled import Compiled
 from metalit.hypergradients import Unrolled
 from metalit.hypergradients.base import over_tasks
 from metalit.inner import SGD

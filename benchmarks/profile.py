@@ -16,12 +16,12 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from benchmarks.harness import markdown, one_core, rounds, say, section
 from benchmarks.meta_step import Terminal
-from metalit.cli import MetalitCLI
+from metalit.cli.command_line import MetalitCLI
+from metalit.compiling.program import CompiledProgram
 from metalit.data.module import TaskDataModule
 from metalit.modules.base import OuterLearner
 from metalit.modules.diagnosis import Diagnosis
 from metalit.modules.meta import MetaLearner
-from metalit.program import CompiledProgram
 from metalit.training.fused_loop import FusedLoop
 
 CONFIG = Path(__file__).with_name("meta_step.yaml")

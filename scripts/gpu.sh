@@ -47,7 +47,7 @@ rm -f "$METALIT_GPU_RESULTS"
 
 "$python" - <<'PYTHON'
 import sys, torch
-import metalit.cli, metalit.modules  # what is missing is told here, before anything is waited for
+import metalit.cli.command_line, metalit.modules  # what is missing is told here, before anything is waited for
 gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {gpu}")
 PYTHON

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def programs_are_counted(pytestconfig: pytest.Config) -> Iterator[None]:
     """Each compiled program is one of the costs of its test."""
-    from metalit.compiled import CompiledProgram
+    from metalit.compiling.compiled import CompiledProgram
 
     begin, costs = CompiledProgram.__init__, pytestconfig.pluginmanager.get_plugin("costs")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metalit import cache
+from metalit.compiling import cache
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -86,7 +86,7 @@ def test_all_that_the_compiler_leaves_lies_there(shell, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     code = (
         "import torch, lightning.pytorch\n"
-        "from metalit.compiled import Compiled\n"
+        "from metalit.compiling.compiled import Compiled\n"
         "double = Compiled(lambda tree: {'y': 2 * tree['x'].sin()})\n"
         "print(double({'x': torch.ones(3)}), double.failed)\n"
     )

@@ -193,7 +193,7 @@ def test_control_c_before_training_is_no_traceback(metalit, monkeypatch):
     def press(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metalit.cli.MetalitCLI", press)
+    monkeypatch.setattr("metalit.cli.command_line.MetalitCLI", press)
     status, output = metalit("fit", MAML)
     assert status == 130
     assert output == "metalit: interrupted\n"

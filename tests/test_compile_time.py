@@ -14,11 +14,11 @@ import pytest
 import torch
 from fits import Kill, KilledError, last, same, trainer
 
-from metalit import patience, program
 from metalit.callbacks import BestCheckpoint, LastCheckpoint, StopOnSignal
-from metalit.compiled import Compiled
+from metalit.compiling import patience, program
+from metalit.compiling.compiled import Compiled
+from metalit.compiling.durations import expected, remember
 from metalit.data import Episodes, Sine, TaskDataModule
-from metalit.durations import expected, remember
 from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD

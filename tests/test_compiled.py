@@ -12,16 +12,16 @@ from torch.func import functional_call, grad
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
-from metalit import compiled as compiled_module
-from metalit import program
 from metalit.adapt import outer_variable
-from metalit.compiled import Compiled
+from metalit.compiling import compiled as compiled_module
+from metalit.compiling import program
+from metalit.compiling.compiled import Compiled
+from metalit.compiling.program import CompiledProgram
 from metalit.hypergradients import Implicit, Recomputed, Unrolled, over_tasks
 from metalit.inner import SGD
 from metalit.linsolve import CG
 from metalit.networks import MLP
 from metalit.problems import FewShot
-from metalit.program import CompiledProgram
 
 E64, E32 = 1e-12, 1e-6
 
@@ -432,7 +432,7 @@ ELSEWHERE = """
 import torch
 from torch._dynamo.utils import counters
 
-from metalit.compiled import Compiled
+from metalit.compiling.compiled import Compiled
 
 torch.set_num_threads(1)
 triple = Compiled(lambda tree: {"y": (3 * tree["x"]).sin()}, name="it", tell=print)
@@ -449,7 +449,7 @@ DROPOUT = """
 import torch
 
 from metalit.autodiff import call
-from metalit.compiled import Compiled
+from metalit.compiling.compiled import Compiled
 from metalit.keys import uniform
 from metalit.networks import MLP
 

@@ -10,29 +10,19 @@ import metalit
 
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "cache", "patience", "durations"), 0),
-    **dict.fromkeys(("unrounded", "compiler", "disk", "parent", "private_torch", "private_lightning"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices", "loops"), 1),
-    **dict.fromkeys(("problem", "inner", "program", "compiled"), 2),
+    **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "unrounded"), 0),
+    **dict.fromkeys(("private_torch", "private_lightning"), 0),
+    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices"), 1),
+    **dict.fromkeys(("problem", "inner", "compiling"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
-    **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "provenance", "factories"), 5),
-    **dict.fromkeys(("arguments", "cli", "messages", "widths", "__main__"), 6),
-    **dict.fromkeys(("short_names", "starting_point", "trainer_parts", "training_run"), 6),
+    **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs"), 5),
+    **dict.fromkeys(("cli", "__main__"), 6),
 }
 SAME_FLOOR = {
-    ("compiled", "program"),
-    *(
-        ("checks", "training"),
-        ("modules", "training"),
-        ("modules", "checks"),
-        ("modules", "evaluation"),
-    ),
+    *(("checks", "training"), ("__main__", "cli")),
+    *(("modules", part) for part in ("training", "checks", "evaluation")),
     *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
-    *(("provenance", "runs"), ("provenance", "checks")),
-    *(("cli", part) for part in ("arguments", "messages", "widths")),
-    *(("cli", part) for part in ("short_names", "starting_point", "trainer_parts", "training_run")),
-    *(("training_run", "starting_point"), ("__main__", "cli")),
 }
 KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}
 TORCH_ALONE = {part for part, floor in FLOORS.items() if floor <= 4} - KNOW_LIGHTNING
@@ -149,7 +139,7 @@ def test_the_walk_sees_the_whole_package_and_its_imports():
     files = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in ROOT.rglob("*.py")}
     assert {Path(file).parts[0].removesuffix(".py") for file in files} >= FLOORS.keys()
     assert "metalit.tree" in imported_modules("adapt.py", files["adapt.py"])
-    assert "metalit.cli" in imported_modules("__main__.py", files["__main__.py"])
+    assert "metalit.cli.command_line" in imported_modules("__main__.py", files["__main__.py"])
 
 
 @pytest.mark.parametrize(
@@ -165,9 +155,9 @@ def test_the_walk_sees_the_whole_package_and_its_imports():
         ("hypergradients/base.py", "from metalit.data import Sine", "metalit.data"),
         ("data/sine.py", "import metalit.hypergradients.base as b", "metalit.hypergradients.base"),
         ("runs.py", "from metalit.modules import MetaLearner", "metalit.modules"),
-        ("modules/meta.py", "from metalit.cli import run", "metalit.cli"),
+        ("modules/meta.py", "from metalit.cli.command_line import run", "metalit.cli.command_line"),
         ("modules/meta.py", "from metalit.callbacks import Progress", "metalit.callbacks"),
-        ("messages.py", "from metalit.cli import run", "metalit.cli"),
+        ("modules/meta.py", "from metalit.cli.messages import explain", "metalit.cli.messages"),
         ("networks.py", "import numpy as np", "numpy"),
         ("problem.py", "if x:\n    import lightning.pytorch", "lightning.pytorch"),
         ("hypergradients/unrolled.py", "from pandas import read_csv", "pandas"),
@@ -205,7 +195,7 @@ def test_the_checker_names_a_file_without_a_floor():
         ("modules/meta.py", "from metalit.training import ranks\nimport lightning"),
         ("callbacks/report.py", "from metalit.modules import MetaLearner\nfrom metalit.data import Sine\nimport rich"),
         ("data/table.py", "import numpy as np\nimport pandas as pd\nfrom metalit.problem import Task"),
-        ("cli.py", "from metalit.messages import explain\nfrom metalit.runs import find_checkpoint"),
+        ("cli/command_line.py", "from metalit.cli.messages import explain\nfrom metalit.runs import find_checkpoint"),
         ("inner/__init__.py", "from metalit.inner.sgd import SGD\nfrom .base import GradFn"),
     ],
 )

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metalit.adapt import outer_variable
 from metalit.autodiff import SAM, per_sample_gradients, perturbed_gradient
-from metalit.compiled import Compiled
+from metalit.compiling.compiled import Compiled
 from metalit.errors import InputError
 from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
 from metalit.inner import SGD

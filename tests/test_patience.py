@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from metalit import patience
-from metalit.patience import GivenUpError, give_up, is_waiting, patiently
+from metalit.compiling import patience
+from metalit.compiling.patience import GivenUpError, give_up, is_waiting, patiently
 
 
 def never(passed):

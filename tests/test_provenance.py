@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from metalit.__main__ import main
+from metalit.cli.provenance import Difference, check, differences, given_keys, on_purpose, run_of, weight
 from metalit.errors import InputError
-from metalit.provenance import Difference, check, differences, given_keys, on_purpose, run_of, weight
 
 MAML = "configs/sine_maml.yaml"
 SHORT = ("--trainer.max_steps=2", "--trainer.val_check_interval=1.0")

@@ -11,13 +11,13 @@ from torch._subclasses import FakeTensor
 from torch.func import grad
 from torch.nn.utils import parametrizations
 
-from metalit import program
-from metalit.compiled import Compiled
+from metalit.compiling import program
+from metalit.compiling.compiled import Compiled
+from metalit.compiling.loops import repeated
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.keys import fold, uniform
-from metalit.loops import repeated
 from metalit.modules import MetaLearner
 from metalit.problems import FewShot
 

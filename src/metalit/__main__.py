@@ -29,8 +29,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from metalit.disk import explain
-from metalit.parent import end_with_first
+from metalit.cli.disk import explain
+from metalit.cli.parent import end_with_first
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     status = 0
     try:
-        from metalit.cli import run
+        from metalit.cli.command_line import run
 
         run(args)
     except InputError as error:

@@ -2,7 +2,7 @@
 
 Overridden where they belong, and held by the same tests: ``ModelCheckpoint._save_checkpoint``
 (:mod:`metalit.callbacks.checkpoints`), ``RichProgressBar._get_train_description`` (:mod:`metalit.callbacks.progress`),
-``LightningCLI._parse_ckpt_path`` (:mod:`metalit.cli`).
+``LightningCLI._parse_ckpt_path`` (:mod:`metalit.cli.command_line`).
 """
 
 from collections.abc import Mapping

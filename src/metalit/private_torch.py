@@ -1,6 +1,6 @@
 """All names that torch calls private, one small function each; ``tests/private/`` holds what they mean.
 
-Those of the compiler are in :mod:`metalit.compiler` and :mod:`metalit.cache`.
+Those of the compiler are in :mod:`metalit.compiling.compiler` and :mod:`metalit.compiling.cache`.
 
 Overridden where they belong, and held by the same tests: ``nn.Module._apply`` (:mod:`metalit.unrounded`),
 ``nn.Module._save_to_state_dict`` and ``_load_from_state_dict`` (:mod:`metalit.problems.low_rank`).

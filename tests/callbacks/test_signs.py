@@ -12,12 +12,12 @@ from lightning.pytorch import Callback
 
 from metalit.callbacks import SignsOfLife
 from metalit.callbacks.signs import _duration
+from metalit.compiling.patience import patiently
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
 from metalit.networks import MLP
-from metalit.patience import patiently
 from metalit.problems import FewShot
 
 

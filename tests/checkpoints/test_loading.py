@@ -150,7 +150,7 @@ NAMES = {
     "a command": spec("os.system", command="touch mark"),
     "a command that a module of metalit imports": spec("metalit.callbacks.atomic.os.system", command="touch mark"),
     "a class of torch's that is no layer": spec("torch.utils.data.DataLoader", dataset=[]),
-    "a module of ours and not a class": spec("metalit.cli.run", args=[]),
+    "a module of ours and not a class": spec("metalit.cli.command_line.run", args=[]),
     "a module that is not imported": spec("unseen.Net"),
     "no name": spec(["os", "system"]),
 }
@@ -240,7 +240,7 @@ def test_values_become_what_their_arguments_are_declared_to_be():
     assert found["word"] == "os.system"
     with pytest.raises(InputError, match=r"it\.kind names .*Touches, which is no Module"):
         arguments(Takes, {"kind": f"{HERE}.Touches"}, "it")
-    for path in (f"{HERE}.Touches", "metalit.cli.MetalitCLI", "metalit.data.Sine"):
+    for path in (f"{HERE}.Touches", "metalit.cli.command_line.MetalitCLI", "metalit.data.Sine"):
         with pytest.raises(InputError, match=r"it\.untyped names .*, which is no Module"):
             arguments(Takes, {"untyped": spec(path)}, "it")
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 
-from metalit import cache, compiler
-from metalit.loops import repeated
+from metalit.compiling import cache, compiler
+from metalit.compiling.loops import repeated
 
 
 def traced(fn, *tensors):

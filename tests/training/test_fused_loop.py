@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from metalit import program
+from metalit.compiling import program
 from metalit.training.batches import StepResult
 from metalit.training.context import StepContext
 from metalit.training.fused_loop import FusedLoop

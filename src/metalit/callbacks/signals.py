@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from metalit.callbacks.checkpoints import LastCheckpoint
 from metalit.callbacks.learner import learner_of
+from metalit.compiling.patience import give_up, is_waiting
 from metalit.errors import InputError, StoppedError
-from metalit.patience import give_up, is_waiting
 from metalit.private_lightning import cluster_environment
 
 

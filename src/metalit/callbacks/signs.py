@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
+from metalit.compiling.patience import is_waiting
 from metalit.notices import say
-from metalit.patience import is_waiting
 
 _SECONDS = 8.0
 _DOING = {

@@ -38,8 +38,8 @@ class TwoLevelLearner(OuterLearner):
     Args:
         problem, inner_optimizer, hypergradient: what is learned, how the inner variable moves, and how the outer one
             learns from it.
-        compile: compile the outer step (:class:`~metalit.compiled.Compiled`). It starts later and runs up to thirty
-            times as fast; what the compiler takes grows with the number of inner steps.
+        compile: compile the outer step (:class:`~metalit.compiling.compiled.Compiled`). It starts later and runs up to
+            thirty times as fast; what the compiler takes grows with the number of inner steps.
         fused_steps: how many outer steps are taken on each call of the Trainer, whose own work small networks would
             otherwise wait for. Each is an outer step like any other; logs, validations and saves come after the last,
             a ``val_check_interval`` that is a share of the steps is rounded down to whole calls, one at least, and a

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metalit.compiled import Compiled, Program
+from metalit.compiling.compiled import Compiled, Program
 from metalit.private_torch import TreeSpec, pytree_map, tree_flatten, tree_unflatten
 from metalit.training.outer_gradient import OuterGradient
 from metalit.tree import Tree

@@ -9,8 +9,8 @@ from torch.func import functional_call
 
 from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
-from metalit.compiled import Compiled
-from metalit.loops import repeated
+from metalit.compiling.compiled import Compiled
+from metalit.compiling.loops import repeated
 from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.training.batches import StepResult
 from metalit.training.context import StepContext
@@ -44,7 +44,7 @@ class FusedLoop:
         evaluate: maps a :class:`~metalit.training.context.StepContext` and (items, start) to a
             :class:`~metalit.training.batches.StepResult`.
         module: the module that it knows.
-        tell, seconds: see :class:`~metalit.compiled.Compiled`.
+        tell, seconds: see :class:`~metalit.compiling.compiled.Compiled`.
     """
 
     def __init__(

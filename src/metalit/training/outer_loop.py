@@ -26,7 +26,7 @@ class OuterLoop:
         stepper: takes single steps, and counts.
         batches: finds the outer gradient of (items, start), where each item may have a start of its own.
         module: the module that the function of ``batches`` knows.
-        tell, seconds: see :class:`~metalit.compiled.Compiled`.
+        tell, seconds: see :class:`~metalit.compiling.compiled.Compiled`.
     """
 
     def __init__(

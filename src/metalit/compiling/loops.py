@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalit.compiler import while_loop
+from metalit.compiling.compiler import while_loop
 from metalit.private_torch import tree_flatten, tree_unflatten
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalit.autodiff.untouched import untouched
-from metalit.compiler import compile_graph, trace
+from metalit.compiling.compiler import compile_graph, trace
 from metalit.private_torch import TreeSpec, buffers_of, parameters_of, tree_flatten, tree_unflatten
 
 Values = Sequence[Any]

@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import Namespace
 from omegaconf import OmegaConf
 
+from metalit.cli.provenance import named_configs
 from metalit.errors import InputError
-from metalit.provenance import named_configs
 
 # jsonargparse turns null two classes deep into the text 'None'; this becomes null once all is put together
 _NULL = "${oc.decode:null}"

@@ -16,24 +16,24 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from metalit.arguments import check_values, origin, prepared
 from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
 from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
+from metalit.cli.arguments import check_values, origin, prepared
+from metalit.cli.factories import check_factories
+from metalit.cli.messages import explain, failed_constructor
+from metalit.cli.provenance import Stage, named_configs, on_purpose, with_own_config
+from metalit.cli.short_names import class_names
+from metalit.cli.starting_point import compare, find_start
+from metalit.cli.trainer_parts import trainer_arguments, wants
+from metalit.cli.training_run import train
+from metalit.cli.widths import fill_widths
 from metalit.errors import InputError
-from metalit.factories import check_factories
-from metalit.messages import explain, failed_constructor
 from metalit.modules import MetaLearner
 from metalit.modules.base import OuterLearner
 from metalit.notices import say, show
 from metalit.private_lightning import fill_config_dump, parser_of, subcommand_parsers
-from metalit.provenance import Stage, named_configs, on_purpose, with_own_config
 from metalit.runs import SaveConfig
-from metalit.short_names import class_names
-from metalit.starting_point import compare, find_start
-from metalit.trainer_parts import trainer_arguments, wants
-from metalit.training_run import train
-from metalit.widths import fill_widths
 
 
 class MetalitCLI(LightningCLI):
@@ -250,6 +250,6 @@ def _show(
     line: str | None = None,
 ) -> None:
     """Show a warning of ours without the line of code that gave it, which the user has no use for."""
-    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    ours = Path(filename).is_relative_to(Path(__file__).parent.parent)
     text = f"metalit: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
     sys.stderr.write(text)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 from metalit.checkpoints import read_checkpoint
+from metalit.cli.provenance import Stage, check, check_left_over, given_keys, named_configs, run_of
 from metalit.notices import say
-from metalit.provenance import Stage, check, check_left_over, given_keys, named_configs, run_of
 from metalit.runs import RunFolder, experiment_folder, find_checkpoint, has_checkpoint, version_folder
 
 

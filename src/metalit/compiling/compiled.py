@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from metalit.autodiff.untouched import Kept
-from metalit.cache import keep_private
-from metalit.compiler import found_in_cache, import_compiler, quiet
-from metalit.durations import expected, remember
-from metalit.patience import GivenUpError, patiently
+from metalit.compiling.cache import keep_private
+from metalit.compiling.compiler import found_in_cache, import_compiler, quiet
+from metalit.compiling.durations import expected, remember
+from metalit.compiling.patience import GivenUpError, patiently
+from metalit.compiling.program import CompiledProgram, Host, Program, Values, autocast_of, form_of
 from metalit.private_torch import TreeSpec, tree_flatten, tree_unflatten
-from metalit.program import CompiledProgram, Host, Program, Values, autocast_of, form_of
 
 
 class Compiled:
     """``fn`` compiled for each form of its arguments: tree, shapes, types, devices, numbers that are no tensors.
 
     The first call of a form waits for the compiler, runs the program beside ``fn``, and keeps it only if both agree to
-    √ε; programs lie in a cache on disk (:func:`~metalit.cache.keep_private`), where the next process finds them.
-    Where there is no C++ compiler, ``fn`` cannot be traced, this takes too long, or the results differ, ``fn`` itself
-    runs from then on.
+    √ε; programs lie in a cache on disk (:func:`~metalit.compiling.cache.keep_private`), where the next process finds
+    them. Where there is no C++ compiler, ``fn`` cannot be traced, this takes too long, or the results differ, ``fn``
+    itself runs from then on.
 
     Args:
         fn: a pure function of trees, that returns a tree; it must not differentiate with respect to anything outside.
@@ -38,7 +38,7 @@ class Compiled:
         seconds: how long a program may take.
 
     Raises:
-        BaseException: what :func:`~metalit.patience.give_up` was told to raise instead.
+        BaseException: what :func:`~metalit.compiling.patience.give_up` was told to raise instead.
 
     >>> double = Compiled(lambda tree: {"y": 2 * tree["x"]}, tell=lambda line: None)
     >>> double({"x": torch.tensor([1.0, 2.0])})

@@ -8,12 +8,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metalit.callbacks import BestCheckpoint, Ending, LastCheckpoint, ReportWriter
 from metalit.callbacks.signals import ignore_signals, requeue
+from metalit.cli.parent import mark_first
+from metalit.cli.starting_point import StartingPoint
 from metalit.errors import StoppedError
 from metalit.modules import BilevelLearner
 from metalit.notices import show
-from metalit.parent import mark_first
 from metalit.private_lightning import cluster_environment
-from metalit.starting_point import StartingPoint
 
 _Kind = TypeVar("_Kind", bound=Callback)
 

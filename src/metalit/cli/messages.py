@@ -58,7 +58,7 @@ def explain(message: str, keys: Iterable[str], classes: Iterable[str]) -> Explan
     >>> print(explain("unrecognized arguments: --trainer.max_stps 3", ["trainer.max_steps"], []))
     there is no key 'trainer.max_stps'; did you mean 'trainer.max_steps'?
     """
-    message = message.replace("${oc.decode:null}", "null")  # what null was turned into (metalit.arguments)
+    message = message.replace("${oc.decode:null}", "null")  # what null was turned into (metalit.cli.arguments)
     where = _path(message)
     unknown = _UNKNOWN.search(message)
     owner = unknown and (unknown["callable"] or (_CLASS.findall(message) or [None])[-1])
