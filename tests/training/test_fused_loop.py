@@ -48,6 +48,10 @@ class Pull(nn.Module):
         inner = {"count": torch.ones(TASKS) if start is None else start["count"] + 1, "z": {"a": 0.5 * begun + away}}
         return StepResult(OuterGradient.of(loss, gradient), {"b": 2 * b}, inner)
 
+    def diagnose(self, context, found, items, start):
+        first = 0.0 if start is None else start["z"]["a"].sum()
+        return {"seen": context.outer["problem"]["b"] + items.x.sum() + first + found.per_item["z"]["a"].sum()}
+
 
 def rows(seed):
     torch.manual_seed(seed)
@@ -68,7 +72,7 @@ def optimizer(kind, pull, options):
 
 
 def loop(pull, made, tell=lambda line: None):
-    return FusedLoop(JoinedOptimizer(rule_of(made), made, pull.outer()), pull.evaluate, pull, tell)
+    return FusedLoop(JoinedOptimizer(rule_of(made), made, pull.outer()), pull.evaluate, pull.diagnose, pull, tell)
 
 
 def by_torch(pull, made, schedule, tasks, start, first=0):
@@ -120,6 +124,8 @@ def test_the_steps_are_those_of_torch(kind, options, warm):
         assert taken.last.per_item.keys() == found.per_item.keys()
         check_equal(taken.last._asdict(), found._asdict())
         check_equal(taken.outer, before)
+        last = tasks._replace(x=tasks.x[-TASKS:], y=tasks.y[-TASKS:])
+        check_equal(taken.diagnosis, theirs.diagnose(StepContext(before, None, None), found, last, at))
         assert taken.start is None if at is None else check_equal(taken.start, at) is None
         assert taken.not_finite.tolist() == [0.0] * STEPS
         ours.c, theirs.c = torch.tensor(5.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64)

@@ -69,10 +69,14 @@ class Diagnosis:
         means = self.batches((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
         return {"outer_norm": norm(context.outer), **means, **found.metrics}
 
+    def pure(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
+        """The same as a pure function of these, of all tasks at once."""
+        means = self._means((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
+        return {"outer_norm": norm(context.outer), **means, **found.metrics}
+
     def as_logged(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, float]:
         """The numbers of a step that is not taken, uncompiled, as a log would have them."""
-        gradient = _gradient(context, found)
-        values = self._means((context, gradient), (tasks, found.per_item, start)).metrics | found.metrics
+        values = self.pure(context, found, tasks, start)
         scale = 1.0 if context.scale is None else context.scale
         values |= {"loss": found.gradient.loss, "grad_norm": (found.gradient.gradient / scale).norm()}
         return {name: float(value) for name, value in values.items()}

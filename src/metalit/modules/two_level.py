@@ -91,7 +91,7 @@ class TwoLevelLearner(OuterLearner):
             self._step_result, problem, compile, tasks_per_chunk, "the outer step", say, seconds=compile_seconds
         )
         self._diagnosis = Diagnosis(self, self._batches)
-        self._loop = OuterLoop(self.stepper, self._batches, problem, say, compile_seconds)
+        self._loop = OuterLoop(self.stepper, self._batches, self._diagnosis, problem, say, compile_seconds)
         self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._first_is_checked = False
         self._last: tuple[Any, OuterGradient] | None = None
@@ -206,7 +206,7 @@ class TwoLevelLearner(OuterLearner):
         """
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
         start = self._checked(tasks, steps)
-        found, logged = self._loop.take(self.constants(), tasks, steps, start, self._diagnosis)
+        found, logged = self._loop.take(self.constants(), tasks, steps, start)
         self._warn(logged, items_of_step(tasks, steps, steps - 1), found)
         return found.per_item
 

@@ -17,6 +17,8 @@ from metalit.training.context import StepContext
 from metalit.training.joined import JoinedOptimizer
 from metalit.tree import Tree, tree_map, unflatten
 
+Diagnose = Callable[[StepContext, StepResult, Any, Tree | None], dict[str, Tensor]]
+
 
 class FusedResult(NamedTuple):
     """What several outer steps found.
@@ -25,12 +27,14 @@ class FusedResult(NamedTuple):
         last: the result of the last one.
         outer, start: the outer variable and the start that the last one was taken at.
         not_finite: for each step whether its loss or gradient was not finite, ``[steps]``.
+        diagnosis: what is to be logged of the last one, scalars by name.
     """
 
     last: StepResult
     outer: Outer
     start: Tree | None
     not_finite: Tensor
+    diagnosis: dict[str, Tensor]
 
 
 class FusedLoop:
@@ -43,7 +47,9 @@ class FusedLoop:
         optimizer: steps the outer variable.
         evaluate: maps a :class:`~metalit.training.context.StepContext` and (items, start) to a
             :class:`~metalit.training.batches.StepResult`.
-        module: the module that it knows.
+        diagnose: finds what is to be logged of a step: of what it was taken at, what it found, its items and their
+            start. It is part of the program, once after the last step: a program of its own would be compiled longer.
+        module: the module that both know.
         tell, seconds: see :class:`~metalit.compiling.compiled.Compiled`.
     """
 
@@ -51,12 +57,15 @@ class FusedLoop:
         self,
         optimizer: JoinedOptimizer,
         evaluate: Callable[[StepContext, Any], StepResult],
+        diagnose: Diagnose,
         module: nn.Module,
         tell: Callable[[str], None],
         seconds: float = 300.0,
     ) -> None:
         self.optimizer = optimizer
-        self.evaluate = _Evaluate(evaluate, module)
+        self.evaluate = evaluate
+        self.diagnose = diagnose
+        self.host = _Host(module)
         self.compiled = Compiled(self._loop, module, tell=tell, seconds=seconds)
 
     def __call__(
@@ -88,9 +97,9 @@ class FusedLoop:
         values, _ = tree_flatten((torch.tensor(steps), carried, start, first, carried[0].new_tensor(rows), items))
         found = program(values)
         assert program.spec is not None  # since it was called
-        carried, last, outer, begun, flags = tree_unflatten(found, program.spec)
+        carried, last, outer, begun, flags, diagnosis = tree_unflatten(found, program.spec)
         self.optimizer.write(carried, steps)
-        return FusedResult(last, unflatten(outer, self.optimizer.outer), begun, flags)
+        return FusedResult(last, unflatten(outer, self.optimizer.outer), begun, flags, diagnosis)
 
     # ---- the program. Inside of it, all that changes from call to call must come as an argument: what a traced
     # function takes from elsewhere is a constant of the program. So the module's own tensors are read once, at the
@@ -99,8 +108,8 @@ class FusedLoop:
 
     def _loop(
         self, count: Tensor, carried: list[Tensor], start: Tree | None, first: Tensor, rows: Tensor, items: Any
-    ) -> tuple[list[Tensor], StepResult, Tensor, Tree | None, Tensor]:
-        context = self.evaluate.tensors(), first, rows, items
+    ) -> tuple[Any, ...]:
+        context = self.host.tensors(), first, rows, items
         # one evaluation tells the form of what each step finds; no number of it is used, and the program leaves it out
         form = pytree_map(_zeros, self._evaluated(torch.zeros_like(count), carried[0], start, context))
         # a warm start travels as what "the step before the first" left
@@ -119,36 +128,47 @@ class FusedLoop:
             return moved, found, flat.clone(), _cloned(begun), flags
 
         carry = carried, previous, carried[0], start, rows.new_zeros(len(rows))
-        return repeated(step, count, carry, context)
+        end = repeated(step, count, carry, context)
+        _, last, flat, begun, _ = end
+        at, of_last = self._given(count - 1, flat, context)
+        return *end, self._called(self.diagnose, context, at, last, of_last, begun)
 
-    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple[Any, ...]) -> StepResult:
-        """The result of step ``number`` of the loop, at the parameters ``flat``."""
-        held, first, rows, items = context
+    def _given(self, number: Tensor, flat: Tensor, context: tuple[Any, ...]) -> tuple[StepContext, Any]:
+        """What step ``number`` of the loop is taken at, the parameters ``flat``, and its items."""
+        _, first, rows, items = context
 
         def of_this_step(leaf: Any) -> Any:
             return _at(leaf.reshape(len(rows), -1, *leaf.shape[1:]), number) if isinstance(leaf, Tensor) else leaf
 
         at = StepContext(unflatten(flat, self.optimizer.outer), None, first + number)
-        with untouched(self.evaluate):
-            found = functional_call(self.evaluate, held, (at, (pytree_map(of_this_step, items), start)))
+        return at, pytree_map(of_this_step, items)
+
+    def _called(self, fn: Callable[..., Any], context: tuple[Any, ...], *given: Any) -> Any:
+        """``fn(*given)`` with the module's tensors of the context."""
+        with untouched(self.host):
+            return functional_call(self.host, context[0], (fn, *given))
+
+    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple[Any, ...]) -> StepResult:
+        """The result of step ``number`` of the loop."""
+        at, items = self._given(number, flat, context)
+        found = self._called(self.evaluate, context, at, (items, start))
         if start is not None:  # in the order of its keys, as it goes in again
             found = found._replace(per_item=tree_map(lambda _, value: value, start, found.per_item))
         return pytree_map(Tensor.contiguous, found)
 
 
-class _Evaluate(nn.Module):
-    """The function as a module, that can be called with other tensors than its module's own."""
+class _Host(nn.Module):
+    """Holds a module, so that functions which know it can be called with other tensors than its own."""
 
-    def __init__(self, fn: Callable[[StepContext, Any], StepResult], module: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.fn = fn
         self.module = module
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in (*self.named_parameters(), *self.named_buffers())}
 
-    def forward(self, context: StepContext, items: Any) -> StepResult:
-        return self.fn(context, items)
+    def forward(self, fn: Callable[..., Any], *given: Any) -> Any:
+        return fn(*given)
 
 
 def _at(rows: Tensor, number: Tensor) -> Tensor:

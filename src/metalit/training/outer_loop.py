@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,7 +16,15 @@ from metalit.training.optimizers import optimizer_of
 from metalit.training.stepper import OuterStepper, Scalars
 from metalit.tree import Tree
 
-Diagnose = Callable[[StepContext, StepResult, Any, Tree | None], dict[str, Tensor]]
+
+class Diagnosing(Protocol):
+    """Finds what is to be logged of a step: of what it was taken at, what it found, its items and their start."""
+
+    def __call__(self, context: StepContext, found: StepResult, items: Any, start: Tree | None, /) -> dict[str, Tensor]:
+        """Scalars by name; called before the outer variable moves, where a log is due."""
+
+    def pure(self, context: StepContext, found: StepResult, items: Any, start: Tree | None, /) -> dict[str, Tensor]:
+        """The same as a pure function of these."""
 
 
 class OuterLoop:
@@ -25,23 +33,29 @@ class OuterLoop:
     Args:
         stepper: takes single steps, and counts.
         batches: finds the outer gradient of (items, start), where each item may have a start of its own.
-        module: the module that the function of ``batches`` knows.
+        diagnosis: finds what is to be logged.
+        module: the module that the functions of both know.
         tell, seconds: see :class:`~metalit.compiling.compiled.Compiled`.
     """
 
     def __init__(
-        self, stepper: OuterStepper, batches: Batches, module: nn.Module, tell: Callable[[str], None], seconds: float
+        self,
+        stepper: OuterStepper,
+        batches: Batches,
+        diagnosis: Diagnosing,
+        module: nn.Module,
+        tell: Callable[[str], None],
+        seconds: float,
     ) -> None:
         self.stepper = stepper
         self.batches = batches
+        self.diagnosis = diagnosis
         self.module = module
         self.tell = tell
         self.seconds = seconds
         self._program: FusedLoop | None = None
 
-    def take(
-        self, outer: Outer, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
-    ) -> tuple[StepResult, Scalars]:
+    def take(self, outer: Outer, items: Any, steps: int, start: Tree | None) -> tuple[StepResult, Scalars]:
         """Take so many steps.
 
         Args:
@@ -50,19 +64,15 @@ class OuterLoop:
             steps: how many.
             start: where the items of the first step start; if not None, each further one starts where the one before it
                 ended.
-            diagnose: makes more scalars, to be logged, of the last step: what it was taken at, what it found, its items
-                and their start. Called before the outer variable moves.
 
         Returns:
             What the last step found, and what was logged of it, if a log was due.
         """
         program = self._find_program() if steps > 1 else None
-        found = program and self._in_a_program(program, items, steps, start, diagnose)
-        return found or self._one_by_one(outer, items, steps, start, diagnose)
+        found = program and self._in_a_program(program, items, steps, start)
+        return found or self._one_by_one(outer, items, steps, start)
 
-    def _one_by_one(
-        self, outer: Outer, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
-    ) -> tuple[StepResult, Scalars]:
+    def _one_by_one(self, outer: Outer, items: Any, steps: int, start: Tree | None) -> tuple[StepResult, Scalars]:
         values, form = tree_flatten(items)
         each = list(zip(*(_split(value, steps) for value in values), strict=True))
         last = tree_unflatten(each[-1], form)
@@ -73,7 +83,7 @@ class OuterLoop:
             start = None if start is None else found.joined().per_item
 
         def diagnosed(found: FlatResult) -> dict[str, Tensor]:
-            return diagnose(context, found.joined(), last, start)
+            return self.diagnosis(context, found.joined(), last, start)
 
         found, logged = self.stepper.take(partial(evaluate, [*each[-1], *tree_flatten(start)[0]]), diagnosed)
         return found.joined(), logged
@@ -89,21 +99,18 @@ class OuterLoop:
             return None
         if self._program is None or not self._program.optimizer.is_of(optimizer, outer):
             joined = JoinedOptimizer(rule, optimizer, outer)
-            self._program = FusedLoop(joined, self.batches.fn, self.module, self.tell, self.seconds)
+            fns = self.batches.fn, self.diagnosis.pure
+            self._program = FusedLoop(joined, *fns, self.module, self.tell, self.seconds)
         return self._program
 
     def _in_a_program(
-        self, program: FusedLoop, items: Any, steps: int, start: Tree | None, diagnose: Diagnose
+        self, program: FusedLoop, items: Any, steps: int, start: Tree | None
     ) -> tuple[StepResult, Scalars] | None:
-        first = self.stepper.module.global_step
-        found = program(items, steps, start, first, self.stepper.schedule)
+        found = program(items, steps, start, self.stepper.module.global_step, self.stepper.schedule)
         if found is None:
             self.batches.stay_uncompiled()  # for the same reason, which was told
             return None
-        context = self.stepper.context(found.outer, first + steps - 1)
-        last = items_of_step(items, steps, steps - 1)
-        diagnosed = partial(diagnose, context, found.last, last, found.start)
-        return found.last, self.stepper.took(found, steps, diagnosed)
+        return found.last, self.stepper.took(found, steps)
 
 
 def items_of_step(items: Any, steps: int, number: int) -> Any:

@@ -125,10 +125,10 @@ class OuterStepper:
             self._report(scalars)
         return found, scalars
 
-    def took(self, found: FusedResult, steps: int, diagnose: Callable[[], dict[str, Tensor]]) -> Scalars:
+    def took(self, found: FusedResult, steps: int) -> Scalars:
         """Count, schedule and log steps that a :class:`~metalit.training.fused_loop.FusedLoop` took."""
         self._finite.add(found.not_finite)
-        scalars = self._due(found.last.gradient, diagnose, steps)
+        scalars = self._due(found.last.gradient, lambda: found.diagnosis, steps)
         count_steps(self.module.optimizers(), steps)
         self.schedule()
         self._report(scalars)
