@@ -47,6 +47,18 @@ def test_the_check_of_a_matrix_is_left_out():
     assert not any("check_errors" in str(target) for target in operations(graph))
 
 
+def test_vectors_are_probed_before_a_program_asks_for_them():
+    """Elsewhere: leave ``vectors_probed`` out, and programs ask by themselves, a second later."""
+    probe = importlib.import_module("torch._inductor.cpu_vec_isa").valid_vec_isa_list
+    probe.cache_clear()
+    with compiler.vectors_probed():
+        pass
+    assert probe.cache_info().currsize == 1
+    before = probe.cache_info().hits
+    importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+    assert probe.cache_info().hits == before + 1
+
+
 def test_a_loop_stays_a_loop():
     """Where ``while_loop_op`` goes: ``torch.while_loop``, if it can be traced by ``make_fx`` without Dynamo."""
     count, x = torch.tensor(3), torch.ones(2)

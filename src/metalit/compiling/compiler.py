@@ -74,6 +74,20 @@ def found_in_cache() -> int:
     return import_module("torch._dynamo.utils").counters["inductor"]["fxgraph_cache_hit"]
 
 
+@contextmanager
+def vectors_probed() -> Iterator[None]:
+    """Find out about the processor's vectors in another thread: programs that try them out take a second, once."""
+
+    def probe() -> None:
+        with import_module("torch._inductor.config").patch(_ON_CPU):
+            import_module("torch._inductor.cpu_vec_isa").valid_vec_isa_list()
+
+    other = Thread(target=probe, daemon=True)
+    other.start()
+    yield
+    other.join()
+
+
 def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
     """What ``fn`` does to tensors of these forms, as a graph of the operations that the compiler knows.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalit.autodiff.untouched import untouched
-from metalit.compiling.compiler import compile_graph, trace
+from metalit.compiling.compiler import compile_graph, trace, vectors_probed
 from metalit.private_torch import TreeSpec, buffers_of, parameters_of, tree_flatten, tree_unflatten
 
 Values = Sequence[Any]
@@ -61,7 +61,8 @@ class CompiledProgram(Program):
             return [value.contiguous() for value in found if isinstance(value, Tensor)]
 
         self.owners, self.places = host.owners, places
-        graph = trace(flat, self._tensors(values))
+        with vectors_probed():
+            graph = trace(flat, self._tensors(values))
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         # most of the module's parameters come among the arguments too, and are not read from the module
         self.owners = [owner for owner, node in zip(host.owners, inputs, strict=False) if node.users]

@@ -94,7 +94,7 @@ class TwoLevelLearner(OuterLearner):
         self._loop = OuterLoop(self.stepper, self._batches, self._diagnosis, problem, say, compile_seconds)
         self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
         self._first_is_checked = False
-        self._last: tuple[Any, OuterGradient] | None = None
+        self._last: tuple[Any, int, OuterGradient] | None = None
 
     @property
     def is_compiled(self) -> bool:
@@ -207,7 +207,7 @@ class TwoLevelLearner(OuterLearner):
         tasks, steps = batch if isinstance(batch, Fused) else (batch, 1)
         start = self._checked(tasks, steps)
         found, logged = self._loop.take(self.constants(), tasks, steps, start)
-        self._warn(logged, items_of_step(tasks, steps, steps - 1), found)
+        self._warn(logged, tasks, steps, found)
         return found.per_item
 
     def scaled_problem(self, scale: Tensor | None) -> Problem:
@@ -228,11 +228,11 @@ class TwoLevelLearner(OuterLearner):
     def _advice(self) -> str:
         return "take more inner steps"
 
-    def _warn(self, logged: dict[str, float], tasks: Any, found: StepResult) -> None:
-        """Warn of an outer step, if it was logged."""
-        self._last = None if logged else (tasks, found.gradient)
+    def _warn(self, logged: dict[str, float], batch: Any, steps: int, found: StepResult) -> None:
+        """Warn of the last of the outer steps of a batch, if it was logged."""
+        self._last = None if logged else (batch, steps, found.gradient)
         if logged:
-            outer = self.constants()
+            tasks, outer = items_of_step(batch, steps, steps - 1), self.constants()
             self._diagnosis.warn(self.global_step, logged, outer, tasks, found.per_item, self._advice)
 
     def on_train_end(self) -> None:
@@ -240,8 +240,9 @@ class TwoLevelLearner(OuterLearner):
         super().on_train_end()
         if self._last is None:
             return
-        (tasks, gradient), self._last = self._last, None
+        (batch, steps, gradient), self._last = self._last, None
         if self._diagnosis.warnings.has_own or not bool(gradient.gradient.any()):
+            tasks = items_of_step(batch, steps, steps - 1)
             start = self.start(tasks)
             with self.trainer.precision_plugin.train_step_context():
                 self._warn_of(few_of(tasks), few_of(start))
