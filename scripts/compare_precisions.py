@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_map
 
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.data.base import task_keys
+from metalit.evaluation.interval import mean_with_interval
 from metalit.hypergradients import Unrolled
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
-from metalit.modules.interval import mean_with_interval
 from metalit.networks import MLP
 from metalit.problems import FewShot
 from metalit.scaled import Scaled
