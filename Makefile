@@ -33,7 +33,7 @@ bench: install ## install what metalit is compared with, measure, and write benc
 	$(BIN)/python -m benchmarks
 
 test: install ## run the quick tests, those of a file in one of WORKERS processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 -m "not long and not cluster and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -m "not long and not cluster and not gpu"
 
 test-long: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long

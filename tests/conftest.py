@@ -22,6 +22,14 @@ settings.register_profile("metalit", deadline=None, derandomize=True, database=N
 settings.load_profile("metalit")
 
 
+LONGEST = {"training", "compiling", "modules", "callbacks", "test_processes.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: not LONGEST & {*item.path.parts})
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Count what tests cost."""
     config.pluginmanager.register(Costs(), "costs")
