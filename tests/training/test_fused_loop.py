@@ -158,3 +158,54 @@ def test_where_nothing_compiles_no_step_is_taken(monkeypatch):
     check_equal(dict(pull.state_dict()), dict(before))
     assert not made.state
     assert not called
+
+
+class Own(torch.optim.Adam):
+    """May step otherwise."""
+
+
+class OwnSGD(torch.optim.SGD):
+    """May step otherwise."""
+
+
+def moved(kind, **options):
+    """One whose second parameter came after a step."""
+    first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    made = kind([first], lr=0.1, **options)
+    first.grad = torch.ones(2)
+    made.step()
+    made.add_param_group({"params": [second]})
+    return made
+
+
+def of_types(*types):
+    return torch.optim.Adam([nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in types])
+
+
+def hooked():
+    made = of_types(torch.float32)
+    made.register_step_post_hook(lambda *_: None)
+    return made
+
+
+def plain(kind, **options):
+    return kind([nn.Parameter(torch.zeros(2))], lr=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: plain(Own),
+        lambda: plain(OwnSGD, momentum=0.9),
+        lambda: plain(torch.optim.Adam, amsgrad=True),
+        lambda: plain(torch.optim.Adam, maximize=True),
+        lambda: plain(torch.optim.SGD),
+        lambda: plain(torch.optim.SGD, momentum=0.9, maximize=True),
+        lambda: moved(torch.optim.Adam),
+        lambda: moved(torch.optim.SGD, momentum=0.9, dampening=0.5),
+        lambda: of_types(torch.float32, torch.float64),
+        hooked,
+    ],
+)
+def test_an_optimizer_that_no_rule_steps_as_torch_does_has_none(made):
+    assert rule_of(made()) is None
