@@ -142,3 +142,15 @@ def test_a_single_task_that_does_not_fit_raises(begins):
     with pytest.raises(torch.OutOfMemoryError, match=r"^1 tasks"):
         each(OUTER, (TASKS, START))
     assert told == ([] if begins else [line(7, 4), line(4, 2), line(2, 1)])
+
+
+def test_the_patience_with_the_compiler_can_change():
+    each = Batches(Fit(), nn.Module(), True, None, "the outer step", print)
+    each.wait_at_most(7.0)
+    assert each.compiled.seconds == each.alike(Fit(), "another").compiled.seconds == 7.0
+
+
+def test_another_function_takes_chunks_as_large():
+    fn = Fit()
+    check_is_whole(estimates(Fit(), 3)[0].alike(fn, "another")(OUTER, (TASKS, START)))
+    assert fn.sizes == [3, 2, 2]
