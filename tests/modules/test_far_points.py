@@ -80,6 +80,7 @@ def test_generated_tasks_have_ranges_too(tmp_path):
 
 def test_tasks_that_adapting_fits_worse_are_told(tmp_path):
     assert said(tmp_path, INSIDE, lr=0.05) == []
+    assert said(tmp_path, INSIDE, lr=1e-30) == []  # fitted as before
     (line,) = said(tmp_path, [*INSIDE, ("q", 10, 0, 300), ("q", 90, 0, 310)], lr=3.0)
     assert line.startswith("predict: 2 task(s), first 'p', are fitted worse at their own support points")
 
