@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
+from metalit.compiling import program
 from metalit.data import Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import Implicit, JTg, Unrolled
@@ -19,6 +20,7 @@ from metalit.linsolve import CG
 from metalit.modules import BilevelLearner, MetaLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot, Ridge, ThetaPhi
+from metalit.training import outer_loop
 
 STEPS, FUSED = 20, 5
 LONG = pytest.mark.long
@@ -332,3 +334,12 @@ def test_a_loader_of_ones_own_gives_the_tasks_of_one_step(tmp_path):
     bare(tmp_path, STEPS).fit(plain, data)
     bare(tmp_path, STEPS).fit(given, loader)
     assert same(plain, given)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"tasks_per_chunk": 3}], ids=["clipped", "chunks"])
+def test_steps_between_which_something_happens_are_no_program(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(outer_loop, "FusedLoop", None)
+    monkeypatch.setattr(program, "compile_graph", lambda graph, _: lambda tensors: graph(*tensors))
+    module = few_shot(2, compile=True, **options)
+    trainer(tmp_path, 2, log_every_n_steps=0, limit_val_batches=0).fit(module, sine())
+    assert module.is_compiled
