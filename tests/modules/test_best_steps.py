@@ -50,6 +50,8 @@ def test_the_number_is_that_of_the_lowest_validation_loss(lr, best, tmp_path):
 
 def test_without_a_validation_it_is_that_of_training(tmp_path):
     module = learner(0.02, steps=2)
+    trainer(tmp_path / "validated", steps=2).fit(module, data())
+    assert module.prediction_steps == 4
     trainer(tmp_path, steps=2, limit_val_batches=0).fit(module, data())
     assert module.prediction_steps == 2
     assert torch.equal(answers(module), answers(module, steps=2))
