@@ -1,5 +1,8 @@
 """The number of the outer step reaches hypergradients, however the steps are taken."""
 
+import math
+import pickle
+
 import pytest
 import torch
 from fits import bare, parameters, same, trainer
@@ -108,15 +111,24 @@ def test_weights_move_in_a_straight_line_and_then_stay():
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("weights", "told"),
     [
-        (lambda: Annealed([0.5, 0.5], [1.0], 5), r"Annealed: first=\[0.5, 0.5\] must be 1 numbers"),
-        (lambda: Annealed([0.5, 0.4], [0.0, 1.0], 5), r"Annealed: first=\[0.5, 0.4\] must be 2 numbers"),
-        (lambda: Annealed([0.5, 0.5], [0.0, 0.9], 5), r"Annealed: last=\[0.0, 0.9\] must be 2 numbers"),
-        (lambda: Annealed([1.0], [1.0], 0), "Annealed: over=0 must be"),
-        (lambda: Unrolled(3, Annealed([0.5, 0.5], [0.0, 1.0], 5)), r"Unrolled: weights.first=\[0.5, 0.5\] must be 3"),
+        (Annealed([0.5, 0.5], [1.0], 5), r"Unrolled: weights.last=\[1.0\] must be 2 numbers"),
+        (Annealed([0.5, 0.4], [0.0, 1.0], 5), r"Unrolled: weights.first=\[0.5, 0.4\] must be 2 numbers"),
+        (Annealed([0.5, 0.5], [0.0, 0.9], 5), r"Unrolled: weights.last=\[0.0, 0.9\] must be 2 numbers"),
+        (Annealed([0.5, 0.5], [0.0, 1.0], 0), "Unrolled: weights.over=0 must be a whole number"),
+        (Annealed([0.5, 0.5], [0.0, 1.0], math.nan), "Unrolled: weights.over=nan must be a whole number"),
+        (Annealed("ab", [0.0, 1.0], 5), "Unrolled: weights.first='ab' must be 2 numbers"),
+        (Annealed([1.0], [1.0], 5), r"Unrolled: weights.first=\[1.0\] must be 2 numbers"),
+        (0.5, "Unrolled: weights=0.5 must be 2 numbers"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(make, told):
+def test_weights_that_do_not_fit_are_refused(weights, told):
     with pytest.raises(InputError, match=told):
-        make()
+        Unrolled(2, weights)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_learner_travels_to_another_process(compiled):
+    module = learner(compile=compiled, fused_steps=2)
+    assert same(pickle.loads(pickle.dumps(module)), module)

@@ -39,7 +39,7 @@ class Unrolled(Hypergradient):
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
         if isinstance(self.weights, Annealed):
-            check_weights("Unrolled: weights.first", self.weights.first, self.steps)
+            self.weights.check("Unrolled: weights", self.steps)
         elif self.weights is not None:
             check_weights("Unrolled: weights", self.weights, self.steps)
 

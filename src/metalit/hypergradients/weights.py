@@ -21,8 +21,7 @@ class Annealed:
         last: those after ``over`` outer steps, and from then on.
         over: the number of outer steps.
 
-    Raises:
-        InputError: weights of different numbers or another sum; ``over`` below 1.
+    They are checked by the hypergradient that they are given to.
 
     >>> import torch
     >>> Annealed([0.5, 0.5], [0.0, 1.0], over=10).at(5, torch.tensor(0.0))
@@ -33,11 +32,12 @@ class Annealed:
     last: Sequence[float]
     over: int
 
-    def __post_init__(self) -> None:
-        check_weights("Annealed: first", self.first, len(self.last))
-        check_weights("Annealed: last", self.last, len(self.first))
-        if self.over < 1:
-            raise InputError(f"Annealed: over={self.over} must be a number of outer steps, at least 1")
+    def check(self, owner: str, steps: int) -> None:
+        """Raise an :class:`InputError` unless they are weights of so many inner steps; asked by who is given them."""
+        check_weights(f"{owner}.first", self.first, steps)
+        check_weights(f"{owner}.last", self.last, steps)
+        if not (isinstance(self.over, int) and self.over >= 1):
+            raise InputError(f"{owner}.over={self.over!r} must be a whole number of outer steps, at least 1")
 
     def at(self, progress: Progress, like: Tensor) -> Sequence[float | Tensor]:
         """The weights after ``progress`` outer steps; where that is a tensor, tensors of the type of ``like``."""
@@ -52,5 +52,7 @@ Weights = Sequence[float] | Annealed
 
 def check_weights(owner: str, weights: Sequence[float], steps: int) -> None:
     """Raise an :class:`InputError` unless there is a weight for each inner step, and they sum to 1."""
-    if len(weights) != steps or not abs(sum(weights) - 1) <= 1e-6:
-        raise InputError(f"{owner}={list(weights)} must be {steps} numbers, one for each inner step, that sum to 1")
+    numbers = isinstance(weights, Sequence) and all(isinstance(weight, float | int) for weight in weights)
+    if not numbers or len(weights) != steps or not abs(sum(weights) - 1) <= 1e-6:
+        told = list(weights) if numbers else repr(weights)
+        raise InputError(f"{owner}={told} must be {steps} numbers, one for each inner step, that sum to 1")

@@ -70,7 +70,7 @@ class Batches:
         name: str,
         tell: Callable[[str], None],
         items: str = "tasks",
-        begin_again: Callable[[Any], None] = lambda shared: None,
+        begin_again: Callable[[Any], None] | None = None,
         seconds: float = 300.0,
     ) -> None:
         self.fn = fn
@@ -138,7 +138,8 @@ class Bound:
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-            self.owner.begin_again(self.shared)
+            if self.owner.begin_again is not None:
+                self.owner.begin_again(self.shared)
             self.owner.per_chunk = half = (size + 1) // 2
             self.owner.tell(
                 f"{size} {self.owner.items} at once do not fit into memory: going on with chunks of {half}; "

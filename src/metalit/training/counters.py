@@ -27,7 +27,7 @@ class FusedCounters(Callback):
         trainer.callbacks = [counters, *others]  # first: savers must stay last
         counters._asked_interval = trainer.val_check_interval
         if trainer.state.fn == "fit" and steps > 1 and isinstance(trainer.val_check_interval, int):
-            # the loop makes up its mind between this and on_train_start
+            # the loop reads it between this and on_train_start
             trainer.val_check_interval //= steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

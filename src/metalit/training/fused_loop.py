@@ -97,9 +97,9 @@ class FusedLoop:
         values, _ = tree_flatten((torch.tensor(steps), carried, start, first, carried[0].new_tensor(rows), items))
         found = program(values)
         assert program.spec is not None  # since it was called
-        carried, last, outer, begun, flags, diagnosis = tree_unflatten(found, program.spec)
+        carried, last, outer, start_of_last, flags, diagnosis = tree_unflatten(found, program.spec)
         self.optimizer.write(carried, steps)
-        return FusedResult(last, unflatten(outer, self.optimizer.outer), begun, flags, diagnosis)
+        return FusedResult(last, unflatten(outer, self.optimizer.outer), start_of_last, flags, diagnosis)
 
     # ---- the program. Inside of it, all that changes from call to call must come as an argument: what a traced
     # function takes from elsewhere is a constant of the program. So the module's own tensors are read once, at the
@@ -117,21 +117,21 @@ class FusedLoop:
 
         def step(number: Tensor, carry: tuple[Any, ...], context: tuple[Any, ...]) -> tuple[Any, ...]:
             (flat, *states), previous, _, _, flags = carry
-            begun = None if start is None else previous.per_item
-            found = self._evaluated(number, flat, begun, context)
+            start_of_last = None if start is None else previous.per_item
+            found = self._evaluated(number, flat, start_of_last, context)
             # not flags[number] = …: a loop's body must not write into its arguments
             flags = torch.where(torch.arange(len(flags)) == number, found.gradient.not_finite, flags)
             _, _, rows, _ = context
             each = self.optimizer.of_each_parameter(_at(rows, number))
             moved = self.optimizer.rule.update(flat, states, found.gradient.gradient, each)
             # clones, because what a body returns must not be one of its arguments
-            return moved, found, flat.clone(), _cloned(begun), flags
+            return moved, found, flat.clone(), _cloned(start_of_last), flags
 
         carry = carried, previous, carried[0], start, rows.new_zeros(len(rows))
         end = repeated(step, count, carry, context)
-        _, last, flat, begun, _ = end
+        _, last, flat, start_of_last, _ = end
         at, of_last = self._given(count - 1, flat, context)
-        return *end, self._called(self.diagnose, context, at, last, of_last, begun)
+        return *end, self._called(self.diagnose, context, at, last, of_last, start_of_last)
 
     def _given(self, number: Tensor, flat: Tensor, context: tuple[Any, ...]) -> tuple[StepContext, Any]:
         """What step ``number`` of the loop is taken at, the parameters ``flat``, and its items."""

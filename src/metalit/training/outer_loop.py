@@ -69,8 +69,8 @@ class OuterLoop:
             What the last step found, and what was logged of it, if a log was due.
         """
         program = self._find_program() if steps > 1 else None
-        found = program and self._in_a_program(program, items, steps, start)
-        return found or self._one_by_one(outer, items, steps, start)
+        found = None if program is None else self._in_a_program(program, items, steps, start)
+        return self._one_by_one(outer, items, steps, start) if found is None else found
 
     def _one_by_one(self, outer: Outer, items: Any, steps: int, start: Tree | None) -> tuple[StepResult, Scalars]:
         values, form = tree_flatten(items)
@@ -108,7 +108,7 @@ class OuterLoop:
     ) -> tuple[StepResult, Scalars] | None:
         found = program(items, steps, start, self.stepper.module.global_step, self.stepper.schedule)
         if found is None:
-            self.batches.stay_uncompiled()  # for the same reason, which was told
+            self.batches.stay_uncompiled()  # the reason is the same, and was said
             return None
         return found.last, self.stepper.took(found, steps)
 

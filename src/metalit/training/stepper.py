@@ -35,7 +35,7 @@ class HasGradient(Protocol):
         """Of this rank's items, and after the step the mean over the ranks."""
 
 
-Found = TypeVar("Found", bound=HasGradient)
+Result = TypeVar("Result", bound=HasGradient)
 
 
 class OuterStepper:
@@ -94,8 +94,8 @@ class OuterStepper:
     # ---- steps
 
     def take(
-        self, evaluate: Callable[[], Found], diagnose: Callable[[Found], dict[str, Tensor]] | None = None
-    ) -> tuple[Found, Scalars]:
+        self, evaluate: Callable[[], Result], diagnose: Callable[[Result], dict[str, Tensor]] | None = None
+    ) -> tuple[Result, Scalars]:
         """Take a step.
 
         Args:
@@ -140,7 +140,7 @@ class OuterStepper:
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau | SWALR):
             scheduler.step()
 
-    def _averaged(self, evaluate: Callable[[], Found]) -> tuple[Found, OuterGradient]:
+    def _averaged(self, evaluate: Callable[[], Result]) -> tuple[Result, OuterGradient]:
         while True:
             scale, found = self.scale, evaluate()
             mean = self._mean(found.gradient)
