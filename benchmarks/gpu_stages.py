@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -391,8 +390,4 @@ if __name__ == "__main__":
     given = arguments()
     stage = Run(given.device, given.quick, given.warm, given.file)
     warnings.simplefilter("ignore")
-    try:
-        STAGES[given.name].fn(stage)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    STAGES[given.name].fn(stage)

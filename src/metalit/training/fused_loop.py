@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metalit.adapt import Outer
 from metalit.autodiff.untouched import untouched
 from metalit.compiling.compiled import Compiled
 from metalit.compiling.loops import repeated
@@ -25,14 +24,11 @@ class FusedResult(NamedTuple):
 
     Attributes:
         last: the result of the last one.
-        outer, start: the outer variable and the start that the last one was taken at.
         not_finite: for each step whether its loss or gradient was not finite, ``[steps]``.
         diagnosis: what is to be logged of the last one, scalars by name.
     """
 
     last: StepResult
-    outer: Outer
-    start: Tree | None
     not_finite: Tensor
     diagnosis: dict[str, Tensor]
 
@@ -97,9 +93,9 @@ class FusedLoop:
         values, _ = tree_flatten((torch.tensor(steps), carried, start, first, carried[0].new_tensor(rows), items))
         found = program(values)
         assert program.spec is not None  # since it was called
-        carried, last, outer, start_of_last, flags, diagnosis = tree_unflatten(found, program.spec)
+        carried, *result = tree_unflatten(found, program.spec)
         self.optimizer.write(carried, steps)
-        return FusedResult(last, unflatten(outer, self.optimizer.outer), start_of_last, flags, diagnosis)
+        return FusedResult(*result)
 
     # ---- the program. Inside of it, all that changes from call to call must come as an argument: what a traced
     # function takes from elsewhere is a constant of the program. So the module's own tensors are read once, at the
@@ -128,10 +124,10 @@ class FusedLoop:
             return moved, found, flat.clone(), _cloned(start_of_last), flags
 
         carry = carried, previous, carried[0], start, rows.new_zeros(len(rows))
-        end = repeated(step, count, carry, context)
-        _, last, flat, start_of_last, _ = end
-        at, of_last = self._given(count - 1, flat, context)
-        return *end, self._called(self.diagnose, context, at, last, of_last, start_of_last)
+        moved, last, before_last, start_of_last, flags = repeated(step, count, carry, context)
+        at, items_of_last = self._given(count - 1, before_last, context)
+        diagnosis = self._called(self.diagnose, context, at, last, items_of_last, start_of_last)
+        return moved, last, flags, diagnosis
 
     def _given(self, number: Tensor, flat: Tensor, context: tuple[Any, ...]) -> tuple[StepContext, Any]:
         """What step ``number`` of the loop is taken at, the parameters ``flat``, and its items."""
