@@ -184,6 +184,13 @@ class TestRefusals:
         assert f"training {Path(config).stem}" not in output
         assert listing(tmp_path) == []
 
+    def test_of_a_further_run(self, metalit, tmp_path):
+        (tmp_path / "lightning_logs/sine_maml/version_0").mkdir(parents=True)
+        before = listing(tmp_path)
+        assert metalit("fit", MAML, "--model.problem.network.sizes=[2,4,1]")[0] == 2
+        assert listing(tmp_path) == before
+        assert not (tmp_path / "lightning_logs/sine_maml/version_1").exists()
+
     def test_takes_no_number(self, metalit):
         for _ in range(2):
             assert metalit("fit", MAML, "--model.problem.network.sizes=[2,4,1]")[0] == 2

@@ -143,9 +143,10 @@ class RunFolder(Callback):
             yield
             return
         with ExitStack() as stack:
-            folder, made = (self.folder, []) if self.folder else self._claim()
+            is_new = self.folder is None
+            folder, above = self._claim() if self.folder is None else (self.folder, [])
             self.folder = folder
-            earlier = set() if made else set(folder.rglob("*"))
+            earlier = set(folder.rglob("*"))
             if trains:
                 stack.callback(FolderLock(folder).release)
                 for left in folder.glob("checkpoints/.*.part"):  # by a process that was killed while it saved
@@ -159,9 +160,9 @@ class RunFolder(Callback):
                 error.filename = error.filename or str(folder)
                 raise
             finally:
-                if made and not self.trained and (failed or trains):
+                if is_new and not self.trained and (failed or trains):
                     shutil.rmtree(folder, ignore_errors=True)
-                    for parent in made:
+                    for parent in above:
                         with suppress(OSError):  # another run may use it by now
                             parent.rmdir()
                 elif failed and not trains:
