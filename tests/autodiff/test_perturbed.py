@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 from cases import draw
+from held import everything_of, same
 from perturbed_networks import (
     CASES,
     KEY,
@@ -122,29 +123,6 @@ def test_given_buffers_are_those_of_an_ordinary_forward():
 
 
 # left as it was
-def everything_of(module):
-    held = {}
-    for path, layer in module.named_modules():
-        held[path, "training"] = layer.training
-        for table in (layer._parameters, layer._buffers):
-            held |= {
-                (path, name): (id(value), value.detach().clone()) for name, value in table.items() if value is not None
-            }
-        if isinstance(layer, nn.RNNBase):
-            held[path, "flat"] = [id(weight) for weight in layer._flat_weights]
-    return held
-
-
-def same(before, after):
-    assert before.keys() == after.keys()
-    for name, held in before.items():
-        if isinstance(held, tuple):
-            assert held[0] == after[name][0], name
-            exact(held[1], after[name][1])
-        else:
-            assert held == after[name], name
-
-
 @pytest.mark.parametrize(("name", "training"), CASES)
 def test_the_module_is_left_exactly_as_it_was(name, training):
     module, shape = MODULES[name]
