@@ -154,7 +154,7 @@ def test_the_inner_loss_is_told_the_number_of_the_step():
 class HeavyBall(InnerOptimizer):
     """v ← outer["drag"] · v + g, θ ← θ − 10ᵏ v, from v = 1."""
 
-    def outer(self, inner):
+    def outer(self, inner, steps):
         return {"drag": torch.full_like(inner, 0.5)}
 
     def init(self, inner):

@@ -20,7 +20,7 @@ from metalit.tree import leaves, tree_map
 class Momentum(InnerOptimizer):
     """Brings two parameters of its own, one deep in a tree."""
 
-    def outer(self, inner):
+    def outer(self, inner, steps):
         return {
             "rate": tree_map(lambda value: 0.3 * torch.ones_like(value), inner),
             "more": {"decay": torch.full_like(next(leaves(inner))[1], 0.9)},

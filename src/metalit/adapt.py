@@ -13,10 +13,16 @@ from metalit.tree import Tree, tree_map
 Outer: TypeAlias = dict[str, Any]  # {"problem": dict[str, Tensor], "optimizer": dict[str, Tree]}
 
 
-def outer_variable(problem: Problem, optimizer: InnerOptimizer, task: Any = None) -> Outer:
-    """Return the whole outer variable with its initial values, ``{"problem": …, "optimizer": …}``."""
+def outer_variable(problem: Problem, optimizer: InnerOptimizer, task: Any = None, steps: int = 1) -> Outer:
+    """Return the whole outer variable with its initial values, ``{"problem": …, "optimizer": …}``.
+
+    Args:
+        problem, optimizer: what bring it.
+        task: one task, where the shape of the inner variable is the task's.
+        steps: the number of inner steps that are trained, for what the optimiser learns of each.
+    """
     own = problem.outer()
-    return {"problem": own, "optimizer": optimizer.outer(problem.init(own, task)) if optimizer.learns else {}}
+    return {"problem": own, "optimizer": optimizer.outer(problem.init(own, task), steps) if optimizer.learns else {}}
 
 
 def iterates(

@@ -29,7 +29,7 @@ class Momentum(InnerOptimizer):
     lr: float = 0.1
     learned: bool = False
 
-    def outer(self, inner):
+    def outer(self, inner, steps):
         return {"momentum": torch.full((), 0.8, dtype=torch.float64)} if self.learned else {}
 
     def init(self, inner):

@@ -12,8 +12,13 @@ GradFn: TypeAlias = Callable[[Tree], Tree]
 class InnerOptimizer(ABC):
     """A pure pair of functions: state goes in and comes out, so every step can be differentiated."""
 
-    def outer(self, inner: Tree) -> dict[str, Tree]:
-        """The outer parameters that the optimiser brings, such as learned step sizes, with their initial values."""
+    def outer(self, inner: Tree, steps: int) -> dict[str, Tree]:
+        """The outer parameters that the optimiser brings, such as learned step sizes, with their initial values.
+
+        Args:
+            inner: an inner variable, of whose shapes they may be.
+            steps: the number of inner steps that are trained, for parameters that each step has its own of.
+        """
         return {}
 
     @property

@@ -28,7 +28,7 @@ class MetaSGD(InnerOptimizer):
     def __post_init__(self) -> None:
         check_lr("MetaSGD", self.lr)
 
-    def outer(self, inner: Tree) -> dict[str, Tree]:
+    def outer(self, inner: Tree, steps: int) -> dict[str, Tree]:
         """``{"lr": α}``: one step size for each entry of the inner variable."""
         return {"lr": tree_map(lambda value: torch.full_like(value, self.lr), inner)}
 

@@ -60,14 +60,20 @@ def check_first_task(
 
 
 def check_still_fits(
-    problem: Problem, optimizer: InnerOptimizer, learned: ParameterTree, outer: Outer, task: Any, start: Tree | None
+    hypergradient: Hypergradient,
+    problem: Problem,
+    optimizer: InnerOptimizer,
+    learned: ParameterTree,
+    outer: Outer,
+    task: Any,
+    start: Tree | None,
 ) -> None:
     """Check that what was made for the inner variable fits it still, when others are trainable than before.
 
     Raises:
         InputError: it does not.
     """
-    if not alike(brought(problem, optimizer), learned.tree):
+    if not alike(brought(problem, optimizer, hypergradient.steps), learned.tree):
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} learns parameters for what adapts, which a callback froze or "
             "unfroze in mid-training; do so before training, or use SGD inside"

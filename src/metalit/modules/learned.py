@@ -11,11 +11,12 @@ from metalit.tree import Tree, leaves, tree_map
 from metalit.unrounded import Unrounded
 
 
-def brought(problem: Problem, optimizer: InnerOptimizer, exact: bool = False) -> Tree:
+def brought(problem: Problem, optimizer: InnerOptimizer, steps: int, exact: bool = False) -> Tree:
     """The parameters that an inner optimiser brings for the inner variable, with the values that they begin with.
 
     Args:
         problem, optimizer: of the inner variable, and the one that brings them.
+        steps: the number of inner steps that are trained; 0 counts as 1.
         exact: in double precision, whatever the problem has.
 
     Raises:
@@ -25,7 +26,7 @@ def brought(problem: Problem, optimizer: InnerOptimizer, exact: bool = False) ->
         if not optimizer.learns:
             return {}
         inner = problem.init(problem.outer(), None)
-        return optimizer.outer(tree_map(Tensor.double, inner) if exact else inner)
+        return optimizer.outer(tree_map(Tensor.double, inner) if exact else inner, max(1, steps))
     except (AttributeError, IndexError, TypeError) as error:
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "

@@ -92,7 +92,7 @@ class TwoLevelLearner(OuterLearner):
         )
         self._diagnosis = Diagnosis(self, self._batches)
         self._loop = OuterLoop(self.stepper, self._batches, self._diagnosis, problem, say, compile_seconds)
-        self.learned = ParameterTree(brought(problem, inner_optimizer), brought(problem, inner_optimizer, exact=True))
+        self.learned = ParameterTree(self._brought(), self._brought(exact=True))
         self._first_is_checked = False
         self._last: tuple[Any, int, OuterGradient] | None = None
 
@@ -110,9 +110,12 @@ class TwoLevelLearner(OuterLearner):
         """``{"problem": …, "optimizer": …}``"""
         return {"problem": self.problem.outer(), "optimizer": self.learned.tree}
 
+    def _brought(self, exact: bool = False) -> Tree:
+        return brought(self.problem, self.inner_optimizer, self.hypergradient.steps, exact)
+
     def _bring(self) -> None:
         """Learn the inner optimiser's parameters of what adapts now, which may have been frozen when it was made."""
-        present = brought(self.problem, self.inner_optimizer)
+        present = self._brought()
         if not alike(present, self.learned.tree):
             self.learned = ParameterTree(updated(present, self.learned.tree))
 
@@ -188,7 +191,8 @@ class TwoLevelLearner(OuterLearner):
         if changed:
             self._first_is_checked = False
             outer = self.constants()
-            check_still_fits(self.problem, self.inner_optimizer, self.learned, outer, first_of(first), start)
+            parts = self.hypergradient, self.problem, self.inner_optimizer
+            check_still_fits(*parts, self.learned, outer, first_of(first), start)
         self.check_first_task(first, start)
         return start
 
