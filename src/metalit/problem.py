@@ -117,6 +117,13 @@ class Problem(Unrounded, ABC):
     def outer_loss(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
 
+    def after(self, steps: int) -> "Problem":
+        """Return the problem as it stands after so many inner steps: its outer loss and predictions are taken of that.
+
+        It is the same at every step, unless parts of it are of a step each.
+        """
+        return self
+
     # ---- how it is differentiated; metalit.scaled alone overrides these
 
     def inner_grad(self, inner: Inner, outer: dict[str, Tensor], task: Any, step: int) -> Tree:
@@ -155,6 +162,10 @@ class Problem(Unrounded, ABC):
 
 class FewShotProblem(Problem):
     """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
+
+    def after(self, steps: int) -> "FewShotProblem":
+        """Return that of :meth:`Problem.after`, which predicts too."""
+        return self
 
     @abstractmethod
     def predict(self, inner: Inner, outer: dict[str, Tensor], x: Tensor) -> Tensor:

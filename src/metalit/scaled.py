@@ -74,6 +74,10 @@ class Scaled(Problem):
             gradient, factor = grad(enlarged, has_aux=True)(inner)
         return tree_map(lambda value: value / factor, gradient)
 
+    def after(self, steps: int) -> "Scaled":
+        """Return that of the problem, scaled."""
+        return Scaled(self.problem.after(steps), self.scale)
+
     def outer_loss(self, inner: Tree, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return s times that of the problem."""
         return self.scaled(self.problem.outer_loss(inner, outer, task))

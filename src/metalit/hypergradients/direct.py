@@ -39,7 +39,7 @@ class Direct(Hypergradient):
 
         def loss(own: dict[str, Tensor]) -> tuple[Tensor, Tree]:
             inner = adapt(problem, optimizer, {**outer, "problem": own}, task, 0, start)
-            return problem.outer_loss(inner, own, task), inner
+            return problem.after(0).outer_loss(inner, own, task), inner
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer["problem"])
         return Estimate(value, problem_alone(gradient, outer), inner)

@@ -48,7 +48,7 @@ class FirstOrder(Hypergradient):
 
         def loss(outer: Outer) -> tuple[Tensor, Tree]:
             *_, inner = iterates(problem, optimizer, outer, task, self.steps, start, first_order=True)
-            return problem.outer_loss(inner, outer["problem"], task), inner
+            return problem.after(self.steps).outer_loss(inner, outer["problem"], task), inner
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
         return Estimate(value, gradient, inner)

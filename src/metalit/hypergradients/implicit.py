@@ -75,7 +75,7 @@ class Implicit(Hypergradient):
         def gradient(inner: Tree, own: dict[str, Tensor]) -> Tree:
             return problem.inner_grad(inner, own, task, self.steps)
 
-        (b, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(inner, own, task)
+        (b, direct), loss = grad_and_value(problem.after(self.steps).outer_loss, argnums=(0, 1))(inner, own, task)
         _, hessian = vjp(lambda inner: gradient(inner, own), inner)[:2]
         q, indefinite = self.solver(lambda v: axpy(self.damping, v, hessian(v)[0]), b)
         _, pull_back = vjp(gradient, inner, own)[:2]

@@ -53,7 +53,7 @@ def paths(problem: Problem, outer: Outer, task: Any, start: Tree | None = None, 
         check_real("its outer variable", outer["problem"])
         check_real("its inner variable", initial)
         inner = _free(initial)
-        inner_losses, outer_loss = [], problem.outer_loss(inner, own, task)
+        inner_losses, outer_loss = [], problem.after(steps).outer_loss(inner, own, task)
         check_scalar("outer_loss", problem, outer_loss)
         if tree_leaves(inner):
             inner_losses = [problem.inner_loss(inner, own, task, step) for step in sorted({0, max(0, steps - 1)})]

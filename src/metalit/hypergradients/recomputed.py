@@ -68,7 +68,8 @@ class Recomputed(Unrolled):
             reached = inner if number == self.steps - 1 else path[number + 1][0]
             # a number that is 0 needs no derivative; a tensor may become another one at the next outer step
             if isinstance(weights[number], Tensor) or weights[number]:
-                (at_inner, direct), loss = grad_and_value(problem.outer_loss, argnums=(0, 1))(reached, own, task)
+                judged = problem.after(number + 1).outer_loss
+                (at_inner, direct), loss = grad_and_value(judged, argnums=(0, 1))(reached, own, task)
                 value = value + weights[number] * loss
                 pull = axpy(weights[number], at_inner, pull[0]), pull[1]
                 gradient = {**gradient, "problem": axpy(weights[number], direct, gradient["problem"])}

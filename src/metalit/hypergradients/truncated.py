@@ -55,7 +55,7 @@ class Truncated(Hypergradient):
 
         def loss(outer: Outer) -> tuple[Tensor, Tree]:
             *_, inner = iterates(problem, optimizer, outer, task, self.steps, start, dropped=dropped)
-            return problem.outer_loss(inner, outer["problem"], task), inner
+            return problem.after(self.steps).outer_loss(inner, outer["problem"], task), inner
 
         gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
         return Estimate(value, gradient, inner)

@@ -60,8 +60,11 @@ class Unrolled(Hypergradient):
 
         def loss(outer: Outer) -> tuple[Tensor, Tree]:
             path = list(iterates(problem, optimizer, outer, task, self.steps, start))
-            counted = path[-1:] if self.weights is None else path[1:]
-            losses = [problem.outer_loss(inner, outer["problem"], task) for inner in counted]
+            first = self.steps if self.weights is None else 1
+            losses = [
+                problem.after(steps).outer_loss(path[steps], outer["problem"], task)
+                for steps in range(first, self.steps + 1)
+            ]
             weights = self.weights_at(progress, losses[-1])
             if weights is None:
                 return losses[-1], path[-1]

@@ -26,10 +26,12 @@ class Adapted:
     Attributes:
         learner: where it comes from.
         inner: the adapted parameters by name.
+        steps: after how many inner steps.
     """
 
     learner: "AdaptingLearner"
     inner: Tree
+    steps: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """Predict at ``[rows, inputs]``; returns ``[rows, outputs]``.
@@ -42,7 +44,7 @@ class Adapted:
         with torch.no_grad(), learner.evaluating():
             inputs = learner.cast(learner.normalise_x(x))
             with learner.told_at(inputs):
-                prediction = learner.problem.predict(self.inner, learner.constants()["problem"], inputs)
+                prediction = self._predict(inputs)
         return learner.scaling.restore_y(prediction) if learner.scaling else prediction
 
     def loss(self, x: Tensor, y: Tensor) -> float:
@@ -50,8 +52,11 @@ class Adapted:
         learner = self.learner
         points = learner.cast(Points(learner.normalise_x(x), learner.normalise_y(y)))
         with torch.no_grad(), learner.evaluating():
-            prediction = learner.problem.predict(self.inner, learner.constants()["problem"], points.x)
-            return float(learner.problem.judge(prediction, points))
+            return float(learner.problem.judge(self._predict(points.x), points))
+
+    def _predict(self, x: Tensor) -> Tensor:
+        problem, outer = self.learner.problem.after(self.steps), self.learner.constants()["problem"]
+        return problem.predict(self.inner, outer, x)
 
 
 class AdaptingLearner(TwoLevelLearner):
@@ -131,7 +136,7 @@ class AdaptingLearner(TwoLevelLearner):
         task = Task(support, support, torch.tensor(0, device=self.device))
         with torch.inference_mode(False), torch.no_grad(), self.evaluating(), self.told_at(support.x):
             inner = adapt(self.scaled_problem(self.stepper.scale), self.inner_optimizer, self.constants(), task, steps)
-        return Adapted(self, inner)
+        return Adapted(self, inner, steps)
 
     def on_predict_start(self) -> None:
         """Tell of points that lie far from what was trained on."""

@@ -242,11 +242,14 @@ class BilevelLearner(TwoLevelLearner):
         return like(tree_map(lambda value: value[index], held), self.problem.init(outer["problem"], task))
 
     def _from_init(self, outer: Outer, task: Any) -> Tree:
-        steps = self.hypergradient.steps if self.eval_steps is None else self.eval_steps
-        return adapt(self.scaled_problem(self.stepper.scale), self.inner_optimizer, outer, task, steps)
+        return adapt(self.scaled_problem(self.stepper.scale), self.inner_optimizer, outer, task, self._judged_steps)
+
+    @property
+    def _judged_steps(self) -> int:
+        return self.hypergradient.steps if self.eval_steps is None else self.eval_steps
 
     def _scored(self, inner: Tree, outer: Outer, task: Any, split: Split) -> dict[str, float]:
-        scores = self.problem.scores(inner, outer["problem"], task, split)
+        scores = self.problem.after(self._judged_steps).scores(inner, outer["problem"], task, split)
         return as_numbers(scores, f"{type(self.problem).__name__}.scores")
 
     def check_request(self) -> None:

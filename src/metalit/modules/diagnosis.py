@@ -96,9 +96,11 @@ class Diagnosis:
     def _inner_gradient_norm(self, outer: Outer, tasks: Any, inner: Tree) -> float:
         """The norm of ∂outer_loss/∂θ over tasks."""
 
+        judged = self.owner.problem.after(self.owner.hypergradient.steps)
+
         def one(outer: Outer, given: tuple[Any, Tree]) -> Tensor:
             task, inner = given
-            return norm(grad(lambda inner: self.owner.problem.outer_loss(inner, outer["problem"], task))(inner))
+            return norm(grad(lambda inner: judged.outer_loss(inner, outer["problem"], task))(inner))
 
         return float(for_each_task(one, outer, (tasks, inner), self.owner.problem).norm())
 

@@ -174,18 +174,24 @@ class MetaLearner(AdaptingLearner):
 
     def query_losses(self, tasks: Task) -> Tensor:
         """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
-        return self._after_each_step(tasks, self.problem.outer_loss)
+        return self._after_each_step(tasks, lambda problem, *given: problem.outer_loss(*given))
 
     def query_predictions(self, tasks: Task) -> Tensor:
         """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
-        return self._after_each_step(tasks, lambda inner, outer, task: self.problem.predict(inner, outer, task.query.x))
 
-    def _after_each_step(self, tasks: Task, found: Callable[[Any, Any, Task], Tensor]) -> Tensor:
+        def predicted(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
+            return problem.predict(inner, outer, task.query.x)
+
+        return self._after_each_step(tasks, predicted)
+
+    def _after_each_step(self, tasks: Task, found: Callable[[FewShotProblem, Any, Any, Task], Tensor]) -> Tensor:
         scaled = self.scaled_problem(self.stepper.scale)
 
         def one(outer: Outer, task: Task) -> Tensor:
             path = iterates(scaled, self.inner_optimizer, outer, task, self.eval_steps)
-            return torch.stack([found(inner, outer["problem"], task) for inner in path])
+            return torch.stack(
+                [found(self.problem.after(steps), inner, outer["problem"], task) for steps, inner in enumerate(path)]
+            )
 
         return for_each_task(one, self.constants(), self.cast(tasks), self.problem)
 
