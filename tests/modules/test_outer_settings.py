@@ -7,6 +7,7 @@ import torch
 from fits import bare, last, regression, trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 
+from metalit.checks.resuming import OuterSettings
 from metalit.data import BatchDataModule
 from metalit.errors import InputError
 from metalit.modules import SupervisedLearner
@@ -111,6 +112,30 @@ def _go_on(tmp_path, options, path, steps=4):
     learner = SupervisedLearner(torch.nn.Linear(3, 1), **options)
     run = trainer(tmp_path, steps=steps, val_check_interval=1.0)
     run.fit(learner, BatchDataModule(regression(), batch_size=8), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "name", "state"),
+    [
+        (torch.optim.Adam, 2, "exp_avg", torch.zeros(2, 3)),
+        (torch.optim.Adam, -1, "exp_avg", torch.zeros(3)),
+        (torch.optim.Adam, 0, "exp_avg", torch.zeros(3, 2)),
+        (torch.optim.Adam, 0, "exp_avg", torch.zeros(1)),
+        (torch.optim.Adafactor, 0, "row_var", torch.zeros(3, 1)),
+    ],
+)
+def test_a_state_of_no_parameter_or_of_another_shape_is_refused(kind, number, name, state):
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,))]
+    optimizer = kind(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    settings, kept = OuterSettings(), optimizer.state_dict()
+    settings.kept = {"optimizer_states": [kept], "lr_schedulers": []}
+    settings.check(optimizer, None)
+    kept["state"][number] = kept["state"].get(number, {}) | {name: state}
+    with pytest.raises(InputError, match=r"^ckpt_path: the checkpoint's optimizer_states is not what training saves"):
+        settings.check(optimizer, None)
 
 
 @pytest.mark.parametrize("made", [None, 0, "Adam", torch.nn.Linear(1, 1)])

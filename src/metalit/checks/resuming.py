@@ -193,7 +193,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
             f"{owner}: the run that the checkpoint continues had parameters in groups {told[0]}, now they are "
             f"{told[1]}; {_NEW_RUN}"
         )
-    if type(optimizer).__module__.startswith("torch.optim."):
+    if f"{type(optimizer).__module__}.".startswith("torch.optim."):  # some are named by the package alone
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not all(
             number in range(len(parameters)) and (value.dim() == 0 or _fits(value, parameters[number]))
