@@ -5,10 +5,12 @@ import torch
 from bilevel_learners import Centre, Own, Renamed, constants, ridge, table
 from cases import task_at
 from fits import bare, last, same, scalars, trainer
+from torch.utils.data import DataLoader, IterableDataset
 
 from metalit.adapt import adapt
 from metalit.callbacks import LastCheckpoint, ReportWriter
 from metalit.errors import InputError
+from metalit.evaluation.scores import as_numbers
 from metalit.hypergradients import Implicit, Unrolled, over_tasks
 from metalit.inner import SGD
 from metalit.modules import BilevelLearner
@@ -30,6 +32,25 @@ def test_scores_are_means_over_tasks_and_batches(tmp_path, capsys):
     assert 0 <= logged["train/positive"][0][1] <= 1
     run.validate(module, data, verbose=False)
     assert module.scores["learned"]["loss"] == pytest.approx(expected)
+
+
+class Lengthless(Own):
+    """Batches that do not tell how many there are."""
+
+    def val_dataloader(self):
+        class Each(IterableDataset):
+            def __iter__(each):
+                return iter(super(Lengthless, self).val_dataloader())
+
+        return DataLoader(Each(), batch_size=None)
+
+
+@pytest.mark.parametrize(("data", "limit"), [(Own, 1), (Lengthless, 1.0)], ids=["limited", "of no length"])
+def test_the_last_table_is_of_as_many_batches_as_a_validation(data, limit, tmp_path):
+    module = BilevelLearner(Centre(), SGD(0.5), Unrolled(2))
+    run = trainer(tmp_path, limit_val_batches=limit, callbacks=[ReportWriter()])
+    run.fit(module, data())
+    assert module.scores["learned"]["loss"] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-6)
 
 
 def test_a_warm_start_of_fewer_tasks_than_are_judged_is_refused(tmp_path):
@@ -63,6 +84,8 @@ def test_a_loss_that_decides_by_a_value_is_evaluated_draw_by_draw(tmp_path):
 def test_a_score_that_is_no_scalar_is_told(tmp_path):
     with pytest.raises(InputError, match=r"Listing.scores: 'each' has shape \(2,\)"):
         bare(tmp_path).fit(BilevelLearner(Listing(), SGD(0.1), Unrolled(1)))
+    with pytest.raises(InputError, match=r"Listing.scores: 'each' has shape \(0,\)"):
+        as_numbers({"loss": 1.0, "each": torch.zeros(0)}, "Listing.scores")
 
 
 def direct(module, data, split, steps, start=None, own=None):

@@ -181,8 +181,8 @@ class BilevelLearner(TwoLevelLearner):
 
     def final_report(self) -> Report | None:
         """The scores of the outer variable as training left it, beside those of baselines, and what it is."""
-        trainer, loader = self.trainer, self.trainer.val_dataloaders
-        if not loader:
+        trainer = self.trainer
+        if not sum(trainer.num_val_batches):  # a loader may not know its length
             return None
         with self.evaluating(), torch.no_grad():
             if trainer.state.fn == "fit":  # whose validations leave baselines out
@@ -191,7 +191,7 @@ class BilevelLearner(TwoLevelLearner):
                 for tasks in self.val_batches():
                     self._collected += self.judge(tasks, "val", baselines=True)
                 self.evaluated("val")
-            results = self.results(next(iter(loader)))
+            results = self.results(next(self.val_batches()))
         frames = results_frames(results, getattr(trainer.datamodule, "columns", None))
         return score_report(self.scores, "val", f" after {self.outer_step} outer steps", frames)
 

@@ -2,10 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau
@@ -131,8 +131,8 @@ class EvaluatedLearner(LightningModule, ABC):
 
     def val_batches(self) -> Iterator[Any]:
         """The batches of a validation, once more."""
-        most = self.trainer.num_val_batches[0]
-        return islice(self.trainer.val_dataloaders or (), None if most == math.inf else int(most))
+        most, loader = self.trainer.num_val_batches[0], cast(Iterable[Any], self.trainer.val_dataloaders)
+        return islice(loader, None if most == math.inf else int(most))
 
     def write_scalars(self, scalars: dict[str, Any], in_hparams: bool = False) -> None:
         """Send scalars to the loggers, on the one x-axis of all: the outer step.
