@@ -22,9 +22,10 @@ from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, StoppedError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
-from metalit.modules import BilevelLearner, MetaLearner
+from metalit.modules import BilevelLearner, MetaLearner, two_level
 from metalit.networks import MLP
 from metalit.problems import FewShot, ThetaPhi
+from metalit.training.batches import Batches
 from metalit.training.ranks import compile_patience
 
 
@@ -123,6 +124,15 @@ def test_ranks_wait_for_each_other_half_their_patience_at_most():
 
     for size, timeout, seconds in ((1, 60, 300), (2, 60, 30), (2, 1800, 300), (2, None, 300)):
         assert compile_patience(Several(size, timeout), 300) == seconds
+
+
+def test_what_is_logged_is_compiled_no_longer_than_the_step(monkeypatch, tmp_path):
+    waits = {}
+    monkeypatch.setattr(two_level, "compile_patience", lambda trainer, seconds: seconds / 2)
+    monkeypatch.setattr(Batches, "wait_at_most", lambda self, seconds: waits.update({self: seconds}))
+    data = TaskDataModule(Sine(), *[Episodes(2, 5, 5)] * 3)
+    trainer(tmp_path).validate(learner(compile=True, compile_seconds=8.0), data, verbose=False)
+    assert list(waits.values()) == [4.0, 4.0]
 
 
 # ---- what is told

@@ -207,6 +207,24 @@ def test_large_tasks_are_drawn_when_they_are_due(size, steps):
     assert [batch[:, -1].tolist() for batch in batches] == [[3 * s, 3 * s + 1, 3 * s + 2] for s in range(7, 13)]
 
 
+def test_a_resumed_run_makes_the_very_same_calls():
+    calls = []
+    stream = TrainStream(lambda index: calls.append(index.tolist()) or index, 3, 1000, lambda: 67)
+    list(islice(stream, 70))
+    assert calls[1:] == [list(range(3 * first, 3 * first + 3 * 64)) for first in (64, 128)]
+
+
+@pytest.mark.parametrize(("fused", "size"), [(3, 1), (3, 2**20), (10, 2**20)])  # of one task, in bytes
+def test_a_block_holds_the_tasks_of_whole_calls(fused, size):
+    def draw(index):
+        return index.to(torch.uint8).unsqueeze(-1).repeat(1, size)
+
+    stream = TrainStream(draw, 2, 300, lambda: 0, fused=fused)
+    for call, (tasks, steps) in enumerate(islice(stream, 70 // fused)):
+        assert steps == fused
+        assert tasks[:, 0].tolist() == list(range(2 * fused * call, 2 * fused * (call + 1)))
+
+
 def test_what_is_expanded_is_drawn_in_blocks_however_large_it_is():
     table = torch.zeros(2**25, dtype=torch.uint8)
     calls, _ = calls_of(lambda index: (table.expand(len(index), -1), index), 2)

@@ -8,6 +8,7 @@ from torch.linalg import inv, solve
 from torch.testing import assert_close
 
 from metalit.adapt import adapt, outer_variable
+from metalit.errors import InputError
 from metalit.hypergradients import Implicit, Unrolled, for_each_task, over_tasks
 from metalit.inner import Newton
 from metalit.linsolve import Dense
@@ -100,6 +101,17 @@ def test_a_singular_hessian_raises_nothing_and_damping_mends_it():
     flat = ThetaPhi([0.3, 0.4], [0.0]).double()
     assert not solved(flat, torch.tensor(0)).isfinite().all()
     assert_close(solved(flat, torch.tensor(0), damping=0.1), flat.theta, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [2, 50])
+def test_what_is_singular_depends_on_the_size(size):
+    def slope_of(least):
+        return lambda inner: {"theta": inner["theta"] * torch.cat([torch.ones(size - 1), least.reshape(1)])}
+
+    theta, eps = {"theta": torch.zeros(size)}, torch.tensor(torch.finfo(torch.float32).eps)
+    Newton().check(slope_of(1.1 * size * eps), theta)
+    with pytest.raises(InputError, match=f"singular, of rank {size - 1} with {size} entries"):
+        Newton().check(slope_of(0.9 * size * eps), theta)
 
 
 def test_each_task_of_a_batch_is_solved_by_itself():

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from fits import bare, regression
+from fits import Kill, KilledError, bare, regression
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 
 from metalit.data import Episodes, Sine, SplitsDataModule, TaskDataModule
@@ -78,6 +79,14 @@ def test_a_warm_start_is_judged_where_it_ends(log_every, fused, tmp_path):
     assert found.startswith("outer step 3: Implicit needs a stationary inner point")
     quick = BilevelLearner(Spring(), SGD(0.9), Implicit(1), **options)
     assert told(tmp_path, quick, steps=6, log_every_n_steps=log_every) == []
+
+
+def test_a_fit_without_a_step_is_not_warned_of_the_last_one_before(tmp_path):
+    learner = slow(warm_start=True)
+    with pytest.raises(KilledError):
+        told(tmp_path, learner, log_every_n_steps=50, callbacks=[Kill(2)])
+    stop = LambdaCallback(on_train_start=lambda run, _: setattr(run, "should_stop", True))
+    assert told(tmp_path, learner, log_every_n_steps=50, callbacks=[stop]) == []
 
 
 def test_a_log_that_comes_soon_is_waited_for(tmp_path):

@@ -43,7 +43,8 @@ def meta(**options):
 
 
 def test_the_first_five_are_what_runs_are_compared_by(tmp_path):
-    learner, data = meta(optimizer=partial(torch.optim.AdamW, lr=0.25))
+    warm = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5)  # the rate is the one that was given
+    learner, data = meta(optimizer=partial(torch.optim.AdamW, lr=0.25), scheduler=warm)
     trainer(tmp_path, 2).fit(learner, data)
     found, metrics = shown(run_of(tmp_path))
     assert [(name, found[name]) for name in sorted(found)][:5] == [

@@ -186,7 +186,8 @@ def test_a_callback_may_freeze_and_unfreeze(case, begins, fused, tmp_path):
     callbacks = [At(step, each) for step, each in zip(steps, change, strict=True)]
     options = {} if case == "supervised" else {"fused_steps": fused}
     module = make(mine, **options)
-    run = bare(tmp_path, 6, callbacks=callbacks, precision="64-true", log_every_n_steps=2, val_check_interval=2)
+    # not validated before the end: Lightning would forget the gradients
+    run = bare(tmp_path, 6, callbacks=callbacks, precision="64-true", log_every_n_steps=2, val_check_interval=6)
     run.fit(module, data())
     for name, value in mine.named_parameters():
         torch.testing.assert_close(value, dict(theirs.named_parameters())[name], rtol=1e-9, atol=1e-12)
@@ -216,6 +217,24 @@ def test_what_was_made_for_all_that_adapts_is_told(options, told, tmp_path):
     with pytest.raises(InputError, match=f"{told}.*froze or unfroze"):
         run.fit(few_shot(network, **options), DATA["meta"]())
     assert run.global_step == 2
+
+
+def test_the_first_task_is_checked_in_each_fit_and_where_other_parameters_train(tmp_path):
+    class Counting(FewShot):
+        checked = 0
+
+        def check(self, task):
+            super().check(task)
+            self.checked += 1
+
+    network = net()
+    problem = Counting(network)
+    module = MetaLearner(problem, SGD(0.05), Unrolled(1), eval_steps=1, optimizer=sgd)
+    found = []
+    for callbacks in ([], [At(2, freeze(network))], []):
+        bare(tmp_path, callbacks=callbacks).fit(module, DATA["meta"]())
+        found.append(problem.checked)
+    assert found == [1, 3, 4]
 
 
 class Thaw(BaseFinetuning):

@@ -244,6 +244,14 @@ def test_what_is_not_finite_is_reported_with_its_very_step(fused, clip_norm, tmp
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("fused", [1, 2])
+def test_a_log_that_is_due_stops_the_run(fused, tmp_path):
+    run = bare(tmp_path, STEPS, log_every_n_steps=10, limit_val_batches=0)
+    with pytest.raises(NonFiniteError, match=r"at outer step 8\."):
+        run.fit(few_shot(fused), sine(Broken))
+    assert run.global_step == 10
+
+
 @pytest.mark.parametrize("step", [3, 64, 65, 69, 70])
 def test_a_long_block_is_watched_to_its_end(step, tmp_path):
     data = sine(Broken)
