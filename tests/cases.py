@@ -10,7 +10,18 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from derivatives import Derivatives, OfBowl, OfCleaning, OfLogistic, OfLowRank, OfRegression, OfRidge, OfThetaPhi
+from derivatives import (
+    Derivatives,
+    OfBayesianHead,
+    OfBowl,
+    OfCleaning,
+    OfLogistic,
+    OfLowRank,
+    OfRegression,
+    OfRidge,
+    OfRidgeHead,
+    OfThetaPhi,
+)
 from references import HeavyBall, reference
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map as pytree_map
@@ -30,7 +41,7 @@ from metalit.hypergradients import (
 from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
 from metalit.linsolve import CG, Dense, Neumann
 from metalit.problem import Matrix, Points, Problem, Splits, Task
-from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
+from metalit.problems import BayesianHead, Cleaning, FewShot, Logistic, LowRank, Ridge, RidgeHead, ThetaPhi
 from metalit.tree import Tree, tree_map
 
 # ---- tasks
@@ -171,6 +182,15 @@ PROBLEMS = {
     "LowRank, exact, missing": Posed(
         _drawn(LowRank(5, 4, rank=2, exact=True), 8), matrices(5, 4, missing=True), 0.05, OfLowRank
     ),
+    "RidgeHead": Posed(_drawn(RidgeHead(linear(3, 3)), 9), _R32, 0.2, OfRidgeHead),
+    "RidgeHead, ragged": Posed(_drawn(RidgeHead(linear(2, 6)), 9), _RAGGED, 0.1, OfRidgeHead),
+    "RidgeHead, no intercept": Posed(_drawn(RidgeHead(linear(2, 2), intercept=False), 9), _R21, 0.2, OfRidgeHead),
+    "BayesianHead": Posed(_drawn(BayesianHead(3, 2, 2, linear(3, 2)), 9), _R32, 0.1, OfBayesianHead),
+    "BayesianHead, polynomial": Posed(_drawn(BayesianHead(2, 1, degree=3), 9), _RAGGED, 0.1, OfBayesianHead),
+    "BayesianHead, curves": Posed(_drawn(BayesianHead(3, 2, 1, linear(3, 2), "curve"), 9), _R32, 0.1, OfBayesianHead),
+    "BayesianHead, ragged curves": Posed(
+        _drawn(BayesianHead(2, 1, 2, train_on="curve"), 9), _RAGGED, 0.1, OfBayesianHead
+    ),
 }
 
 ESTIMATORS = {
@@ -193,7 +213,7 @@ OPTIMIZERS = {"SGD": SGD, "MetaSGD": MetaSGD, "Newton": lambda lr: Newton(dampin
 # which pairs are not valid, and why
 
 _INIT_ALONE = {name for name in PROBLEMS if name.startswith(("bowl", "MAML"))}
-_INNER_LOSS_ALONE = {name for name in PROBLEMS if name.startswith(("Ridge", "Logistic", "Cleaning"))}
+_INNER_LOSS_ALONE = {name for name in PROBLEMS if name.split()[0].strip(",") in ("Ridge", "Logistic", "Cleaning")}
 _OUTER_LOSS_ALONE = {"LowRank"}
 
 NO_PATH = {
@@ -202,6 +222,8 @@ NO_PATH = {
     "Implicit": _INIT_ALONE | _OUTER_LOSS_ALONE,
     "JTg": _INIT_ALONE | _OUTER_LOSS_ALONE,
 }
+# what init alone adapts: a step is valid, and by hand there is none
+_WITHOUT_STEPS = {name for name in PROBLEMS if name.startswith("BayesianHead")}
 NOT_WITH = {"FirstOrder": {"Newton"}, "Direct": {"MetaSGD"}, "Implicit": {"MetaSGD"}, "JTg": {"MetaSGD"}}
 
 
@@ -274,7 +296,9 @@ _WITH_EVERY_OPTIMIZER = {"ThetaPhi", "ANIL", "Cleaning, minibatches", "LowRank",
 CASES = [
     case
     for case in TRIPLES
-    if is_valid(case) and (case.optimizer_name == "SGD" or case.problem_name in _WITH_EVERY_OPTIMIZER)
+    if is_valid(case)
+    and not (case.problem_name in _WITHOUT_STEPS and case.hypergradient.steps)
+    and (case.optimizer_name == "SGD" or case.problem_name in _WITH_EVERY_OPTIMIZER)
 ]
 # one of each kind of problem, inner optimiser, estimator and solver
 KINDS = list({case.kinds: case for case in CASES}.values())

@@ -278,5 +278,168 @@ class OfLowRank(Derivatives):
         return R.square().sum(), by_v if exact else theta, by_u if exact else torch.cat([by_u, by_v])
 
 
+class OfRidgeHead(Derivatives):
+    """1/n (½‖MT − y‖² + ½λ‖PT‖²), M = [Φ 1], Φ = XAᵀ + c, T = (W, b), P without b; φ = (log λ, A, c).
+
+    θ₀ is where that has no slope, so dθ₀/dφ = −H⁻¹J there.
+    """
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.support, self.query = (_real_points(points) for points in (task.support, task.query))
+
+    def M(self, phi: Tensor, x: Tensor) -> Tensor:
+        features = _linear(phi[1:], x)
+        return torch.cat([features, torch.ones_like(x[:, :1])], 1) if self.problem.intercept else features
+
+    def moves(self, phi: Tensor, x: Tensor) -> Tensor:
+        """dM for each entry of φ, ``[m, rows, columns]``."""
+        found = torch.cat([x.new_zeros(1, len(x), (len(phi) - 1) // (x.shape[1] + 1)), _linear_moves(phi[1:], x)])
+        return torch.cat([found, 0 * found[..., :1]], 2) if self.problem.intercept else found
+
+    def penalty(self, phi: Tensor, columns: int) -> Tensor:
+        free = torch.arange(columns) == (columns - 1 if self.problem.intercept else -1)
+        return torch.where(free, 0.0, phi[0].exp()).diag()
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        M, y = self.M(phi, self.support.x), self.support.y
+        theta = torch.linalg.solve(M.T @ M + self.penalty(phi, M.shape[1]), M.T @ y).flatten()
+        return theta, -torch.linalg.solve(self.H(theta, phi, 0), self.J(theta, phi, 0))
+
+    def _parts(self, theta: Tensor, phi: Tensor, points: Points) -> tuple[Tensor, Tensor, Tensor]:
+        M, T = self.M(phi, points.x), theta.view(-1, points.y.shape[1])
+        return M, T, M @ T - points.y
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        M, T, E = self._parts(theta, phi, self.support)
+        return (M.T @ E + self.penalty(phi, len(T)) @ T).flatten() / len(M)
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        M, T, _ = self._parts(theta, phi, self.support)
+        return torch.kron(M.T @ M + self.penalty(phi, len(T)), torch.eye(T.shape[1], dtype=T.dtype)) / len(M)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        M, T, E = self._parts(theta, phi, self.support)
+        dM = self.moves(phi, self.support.x)
+        found = dM.mT @ E + M.T @ dM @ T
+        found[0] += self.penalty(phi, len(T)) @ T
+        return found.flatten(1).T / len(M)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        M, T, E = self._parts(theta, phi, self.query)
+        by_phi = (self.moves(phi, self.query.x) @ T * E).sum((1, 2))
+        return E.square().mean(), 2 / E.numel() * (M.T @ E).flatten(), 2 / E.numel() * by_phi
+
+
+class OfBayesianHead(Derivatives):
+    """The posterior of Φ = [1 x … xᵖ, XAᵀ + c], by (W₀, F, log σ, A, c), and the likelihood of the query or all rows.
+
+    With dΛ₀ = dL Lᵀ + L dLᵀ and dΛ = dΛ₀ + dΦᵀΦ + ΦᵀdΦ:
+    dW̄ = Λ⁻¹(Λ₀ dW₀ + dΛ₀ (W₀ − W̄) + dΦᵀ(y − ΦW̄) − Φᵀ dΦ W̄), dC = −½tril(C dΛ Cᵀ) C, where ½tril halves the diagonal.
+    """
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.support, self.query = (_real_points(points) for points in (task.support, task.query))
+        self.d, self.o = problem.prior_mean.shape
+        self.powers = 1 + problem.degree * problem.inputs
+
+    def split(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        W0, F, log_noise, network = phi.split([self.d * self.o, self.d**2, self.o, len(phi) - self._own])
+        F = F.view(self.d, self.d)
+        return W0.view(self.d, self.o), F.tril(-1) + F.diagonal().exp().diag(), log_noise, network
+
+    @property
+    def _own(self) -> int:
+        return self.d * self.o + self.d**2 + self.o
+
+    def features(self, phi: Tensor, x: Tensor) -> Tensor:
+        powers = torch.cat([torch.ones_like(x[:, :1]), *(x**p for p in range(1, self.problem.degree + 1))], 1)
+        network = self.split(phi)[3]
+        return torch.cat([powers, _linear(network, x)], 1) if len(network) else powers
+
+    def moves(self, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dW₀, dL and dΦ for each entry of φ, of which log σ has none."""
+        m, (_, L, _, network) = len(phi), self.split(phi)
+        dW0 = torch.eye(m, self.d * self.o, dtype=phi.dtype).view(m, self.d, self.o)
+        dL, dPhi = phi.new_zeros(m, self.d**2), phi.new_zeros(m, len(x), self.d)
+        slope = (torch.ones_like(L).tril(-1) + L.diagonal().diag()).flatten()
+        dL[self.d * self.o : self.d * self.o + self.d**2] = slope.diag()
+        if len(network):
+            dPhi[self._own :, :, self.powers :] = _linear_moves(network, x)
+        return dW0, dL.view(m, self.d, self.d), dPhi
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        (W0, L, _, _), (x, y, _) = self.split(phi), self.support
+        P, (dW0, dL, dP) = self.features(phi, x), self.moves(phi, x)
+        precision, prior = L @ L.T + P.T @ P, L @ L.T
+        mean = torch.linalg.solve(precision, prior @ W0 + P.T @ y)
+        C = torch.linalg.inv(torch.linalg.cholesky(precision))
+        dprior = dL @ L.T + L @ dL.mT
+        right = prior @ dW0 + dprior @ (W0 - mean) + dP.mT @ (y - P @ mean) - P.T @ dP @ mean
+        inside = C @ (dprior + dP.mT @ P + P.T @ dP) @ C.T
+        dC = -(inside.tril(-1) + 0.5 * torch.diag_embed(inside.diagonal(dim1=1, dim2=2))) @ C
+        both = torch.cat([torch.linalg.solve(precision, right).flatten(1), dC.flatten(1)], 1)
+        return torch.cat([mean.flatten(), C.flatten()]), both.T
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        raise NotImplementedError  # no step is taken
+
+    H = g
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (self._curve if self.problem.train_on == "curve" else self._query)(theta, phi)
+
+    def _query(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (x, y, _), log_noise = self.query, self.split(phi)[2]
+        mean, C = theta[: self.d * self.o].view(self.d, self.o), theta[self.d * self.o :].view(self.d, self.d)
+        P, dP, noise = self.features(phi, x), self.moves(phi, x)[2], (2 * log_noise).exp()
+        CP = P @ C.T
+        s, error = noise * (1 + CP.square().sum(1, keepdim=True)), P @ mean - y
+        loss = 0.5 * (2 * torch.pi * s).log() + error**2 / (2 * s)
+        by_mean, by_s = error / s / y.numel(), (0.5 / s - error**2 / (2 * s**2)) / y.numel()
+        by_v = by_s @ noise  # of each row
+        by_C = 2 * torch.einsum("r,ra,rb->ab", by_v, CP, P)
+        by_phi = (dP @ mean * by_mean).sum((1, 2)) + 2 * torch.einsum("mrb,rb,r->m", dP @ C.T, CP, by_v)
+        by_phi[self._own - self.o : self._own] += (2 * s * by_s).sum(0)
+        return loss.mean(), torch.cat([(P.T @ by_mean).flatten(), by_C.flatten()]), by_phi
+
+    def _curve(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """−log N(y; ΦW₀, K), K = σ²(I + ΦΛ₀⁻¹Φᵀ): its slope is ½ tr((K⁻¹ − ααᵀ) dK) + αᵀ dr, r = y − ΦW₀, α = K⁻¹r."""
+        x, y = (torch.cat(parts) for parts in zip(self.support[:2], self.query[:2], strict=True))
+        (W0, L, log_noise, _), P = self.split(phi), self.features(phi, x)
+        dW0, dL, dP = self.moves(phi, x)
+        S = torch.linalg.inv(L @ L.T)
+        G, half = _eye(x[:, 0]) + P @ S @ P.T, dP @ S @ P.T
+        dG = half + half.mT - P @ S @ (dL @ L.T + L @ dL.mT) @ S @ P.T
+        loss, by_phi, r, dr = 0 * phi[0], 0 * phi, y - P @ W0, -P @ dW0 - dP @ W0
+        for o, noise in enumerate((2 * log_noise).exp()):
+            K = noise * G
+            alpha = torch.linalg.solve(K, r[:, o])
+            inside = torch.linalg.inv(K) - alpha.outer(alpha)
+            loss = loss + 0.5 * (torch.logdet(2 * torch.pi * K) + r[:, o] @ alpha)
+            by_phi = by_phi + 0.5 * noise * (dG * inside).sum((1, 2)) + dr[:, :, o] @ alpha
+            by_phi[self._own - self.o + o] += (K * inside).sum()
+        return loss / y.numel(), 0 * theta, by_phi / y.numel()
+
+
+def _real_points(points: Points) -> Points:
+    return points if points.mask is None else Points(points.x[points.mask], points.y[points.mask])
+
+
+def _linear(parameters: Tensor, x: Tensor) -> Tensor:
+    """XAᵀ + c of (A, c)."""
+    A, c = parameters.split([len(parameters) * x.shape[1] // (x.shape[1] + 1), len(parameters) // (x.shape[1] + 1)])
+    return x @ A.view(-1, x.shape[1]).T + c
+
+
+def _linear_moves(parameters: Tensor, x: Tensor) -> Tensor:
+    """The derivative of ``_linear`` by each entry of (A, c), ``[entries, rows, features]``."""
+    inputs, features = x.shape[1], len(parameters) // (x.shape[1] + 1)
+    identity = torch.eye(features, dtype=x.dtype)
+    by_A = torch.einsum("ri,fg->firg", x, identity).reshape(features * inputs, len(x), features)
+    return torch.cat([by_A, identity[:, None].expand(-1, len(x), -1)])
+
+
 def _eye(vector: Tensor) -> Tensor:
     return torch.eye(len(vector), dtype=vector.dtype)

@@ -1,5 +1,7 @@
 """Losses with one value for each row, and what must hold for them: nothing is ever broadcast."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,6 +57,30 @@ def _means(values: Tensor, skipped: Tensor | None) -> Tensor:
         return values.flatten(1).mean(1)
     count = (~skipped).flatten(1).sum(1).clamp(min=1)
     return values.masked_fill(skipped, 0.0).flatten(1).sum(1) / count
+
+
+def mean_of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of ``[rows]`` values over the real rows, of which a mask says which they are.
+
+    >>> import torch
+    >>> mean_of_rows(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    return rows.mean() if mask is None else rows.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def gaussian_nll(mean: Tensor, std: Tensor, target: Tensor) -> Tensor:
+    """−log N(target; mean, std²) of each row, ``[rows]``: the mean over its outputs; all are ``[rows, outputs]``.
+
+    Raises:
+        InputError: shapes that differ.
+
+    >>> import torch
+    >>> gaussian_nll(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+    tensor([0.9189])
+    """
+    squares = row_losses(nn.MSELoss(reduction="none"), mean / std, target / std)
+    return 0.5 * squares + std.log().mean(1) + 0.5 * math.log(2 * math.pi)
 
 
 def check_loss(loss: nn.Module | None) -> None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -161,7 +161,13 @@ class Problem(Unrounded, ABC):
 
 
 class FewShotProblem(Problem):
-    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
+    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs.
+
+    Attributes:
+        adapts_in_init: whether ``init`` reads the support set, and is the whole adaptation: no inner step is needed.
+    """
+
+    adapts_in_init: ClassVar[bool] = False
 
     def after(self, steps: int) -> "FewShotProblem":
         """Return that of :meth:`Problem.after`, which predicts too."""
@@ -174,3 +180,12 @@ class FewShotProblem(Problem):
     @abstractmethod
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
         """Return the mean loss of ``[rows, outputs]`` predictions over the real rows of ``points``."""
+
+    def spread(self, inner: Inner, outer: dict[str, Tensor], x: Tensor) -> Tensor | None:
+        """Return the standard deviation of what :meth:`predict` says, ``[rows, outputs]``; None if it knows none."""
+        return None
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether predictions come with a standard deviation; where they do, :meth:`judge` is the squared error."""
+        return type(self).spread is not FewShotProblem.spread

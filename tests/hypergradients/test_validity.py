@@ -26,6 +26,8 @@ ENTERS = {
     "ANIL": {"init", "inner_loss", "outer_loss"},
     "BOIL": {"init", "inner_loss", "outer_loss"},
     "Ridge": {"inner_loss"},
+    "RidgeHead": {"init", "inner_loss", "outer_loss"},
+    "BayesianHead": {"init", "inner_loss", "outer_loss"},
     "Logistic": {"inner_loss"},
     "Cleaning": {"inner_loss"},
     "LowRank": {"outer_loss"},

@@ -71,8 +71,8 @@ def _places(node: Any, path: str) -> Iterator[_Width]:
             yield from (
                 _Width(below, value, position, position == 0) for position in (0, -1) if value[position] == _AUTO
             )
-        elif key == "features" and value == _AUTO:
-            yield _Width(below, members, key, True)
+        elif key in ("features", "inputs", "outputs") and value == _AUTO:
+            yield _Width(below, members, key, key != "outputs")
         else:
             yield from _places(value, below)
 

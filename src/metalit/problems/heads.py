@@ -1,0 +1,81 @@
+"""What problems share whose ``init`` is the whole adaptation: it reads the support set, and no step is taken."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metalit.autodiff import call, draws, sees_other_rows
+from metalit.errors import InputError
+from metalit.keys import fold
+from metalit.losses import mean_of_rows, row_losses
+from metalit.problem import FewShotProblem, Points, Task
+from metalit.problems.rows import check_task
+
+SUPPORT_DRAW, QUERY_DRAW = -2, -1  # the keys of dropout in init and in the outer loss; inner step k uses k
+_ROUNDING = 10 * torch.finfo(torch.float64).eps
+
+
+class Head(FewShotProblem):
+    """A few-shot problem of real targets that is adapted by :meth:`init` alone, and judged by the squared error."""
+
+    adapts_in_init = True
+
+    def check(self, task: Any) -> None:
+        """Check that a task is one, with real targets.
+
+        Raises:
+            InputError: it is not.
+        """
+        check_task(self, task, Task, "TaskDataModule")
+        for points in task[:2]:
+            if not points.y.is_floating_point() or points.y.dim() != 2:
+                raise InputError(
+                    f"data: {type(self).__name__} predicts real numbers, [rows, outputs], and the targets are "
+                    f"{list(points.y.shape)} of {points.y.dtype}; for classes there is FewShot"
+                )
+
+    def judge(self, prediction: Tensor, points: Points) -> Tensor:
+        """The mean squared error over the real rows."""
+        return mean_of_rows(row_losses(None, prediction, points.y), points.mask)
+
+    def called(self, name: str, outer: dict[str, Tensor], x: Tensor, task: Task | None = None, draw: int = 0) -> Tensor:
+        """A network of the problem's, by its ``name``, at ``x`` of a task; without one, nothing is drawn by a key."""
+        network: nn.Module = getattr(self, name)
+        if task is not None and sees_other_rows(network) and not (task.support.mask is task.query.mask is None):
+            raise InputError(
+                f"{name}: BatchNorm would mix the padding of shorter tasks into its statistics; use LayerNorm or "
+                "GroupNorm, or give every task the same number of rows"
+            )
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in outer.items() if key.startswith(prefix)}
+        return call(network, own, x, key=fold(task.key, draw) if task is not None and draws(network) else None)
+
+
+def check_features(features: Tensor) -> Tensor:
+    """Return ``[rows, features]``; raise an :class:`InputError` for a tensor of another shape."""
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        got = f"shape {list(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise InputError(f"network: it returned {got}; it must return the features of each row, [rows, features]")
+    return features
+
+
+def check_width(owner: str, name: str, value: int | Literal["auto"]) -> int:
+    """Return a number of columns; raise an :class:`InputError` unless it is one, and at least 1."""
+    if value == "auto":
+        raise InputError(f"{owner}: {name}='auto' is for a configuration; give the number of columns")
+    if value < 1:
+        raise InputError(f"{owner}: {name}={value} must be at least 1")
+    return value
+
+
+def shifted(gram: Tensor, shift: Tensor) -> Tensor:
+    """``gram + shift · I`` of a Gram matrix ``[n, n]``, in double precision; never singular to rounding.
+
+    Elimination and Cholesky's decomposition are sure of a matrix whose smallest eigenvalue is more than their rounding
+    errors (Higham 2002, theorem 10.7). So ``shift`` counts as ``10 n ε trace(gram)`` at least, 10⁻¹⁴ of the trace for
+    five rows: a penalty that is learned may fall to nothing, and the solution is still a number.
+    """
+    size = gram.shape[0]
+    least = size * _ROUNDING * gram.detach().diagonal().sum() + torch.finfo(gram.dtype).tiny
+    return gram + torch.maximum(shift, least) * torch.eye(size, dtype=gram.dtype, device=gram.device)

@@ -1,0 +1,104 @@
+"""A ridge regression on learned features, solved exactly on the support set."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from metalit.autodiff.usable import check_network
+from metalit.errors import InputError
+from metalit.problem import Task
+from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, check_features, shifted
+
+_LARGEST = 80.0  # its exponential is finite in single precision
+
+
+class RidgeHead(Head):
+    """Learn features Φ from which a ridge regression, solved exactly, fits a task (R2D2: Bertinetto et al. 2019).
+
+    init: W, b = argmin ½‖ΦW + b − y‖² + ½λ‖W‖² on the support set, whose mean over rows is the inner loss; outer_loss =
+    mean squared error on the query set. With centred Φ and y,
+
+    W = (ΦᵀΦ + λI)⁻¹Φᵀy = Φᵀ(ΦΦᵀ + λI)⁻¹y,
+
+    of which the smaller system is solved, in double precision. Features and λ are learned through the solution, by
+    :class:`~metalit.hypergradients.direct.Direct`, without an inner step. Further steps descend the same objective.
+
+    Args:
+        network: any module that maps ``[rows, inputs]`` to ``[rows, features]``.
+        log_penalty: where log λ starts.
+        intercept: learn b, which is not penalised; else it is 0.
+
+    Raises:
+        InputError: no network, or a penalty that is not finite; later: classes as targets, and features of another
+            shape.
+
+    >>> from metalit.problem import Points
+    >>> head = RidgeHead(nn.Identity(), log_penalty=0.0, intercept=False)
+    >>> points = Points(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.5]]))
+    >>> head.init(head.outer(), Task(points, points, torch.tensor(0)))
+    {'weight': tensor([[1.]], grad_fn=<ToCopyBackward0>)}
+    """
+
+    def __init__(self, network: nn.Module, log_penalty: float = 0.0, intercept: bool = True) -> None:
+        super().__init__()
+        check_network("network", network)
+        if not -math.inf < log_penalty <= _LARGEST:
+            raise InputError(
+                f"RidgeHead: log_penalty={log_penalty} must be finite, and {_LARGEST} at most, such as -2: its "
+                "exponential is the penalty"
+            )
+        self.network = network
+        self.intercept = intercept
+        self.log_penalty = nn.Parameter(self.written("log_penalty", log_penalty))
+
+    def init(self, outer: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
+        """The solution on the support set: ``weight``, ``[features, outputs]``, and ``bias``, ``[outputs]``."""
+        points = task.support
+        features = self._features(outer, points.x, task, SUPPORT_DRAW)
+        phi, y = features.double(), points.y.double()
+        centre, level = (_mean(values, points.mask) if self.intercept else values.new_zeros(()) for values in (phi, y))
+        phi, y = _masked(phi - centre, points.mask), _masked(y - level, points.mask)
+        penalty = outer["log_penalty"].double().exp()
+        if phi.shape[0] < phi.shape[1]:
+            weight = phi.mT @ _solve(shifted(phi @ phi.mT, penalty), y)
+        else:
+            weight = _solve(shifted(phi.mT @ phi, penalty), phi.mT @ y)
+        found = {"weight": weight, "bias": level - centre @ weight} if self.intercept else {"weight": weight}
+        return {name: value.to(outer["log_penalty"].dtype) for name, value in found.items()}
+
+    def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
+        """½‖ΦW + b − y‖² + ½λ‖W‖² on the support set, divided by its rows: the solution is its minimum."""
+        points = task.support
+        errors = _answers(inner, self._features(outer, points.x, task, step)) - points.y
+        penalty = outer["log_penalty"].exp() * inner["weight"].square().sum()
+        rows = len(points.x) if points.mask is None else points.mask.sum().clamp(min=1)
+        return 0.5 * (_masked(errors, points.mask).square().sum() + penalty) / rows
+
+    def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
+        """The mean squared error on the query set."""
+        return self.judge(_answers(inner, self._features(outer, task.query.x, task, QUERY_DRAW)), task.query)
+
+    def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
+        """ΦW + b at ``x``."""
+        return _answers(inner, self._features(outer, x))
+
+    def _features(self, outer: dict[str, Tensor], x: Tensor, task: Task | None = None, draw: int = 0) -> Tensor:
+        return check_features(self.called("network", outer, x, task, draw))
+
+
+def _answers(inner: dict[str, Tensor], features: Tensor) -> Tensor:
+    return features @ inner["weight"] + inner.get("bias", 0.0)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.where(mask.unsqueeze(1), 0.0)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values.mean(0) if mask is None else _masked(values, mask).sum(0) / mask.sum().clamp(min=1)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    # _ex: nothing is checked, for which a GPU would have to wait
+    return torch.linalg.solve_ex(matrix, right)[0]
