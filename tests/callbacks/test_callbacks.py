@@ -284,12 +284,14 @@ class TestReport:
             "learner",
             "one polynomial for all tasks",
             "a polynomial for each support set",
+            "an empirical-Bayes polynomial",
         }
         assert rows[0]["tasks"] == "43"
         # errors of the baselines do not depend on training: those of the shipped data
         errors = {row["predictor"]: float(row["lifeExp_absolute_error"]) for row in rows}
         assert errors["one polynomial for all tasks"] == pytest.approx(10.0, abs=0.5)
         assert errors["a polynomial for each support set"] == pytest.approx(2.1, abs=0.5)
+        assert errors["an empirical-Bayes polynomial"] == pytest.approx(1.6, abs=0.3)
         assert "43 test tasks, adapted to 3 points each" in output.replace("\n", " ")
 
     def test_one_task_is_enough(self, metalit, trained):

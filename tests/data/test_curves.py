@@ -19,6 +19,7 @@ from metalit.problems import FewShot
 SPLITS = ("train", "val", "test")
 SIGMAS = 5
 GLOBAL, SUPPORT = "one polynomial for all tasks", "a polynomial for each support set"
+PRIOR = "an empirical-Bayes polynomial"
 
 
 def gapminder(**options):
@@ -440,7 +441,7 @@ def test_the_global_fit_is_that_of_least_squares_where_a_column_has_few_values(t
         expected = torch.tensor(powers @ np.linalg.lstsq(powers, y.numpy(), rcond=None)[0])
         for _ in range(20):
             (torch.rand(9) * 1e6, torch.randint(0, 100, (13,)))  # what memory held before is no part of it
-            found = curves._global_fit(Task(Points(x, y), Points(x, y), torch.tensor(0)), degree)
+            found = curves._polynomials.of_all(Task(Points(x, y), Points(x, y), torch.tensor(0)), degree)
             assert_close(found, expected, rtol=0, atol=1e-9)
 
 
@@ -461,11 +462,16 @@ def test_held_out_tasks_have_names_and_drawn_ones_have_none(tmp_path):
     assert Sine().name("test", 0) is None
 
 
+@pytest.fixture(scope="module")
+def life_and_people():
+    """Its polynomials are fitted once."""
+    return gapminder()
+
+
 @pytest.mark.parametrize(("shots", "queries"), [(1, None), (3, 4), (5, None), (11, None)])
-def test_the_baselines_of_gapminder_are_finite_and_of_the_right_shape(shots, queries):
-    curves = gapminder()
-    tasks, found = predicted(curves, shots, queries=queries)
-    assert set(found) == {GLOBAL, SUPPORT}
+def test_the_baselines_of_gapminder_are_finite_and_of_the_right_shape(life_and_people, shots, queries):
+    tasks, found = predicted(life_and_people, shots, queries=queries)
+    assert list(found) == [GLOBAL, SUPPORT, PRIOR]
     for prediction in found.values():
         assert prediction.shape == tasks.query.y.shape == (40, 12 - shots if queries is None else queries, 2)
         assert prediction.isfinite().all()
@@ -476,6 +482,8 @@ def test_on_life_expectancy_three_years_of_a_country_say_more_than_all_others():
     tasks, found = predicted(curves, 3)
     errors = {name: (prediction - tasks.query.y).square().mean().item() for name, prediction in found.items()}
     assert errors[SUPPORT] < 0.2 < errors[GLOBAL] < 1.2
+    # all others say the more
+    assert errors[PRIOR] < 0.6 * errors[SUPPORT]
 
 
 def test_rounding_errors_of_a_constant_column_are_no_deviation():

@@ -1,6 +1,6 @@
 """Tasks from the user's own table of curves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,20 +11,16 @@ from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution, task_keys
 from metalit.data.cells import Categories, inputs, numbers
+from metalit.data.curve_baselines import Polynomials
 from metalit.data.held_out import HeldOut, Partition
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
 from metalit.notices import warn
-from metalit.private_torch import pytree_map
 from metalit.problem import Points, Task
 
-_DEGREES = range(6)  # of the polynomials among which the baselines choose
-_CHOICE_TASKS = 1024  # drawn from the validation split to choose them by
-
-
-_Fit = Callable[[Task, int], Tensor]  # (tasks, degree) -> predictions at their query points
+_CHOICE_TASKS = 1024  # drawn from the validation split to choose the degrees of the baselines by
 
 
 class _Curves(NamedTuple):
@@ -102,7 +98,7 @@ class Curves(TaskDistribution):
         """Leave out shorter tasks, with ``skip_short``."""
         if self.skip_short and self.__dict__.get("_least") != rows:
             self.__dict__.update(_least=dict(rows))
-            for found in ("_raw", "_scaling", "splits"):
+            for found in ("_raw", "_scaling", "splits", "_polynomials"):
                 self.__dict__.pop(found, None)
 
     def prepare(self) -> None:
@@ -212,58 +208,22 @@ class Curves(TaskDistribution):
         return Task(Points(x[:, :shots], y[:, :shots]), query, fold(key, 2))
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
-        """A polynomial through all training rows, and one through each task's support; degrees chosen on val.
+        """Polynomials (:class:`~metalit.data.curve_baselines.Polynomials`), whose degrees are chosen on val.
 
-        Without validation tasks, the degrees are chosen on the training tasks. Where several polynomials fit equally
-        well, it is the one with the smallest coefficients.
+        Without validation tasks, the degrees are chosen on the training tasks.
         """
-        shots, device = tasks.support.x.shape[1], tasks.query.x.device
-        tasks = pytree_map(_on_cpu, tasks)
-        val = self._choice_tasks(shots)
+        return self._polynomials.predictions(tasks, self._choice_tasks(tasks.support.x.shape[1]))
 
-        def best(fit: _Fit) -> Tensor:
-            chosen = min(_DEGREES, key=lambda degree: _error(fit(val, degree), val.query))
-            return fit(tasks, chosen).to(device)
-
-        return {
-            "one polynomial for all tasks": best(self._global_fit),
-            "a polynomial for each support set": best(_support_fit),
-        }
+    @cached_property
+    def _polynomials(self) -> Polynomials:
+        curves = self.splits["train"]
+        return Polynomials(Points(curves.x, curves.y, _real_rows(curves)))
 
     def _choice_tasks(self, shots: int) -> Task:
         index = torch.arange(_CHOICE_TASKS)
         split: Split = "val" if self.splits["val"].names else "train"
         shots = min(shots, int(self.splits[split].length.min()) - 1)
         return self.sample(split, index, task_keys(self.split_seed, split, index), shots, None)
-
-    def _global_fit(self, tasks: Task, degree: int) -> Tensor:
-        curves = self.splits["train"]
-        real = _real_rows(curves)
-        return _powers(tasks.query.x, degree) @ _least_squares(_powers(curves.x[real], degree), curves.y[real])
-
-
-def _on_cpu(leaf: Tensor | None) -> Tensor | None:
-    """In ``float64``: the solver is a CPU's, and no half precision is enough for it."""
-    return leaf if leaf is None else leaf.to("cpu", torch.float64 if leaf.is_floating_point() else None)
-
-
-def _support_fit(tasks: Task, degree: int) -> Tensor:
-    return _powers(tasks.query.x, degree) @ _least_squares(_powers(tasks.support.x, degree), tasks.support.y)
-
-
-def _least_squares(features: Tensor, y: Tensor) -> Tensor:
-    """The smallest of the solutions, if there are several: a dose of three values has no fourth power of its own."""
-    # by singular values: the default driver reads uninitialised memory, and is wrong, where the rank is not full
-    return torch.linalg.lstsq(features, y, driver="gelsd").solution
-
-
-def _powers(x: Tensor, degree: int) -> Tensor:
-    return torch.cat([torch.ones_like(x[..., :1]), *(x**power for power in range(1, degree + 1))], dim=-1)
-
-
-def _error(prediction: Tensor, points: Points) -> float:
-    squares = (prediction - points.y).square().mean(-1)
-    return float(squares.mean() if points.mask is None else squares[points.mask].mean())
 
 
 def _real_rows(curves: _Curves) -> Tensor:
