@@ -22,9 +22,10 @@ from cases import task_at
 from fits import bare, blobs, last, parameters, scalars, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
+from references import HeavyBall
 from torch import Tensor, nn
 
-from metalit.adapt import adapt
+from metalit.adapt import Iterate, adapt, kept
 from metalit.callbacks import ReportWriter
 from metalit.data import (
     SklearnTable,
@@ -72,6 +73,9 @@ ESTIMATORS = {
     "JTg": (SGD(0.1), JTg()),
     "Direct": (SGD(0.1), Direct()),
     "MetaSGD": (MetaSGD(0.2), Unrolled(2)),
+    "momentum": (HeavyBall(0.1), Unrolled(3)),
+    "momentum, Implicit": (HeavyBall(0.1), Implicit(30, CG(6))),
+    "momentum, JTg": (HeavyBall(0.1), JTg(2)),
 }
 
 
@@ -102,6 +106,7 @@ def test_steps_are_those_of_a_bare_loop(name, warm_start, tmp_path):
         if warm_start and step == 0:
             inits = [problem.init(outer["problem"], task_at(tasks, index)) for index in range(2)]
             start = tree_map(lambda *values: torch.stack(values).detach(), *inits)
+            start = Iterate(start, kept(inner.init(start)))
         fixed = {level: tree_map(Tensor.detach, branch) for level, branch in outer.items()}
         estimate = over_tasks(hypergradient, problem, inner, fixed, tasks, start)
         for path, slope in leaves(estimate.gradient):
@@ -109,14 +114,14 @@ def test_steps_are_those_of_a_bare_loop(name, warm_start, tmp_path):
         nn.utils.clip_grad_norm_(list(named.values()), 0.5)
         optimizer.step()
         scheduler.step()
-        start = estimate.inner if warm_start else None
+        start = Iterate(estimate.inner, estimate.state) if warm_start else None
     run = bare(tmp_path, precision="64-true")
     run.fit(module, data)
     assert run.global_step == 4
     for path, value in parameters(module).items():
         torch.testing.assert_close(value, named[path].detach(), **TIGHT)
     if warm_start:
-        torch.testing.assert_close(flatten(module.inner), flatten(start), **TIGHT)
+        torch.testing.assert_close(flatten(module.inner), flatten(start.inner), **TIGHT)
     else:
         assert module.inner is None
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from metalit.adapt import Outer
+from metalit.adapt import Iterate, Outer, Start, inner_of
 from metalit.errors import InputError
 from metalit.hypergradients.paths import Claims, Path, check_paths
 from metalit.hypergradients.tasks import for_each_task
@@ -21,13 +21,15 @@ Progress: TypeAlias = Tensor | int
 class Estimate(NamedTuple):
     """The outer loss at one task, its gradient (shaped like the outer variable), and the adapted inner variable.
 
-    ``metrics`` holds what the estimator noticed on its way, such as the residual of a solver, as scalars by name.
+    ``metrics`` holds what the estimator noticed on its way, such as the residual of a solver, as scalars by name;
+    ``state`` is the inner optimiser's after the last inner step.
     """
 
     loss: Tensor
     gradient: Outer
     inner: Tree
     metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never changed)
+    state: Any = {}  # noqa: RUF012  (never changed)
 
 
 class Hypergradient(ABC):
@@ -57,20 +59,18 @@ class Hypergradient(ABC):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Estimate the hypergradient for one task.
 
         Args:
-            problem, optimizer, outer, task, start: see :func:`metalit.adapt.iterates`.
+            problem, optimizer, outer, task, start: see :func:`metalit.adapt.path`.
             progress: how many outer steps were taken before this one, for what changes over them. In training it is a
                 tensor of no dimensions, of type int64: a compiled program reads it anew at every step.
         """
 
-    def check(
-        self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Tree | None = None
-    ) -> None:
+    def check(self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Start = None) -> None:
         """Try the problem on one task, before anything is trained.
 
         Raises:
@@ -78,6 +78,7 @@ class Hypergradient(ABC):
                 reached by another way than the argument; a problem or an inner optimiser for which this estimator is
                 not valid.
         """
+        start = inner_of(start)
         claims = Claims(type(self).__name__, self.carries, self.needs, self.second_order)
         check_paths(claims, problem, optimizer, outer, task, start, self.steps)
         if self.steps:
@@ -95,26 +96,27 @@ def over_tasks(
     optimizer: InnerOptimizer,
     outer: Outer,
     tasks: Any,
-    start: Tree | None = None,
+    start: Start = None,
     progress: Progress = 0,
 ) -> Estimate:
     """Average the loss, the gradient and the metrics over a batch of tasks, as of :func:`for_each_task`.
 
     Args:
         tasks: a task whose tensors have a leading task dimension.
-        start: where each task's inner variable starts, with a leading task dimension, instead of ``problem.init``.
+        start: where each task's inner loop starts, with a leading task dimension, instead of ``problem.init``.
         progress: how many outer steps were taken before this one.
 
     Returns:
-        An :class:`Estimate` whose ``inner`` keeps the task dimension.
+        An :class:`Estimate` whose ``inner`` keeps the task dimension; so does its ``state``, where ``start`` has one.
     """
 
-    def one(outer: Outer, pair: tuple[Any, Tree | None]) -> tuple[Any, ...]:
-        return tuple(hypergradient(problem, optimizer, outer, *pair, progress))
+    def one(outer: Outer, pair: tuple[Any, Start]) -> tuple[Any, ...]:
+        *found, state = hypergradient(problem, optimizer, outer, *pair, progress)
+        return *found, state if isinstance(start, Iterate) else {}
 
-    loss, gradient, inner, metrics = for_each_task(one, outer, (tasks, start), problem)
+    loss, gradient, inner, metrics, state = for_each_task(one, outer, (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
-    return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics)
+    return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics, state)
 
 
 def problem_alone(gradient: dict[str, Tensor], outer: Outer) -> Outer:

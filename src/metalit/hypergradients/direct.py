@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.func import grad_and_value
 
-from metalit.adapt import Outer, adapt
+from metalit.adapt import Iterate, Outer, Start, path
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, problem_alone
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Direct(Hypergradient):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the outer loss at the initial inner variable."""
 
-        def loss(own: dict[str, Tensor]) -> tuple[Tensor, Tree]:
-            inner = adapt(problem, optimizer, {**outer, "problem": own}, task, 0, start)
-            return problem.after(0).outer_loss(inner, own, task), inner
+        def loss(own: dict[str, Tensor]) -> tuple[Tensor, Iterate]:
+            (at,) = path(problem, optimizer, {**outer, "problem": own}, task, 0, start)
+            return problem.after(0).outer_loss(at.inner, own, task), at
 
-        gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer["problem"])
-        return Estimate(value, problem_alone(gradient, outer), inner)
+        gradient, (value, at) = grad_and_value(loss, has_aux=True)(outer["problem"])
+        return Estimate(value, problem_alone(gradient, outer), at.inner, state=at.state)

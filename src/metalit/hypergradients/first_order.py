@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.func import grad_and_value
 
-from metalit.adapt import Outer, iterates
+from metalit.adapt import Iterate, Outer, Start, path
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class FirstOrder(Hypergradient):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the outer loss after the last step, with constant inner gradients."""
 
-        def loss(outer: Outer) -> tuple[Tensor, Tree]:
-            *_, inner = iterates(problem, optimizer, outer, task, self.steps, start, first_order=True)
-            return problem.after(self.steps).outer_loss(inner, outer["problem"], task), inner
+        def loss(outer: Outer) -> tuple[Tensor, Iterate]:
+            *_, last = path(problem, optimizer, outer, task, self.steps, start, first_order=True)
+            return problem.after(self.steps).outer_loss(last.inner, outer["problem"], task), last
 
-        gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
-        return Estimate(value, gradient, inner)
+        gradient, (value, last) = grad_and_value(loss, has_aux=True)(outer)
+        return Estimate(value, gradient, last.inner, state=last.state)

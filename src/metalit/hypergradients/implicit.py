@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 
-from metalit.adapt import Outer, adapt
+from metalit.adapt import Outer, Start, path
 from metalit.errors import InputError, check_not_negative
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps, problem_alone
 from metalit.hypergradients.paths import Path
@@ -65,12 +65,12 @@ class Implicit(Hypergradient):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Adapt, then solve; ``metrics`` are ``solver_residual``, ‖b − Aq‖/‖b‖, and ``indefinite``, 0 or 1."""
         own = outer["problem"]
-        inner = adapt(problem, optimizer, outer, task, self.steps, start)
+        *_, (inner, state) = path(problem, optimizer, outer, task, self.steps, start)
 
         def gradient(inner: Tree, own: dict[str, Tensor]) -> Tree:
             return problem.inner_grad(inner, own, task, self.steps)
@@ -86,7 +86,7 @@ class Implicit(Hypergradient):
             "solver_residual": left / torch.where(size > 0, size, 1.0),
             "indefinite": indefinite.to(left.dtype),
         }
-        return Estimate(loss, problem_alone(axpy(-1.0, indirect, direct), outer), inner, metrics)
+        return Estimate(loss, problem_alone(axpy(-1.0, indirect, direct), outer), inner, metrics, state)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Warn where the inner point is not stationary, the Hessian not positive definite, or the system not solved."""

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from torch.func import vjp
 
-from metalit.adapt import Outer, adapt
+from metalit.adapt import Outer, Start, beginning, path
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps, problem_alone
 from metalit.hypergradients.paths import Path
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree, dot, tree_map
+from metalit.tree import dot, tree_map
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class JTg(Hypergradient):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Take g and Jᵀg in one sweep each, then move θ."""
         own = outer["problem"]
-        before = adapt(problem, optimizer, outer, task, 0, start)
+        before = beginning(problem, optimizer, own, task, start)
 
-        g, pull_back = vjp(lambda own: problem.inner_grad(before, own, task, 0), own)[:2]
+        g, pull_back = vjp(lambda own: problem.inner_grad(before.inner, own, task, 0), own)[:2]
         (product,) = pull_back(tree_map(problem.scaled, g))
-        inner = adapt(problem, optimizer, outer, task, self.steps, before)
-        return Estimate(problem.scaled(0.5 * dot(g, g)), problem_alone(product, outer), inner)
+        *_, last = path(problem, optimizer, outer, task, self.steps, before)
+        return Estimate(problem.scaled(0.5 * dot(g, g)), problem_alone(product, outer), last.inner, state=last.state)

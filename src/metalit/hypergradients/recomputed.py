@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 
-from metalit.adapt import Outer, inner_step
+from metalit.adapt import Outer, Start, beginning, inner_step
 from metalit.hypergradients.base import Estimate, Progress
 from metalit.hypergradients.unrolled import Unrolled
 from metalit.inner.base import InnerOptimizer
@@ -41,15 +41,15 @@ class Recomputed(Unrolled):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Adapt, then sweep back."""
         own = outer["problem"]
 
         def first_iterate(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
-            inner = problem.init(own, task) if start is None else tree_map(Tensor.detach, start)
-            return inner, _tree(optimizer.init(inner))
+            inner, state = beginning(problem, optimizer, own, task, start)
+            return inner, _tree(state)
 
         def step(number: int, inner: Tree, state: dict[str, Any], outer: Outer) -> tuple[Tree, dict[str, Any]]:
             inner, after = inner_step(problem, optimizer, inner, state.get("state"), outer, task, number)
@@ -60,7 +60,7 @@ class Recomputed(Unrolled):
             path.append(step(number, *path[-1], outer))
         only_last = [0.0] * (self.steps - 1) + [1.0]
         weights = self.weights_at(progress, next(leaf for _, leaf in leaves(outer))) or only_last
-        inner = path[-1][0]
+        inner, state = path[-1]
         value: Any = 0.0
         gradient = tree_map(torch.zeros_like, outer)
         pull = pytree_map(torch.zeros_like, path.pop())
@@ -77,7 +77,8 @@ class Recomputed(Unrolled):
             gradient = axpy(1.0, through, gradient)
             del path[number + 1 :]
         (through,) = _pulled(first_iterate, (own,), tuple(pull))
-        return Estimate(value, {**gradient, "problem": axpy(1.0, through, gradient["problem"])}, inner)
+        gradient = {**gradient, "problem": axpy(1.0, through, gradient["problem"])}
+        return Estimate(value, gradient, inner, state=state.get("state", {}))
 
 
 def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[Any, ...]:

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.func import grad_and_value
 
-from metalit.adapt import Outer, iterates
+from metalit.adapt import Iterate, Outer, Start, path
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
 from metalit.hypergradients.weights import Annealed, Weights, check_weights
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,22 @@ class Unrolled(Hypergradient):
         optimizer: InnerOptimizer,
         outer: Outer,
         task: Any,
-        start: Tree | None = None,
+        start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the weighted outer loss through the inner loop."""
 
-        def loss(outer: Outer) -> tuple[Tensor, Tree]:
-            path = list(iterates(problem, optimizer, outer, task, self.steps, start))
+        def loss(outer: Outer) -> tuple[Tensor, Iterate]:
+            each = list(path(problem, optimizer, outer, task, self.steps, start))
             first = self.steps if self.weights is None else 1
             losses = [
-                problem.after(steps).outer_loss(path[steps], outer["problem"], task)
+                problem.after(steps).outer_loss(each[steps].inner, outer["problem"], task)
                 for steps in range(first, self.steps + 1)
             ]
             weights = self.weights_at(progress, losses[-1])
             if weights is None:
-                return losses[-1], path[-1]
-            return reduce(add, (weight * value for weight, value in zip(weights, losses, strict=True))), path[-1]
+                return losses[-1], each[-1]
+            return reduce(add, (weight * value for weight, value in zip(weights, losses, strict=True))), each[-1]
 
-        gradient, (value, inner) = grad_and_value(loss, has_aux=True)(outer)
-        return Estimate(value, gradient, inner)
+        gradient, (value, last) = grad_and_value(loss, has_aux=True)(outer)
+        return Estimate(value, gradient, last.inner, state=last.state)

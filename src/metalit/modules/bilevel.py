@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from metalit.adapt import Outer, adapt
+from metalit.adapt import Iterate, Outer, adapt, inner_of
 from metalit.data.base import Split
 from metalit.data.draws import KeysDataModule
 from metalit.data.stream import EvalStream, TrainStream
@@ -41,8 +41,8 @@ class BilevelLearner(TwoLevelLearner):
         problem: what is learned.
         inner_optimizer: how the inner variable moves.
         hypergradient: how the outer variable learns from it, and in how many inner steps.
-        warm_start: start each outer step where the last one left the inner variable, instead of at ``init``; then it is
-            part of the checkpoint.
+        warm_start: start each outer step where the last one left the inner variable and the inner optimiser's state,
+            instead of at ``init``; then they are part of the checkpoint.
         eval_steps: judge the inner variable after so many steps from ``init``, and the baselines likewise. If not
             given, it is judged after as many steps as training takes; if it is warm-started, as training left it, and
             without baselines, which would have seen fewer steps.
@@ -100,7 +100,7 @@ class BilevelLearner(TwoLevelLearner):
         self.eval_steps = eval_steps
         self.draws = draws
         self.seed = seed
-        self._warm = WarmStart()
+        self._warm = WarmStart(inner_optimizer)
         self.scores: Scores = {}
         self._collected: list[Scores] = []
 
@@ -134,9 +134,9 @@ class BilevelLearner(TwoLevelLearner):
 
     def training_step(self, tasks: Any, batch_idx: int) -> None:
         """Take one outer step, or as many as are fused."""
-        inner = self.steps_on(self.cast(tasks))
-        if self.warm_start:
-            self._warm.keep(inner)
+        last = self.steps_on(self.cast(tasks))
+        if isinstance(last, Iterate):
+            self._warm.keep(last)
 
     @property
     def inner(self) -> Tree | None:
@@ -144,9 +144,9 @@ class BilevelLearner(TwoLevelLearner):
 
         They are those of all ranks, which must ask together.
         """
-        return self._warm.of_all(self.trainer)
+        return inner_of(self._warm.of_all(self.trainer))
 
-    def start(self, tasks: Any) -> Tree | None:
+    def start(self, tasks: Any) -> Iterate | None:
         """With a warm start, where the last step left this rank's tasks."""
         if not self.warm_start:
             return None
@@ -284,9 +284,9 @@ class BilevelLearner(TwoLevelLearner):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the inner variables of all ranks, if they are warm-started."""
+        """Keep the inner variables of all ranks, if they are warm-started, and the leaves of the states."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["inner"] = self.inner
+        checkpoint |= self._warm.kept(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the inner variables up again.
@@ -297,4 +297,4 @@ class BilevelLearner(TwoLevelLearner):
         super().on_load_checkpoint(checkpoint)
         if "inner" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no inner variable")
-        self._warm.load(checkpoint["inner"])
+        self._warm.load(checkpoint)

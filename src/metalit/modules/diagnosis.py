@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from metalit.adapt import Outer
+from metalit.adapt import Iterate, Outer, Start, inner_of
 from metalit.hypergradients.base import Hypergradient
 from metalit.hypergradients.tasks import for_each_task
 from metalit.modules.estimator_warnings import EstimatorWarnings
@@ -56,7 +56,7 @@ class Diagnosis:
         """Begin a new fit, in which everything is warned of anew."""
         self.warnings = EstimatorWarnings(self.owner.hypergradient)
 
-    def __call__(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
+    def __call__(self, context: StepContext, found: StepResult, tasks: Any, start: Start) -> dict[str, Tensor]:
         """Scalars by name.
 
         Args:
@@ -66,22 +66,26 @@ class Diagnosis:
         """
         if not self.steps.is_compiled:
             self.batches.stay_uncompiled()
-        means = self.batches((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
+        items = tasks, inner_of(found.per_item), inner_of(start)
+        means = self.batches((context, _gradient(context, found)), items).metrics
         return {"outer_norm": norm(context.outer), **means, **found.metrics}
 
-    def pure(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, Tensor]:
+    def pure(self, context: StepContext, found: StepResult, tasks: Any, start: Start) -> dict[str, Tensor]:
         """The same as a pure function of these, of all tasks at once."""
-        means = self._means((context, _gradient(context, found)), (tasks, found.per_item, start)).metrics
+        items = tasks, inner_of(found.per_item), inner_of(start)
+        means = self._means((context, _gradient(context, found)), items).metrics
         return {"outer_norm": norm(context.outer), **means, **found.metrics}
 
-    def as_logged(self, context: StepContext, found: StepResult, tasks: Any, start: Tree | None) -> dict[str, float]:
+    def as_logged(self, context: StepContext, found: StepResult, tasks: Any, start: Start) -> dict[str, float]:
         """The numbers of a step that is not taken, uncompiled, as a log would have them."""
         values = self.pure(context, found, tasks, start)
         scale = 1.0 if context.scale is None else context.scale
         values |= {"loss": found.gradient.loss, "grad_norm": (found.gradient.gradient / scale).norm()}
         return {name: float(value) for name, value in values.items()}
 
-    def warn(self, step: int, metrics: dict[str, float], outer: Outer, tasks: Any, inner: Tree, advice: str) -> None:
+    def warn(
+        self, step: int, metrics: dict[str, float], outer: Outer, tasks: Any, inner: Tree | Iterate, advice: str
+    ) -> None:
         """Warn of an outer step.
 
         Args:
@@ -91,7 +95,7 @@ class Diagnosis:
             tasks, inner: what it was taken on, and the inner variables that it found.
             advice: what may be done where the inner steps carry no derivative.
         """
-        self.warnings.tell(step, metrics, partial(self._inner_gradient_norm, outer, tasks, inner), advice)
+        self.warnings.tell(step, metrics, partial(self._inner_gradient_norm, outer, tasks, inner_of(inner)), advice)
 
     def _inner_gradient_norm(self, outer: Outer, tasks: Any, inner: Tree) -> float:
         """The norm of ∂outer_loss/∂θ over tasks."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalit.adapt import Outer
+from metalit.adapt import Outer, Start, inner_of
 from metalit.autodiff.draws import OtherGenerators
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
@@ -15,7 +15,6 @@ from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.training.context import StepContext
 from metalit.training.outer_gradient import OuterGradient
-from metalit.tree import Tree
 
 
 def first_of(tasks: Any) -> Any:
@@ -34,7 +33,7 @@ def check_first_task(
     optimizer: InnerOptimizer,
     context: StepContext,
     tasks: Any,
-    start: Tree | None,
+    start: Start,
 ) -> None:
     """Take an outer step on a few tasks, to no effect.
 
@@ -66,7 +65,7 @@ def check_still_fits(
     learned: ParameterTree,
     outer: Outer,
     task: Any,
-    start: Tree | None,
+    start: Start,
 ) -> None:
     """Check that what was made for the inner variable fits it still, when others are trainable than before.
 
@@ -78,8 +77,8 @@ def check_still_fits(
             f"inner_optimizer {type(optimizer).__name__} learns parameters for what adapts, which a callback froze or "
             "unfroze in mid-training; do so before training, or use SGD inside"
         )
-    begin = problem.init(outer["problem"], task)
-    if start is not None and not alike(begin, first_of(start)):
+    begin, held = problem.init(outer["problem"], task), inner_of(first_of(start))
+    if held is not None and not alike(begin, held):
         raise InputError(
             "model.warm_start: a callback froze or unfroze in mid-training what adapts, and so there is nowhere to "
             "go on from; do so before training, or leave it out"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metalit.adapt import Outer
+from metalit.adapt import Iterate, Outer, Start
 from metalit.autodiff.blame import as_input_error
 from metalit.checks.trainer import check_counts
 from metalit.data.stream import Fused
@@ -132,7 +132,7 @@ class TwoLevelLearner(OuterLearner):
         self._diagnosis.begin()
         self._last = None
 
-    def check_first_task(self, tasks: Any, start: Tree | None = None) -> None:
+    def check_first_task(self, tasks: Any, start: Start = None) -> None:
         """Check problem, inner optimiser and hypergradient on the first tasks that come, before anything is trained.
 
         Raises:
@@ -164,8 +164,8 @@ class TwoLevelLearner(OuterLearner):
         """Tell in one line what is wrong with the user's code, which is tried on tasks."""
         return as_input_error("model.problem", self.problem)
 
-    def start(self, tasks: Any) -> Tree | None:
-        """Where the inner variables of an outer step start, with a leading dimension of tasks; None for ``init``."""
+    def start(self, tasks: Any) -> Iterate | None:
+        """Where the inner loops of an outer step start, with a leading dimension of tasks; None for ``init``."""
         return None
 
     # ---- outer steps
@@ -178,7 +178,7 @@ class TwoLevelLearner(OuterLearner):
         """
         self._checked(*(batch if isinstance(batch, Fused) else (batch, 1)))
 
-    def _checked(self, tasks: Any, steps: int) -> Tree | None:
+    def _checked(self, tasks: Any, steps: int) -> Iterate | None:
         """Where the first of the steps starts, for tasks that are checked."""
         if steps != self.fused_steps:
             raise InputError(
@@ -196,14 +196,14 @@ class TwoLevelLearner(OuterLearner):
         self.check_first_task(first, start)
         return start
 
-    def steps_on(self, batch: Any) -> Tree:
+    def steps_on(self, batch: Any) -> Tree | Iterate:
         """Take the outer steps of a batch: one on its tasks, or as many as are :class:`~metalit.data.stream.Fused`.
 
         The first one begins at :meth:`start`, each further one there too, or, if that is not None, where the one before
         it ended.
 
         Returns:
-            The inner variables that the last step found.
+            The inner variables that the last step found; if they did not start at ``init``, with their states.
 
         Raises:
             InputError: tasks that are not fused in ``fused_steps`` steps; what :meth:`check_first_task` raises.
@@ -218,13 +218,14 @@ class TwoLevelLearner(OuterLearner):
         """The problem as it is differentiated."""
         return self.problem if scale is None else Scaled(self.problem, scale)
 
-    def _step_result(self, context: StepContext, items: tuple[Any, Tree | None]) -> StepResult:
+    def _step_result(self, context: StepContext, items: tuple[Any, Start]) -> StepResult:
         """The mean hypergradient over tasks and their starts: what is compiled."""
         (outer, scale, progress), (tasks, start) = context, items
         problem = self.scaled_problem(scale)
         found = over_tasks(self.hypergradient, problem, self.inner_optimizer, outer, tasks, start, progress)
         loss = found.loss if scale is None else found.loss / scale
-        return StepResult(OuterGradient.of(loss, found.gradient), found.metrics, found.inner)
+        last = Iterate(found.inner, found.state) if isinstance(start, Iterate) else found.inner
+        return StepResult(OuterGradient.of(loss, found.gradient), found.metrics, last)
 
     # ---- warnings: where a log is due, at the first step and at the end
 
@@ -251,7 +252,7 @@ class TwoLevelLearner(OuterLearner):
             with self.trainer.precision_plugin.train_step_context():
                 self._warn_of(few_of(tasks), few_of(start))
 
-    def _warn_of(self, tasks: Any, start: Tree | None) -> None:
+    def _warn_of(self, tasks: Any, start: Start) -> None:
         """Warn of what an outer step on a few tasks would find."""
         context = self.stepper.context(self.constants(), self.outer_step)
         found = self._step_result(context, (tasks, start))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metalit.adapt import Iterate
 from metalit.compiling.compiled import Compiled, Program
 from metalit.private_torch import TreeSpec, pytree_map, tree_flatten, tree_unflatten
 from metalit.training.outer_gradient import OuterGradient
@@ -23,7 +24,7 @@ class StepResult(NamedTuple):
 
     gradient: OuterGradient
     metrics: dict[str, Tensor]
-    per_item: Tree
+    per_item: Tree | Iterate
 
 
 class FlatResult:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metalit.adapt import Start
 from metalit.autodiff.untouched import untouched
 from metalit.compiling.compiled import Compiled
 from metalit.compiling.loops import repeated
@@ -14,9 +15,9 @@ from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.training.batches import StepResult
 from metalit.training.context import StepContext
 from metalit.training.joined import JoinedOptimizer
-from metalit.tree import Tree, tree_map, unflatten
+from metalit.tree import unflatten
 
-Diagnose = Callable[[StepContext, StepResult, Any, Tree | None], dict[str, Tensor]]
+Diagnose = Callable[[StepContext, StepResult, Any, Start], dict[str, Tensor]]
 
 
 class FusedResult(NamedTuple):
@@ -65,14 +66,14 @@ class FusedLoop:
         self.compiled = Compiled(self._loop, module, tell=tell, seconds=seconds)
 
     def __call__(
-        self, items: Any, steps: int, start: Tree | None, progress: int, schedule: Callable[[], None]
+        self, items: Any, steps: int, start: Start, progress: int, schedule: Callable[[], None]
     ) -> FusedResult | None:
         """Take the steps.
 
         Args:
             items: those of all steps, one step after the other along the leading dimension of every tensor.
             steps: how many.
-            start: where the inner variables of the first start; if given, each further step starts where the last
+            start: where the inner loops of the first start; if given, each further step starts where the last
                 one ended.
             progress: how many outer steps were taken before.
             schedule: sets the options of the next step; called between steps.
@@ -103,7 +104,7 @@ class FusedLoop:
     # order of keys, contiguous) from step to step, since the loop's body is compiled for one form alone.
 
     def _loop(
-        self, count: Tensor, carried: list[Tensor], start: Tree | None, first: Tensor, rows: Tensor, items: Any
+        self, count: Tensor, carried: list[Tensor], start: Start, first: Tensor, rows: Tensor, items: Any
     ) -> tuple[Any, ...]:
         context = self.host.tensors(), first, rows, items
         # one evaluation tells the form of what each step finds; no number of it is used, and the program leaves it out
@@ -144,12 +145,12 @@ class FusedLoop:
         with untouched(self.host):
             return functional_call(self.host, context[0], (fn, *given))
 
-    def _evaluated(self, number: Tensor, flat: Tensor, start: Tree | None, context: tuple[Any, ...]) -> StepResult:
+    def _evaluated(self, number: Tensor, flat: Tensor, start: Start, context: tuple[Any, ...]) -> StepResult:
         """The result of step ``number`` of the loop."""
         at, items = self._given(number, flat, context)
         found = self._called(self.evaluate, context, at, (items, start))
         if start is not None:  # in the order of its keys, as it goes in again
-            found = found._replace(per_item=tree_map(lambda _, value: value, start, found.per_item))
+            found = found._replace(per_item=pytree_map(lambda _, value: value, start, found.per_item))
         return pytree_map(Tensor.contiguous, found)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from metalit.adapt import Outer
+from metalit.adapt import Outer, Start
 from metalit.private_torch import pytree_map, tree_flatten, tree_unflatten
 from metalit.training.batches import Batches, FlatResult, StepResult
 from metalit.training.context import StepContext
@@ -14,16 +14,15 @@ from metalit.training.fused_loop import FusedLoop
 from metalit.training.joined import JoinedOptimizer, rule_of
 from metalit.training.optimizers import optimizer_of
 from metalit.training.stepper import OuterStepper, Scalars
-from metalit.tree import Tree
 
 
 class Diagnosing(Protocol):
     """Finds what is to be logged of a step: of what it was taken at, what it found, its items and their start."""
 
-    def __call__(self, context: StepContext, found: StepResult, items: Any, start: Tree | None, /) -> dict[str, Tensor]:
+    def __call__(self, context: StepContext, found: StepResult, items: Any, start: Start, /) -> dict[str, Tensor]:
         """Scalars by name; called before the outer variable moves, where a log is due."""
 
-    def pure(self, context: StepContext, found: StepResult, items: Any, start: Tree | None, /) -> dict[str, Tensor]:
+    def pure(self, context: StepContext, found: StepResult, items: Any, start: Start, /) -> dict[str, Tensor]:
         """The same as a pure function of these."""
 
 
@@ -55,7 +54,7 @@ class OuterLoop:
         self.seconds = seconds
         self._program: FusedLoop | None = None
 
-    def take(self, outer: Outer, items: Any, steps: int, start: Tree | None) -> tuple[StepResult, Scalars]:
+    def take(self, outer: Outer, items: Any, steps: int, start: Start) -> tuple[StepResult, Scalars]:
         """Take so many steps.
 
         Args:
@@ -72,7 +71,7 @@ class OuterLoop:
         found = None if program is None else self._in_a_program(program, items, steps, start)
         return self._one_by_one(outer, items, steps, start) if found is None else found
 
-    def _one_by_one(self, outer: Outer, items: Any, steps: int, start: Tree | None) -> tuple[StepResult, Scalars]:
+    def _one_by_one(self, outer: Outer, items: Any, steps: int, start: Start) -> tuple[StepResult, Scalars]:
         values, form = tree_flatten(items)
         each = list(zip(*(_split(value, steps) for value in values), strict=True))
         last = tree_unflatten(each[-1], form)
@@ -104,7 +103,7 @@ class OuterLoop:
         return self._program
 
     def _in_a_program(
-        self, program: FusedLoop, items: Any, steps: int, start: Tree | None
+        self, program: FusedLoop, items: Any, steps: int, start: Start
     ) -> tuple[StepResult, Scalars] | None:
         found = program(items, steps, start, self.stepper.module.global_step, self.stepper.schedule)
         if found is None:
