@@ -10,9 +10,10 @@ import metalit
 
 ROOT = Path(metalit.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging", "unrounded"), 0),
+    **dict.fromkeys(("__init__", "tree", "keys", "errors", "judging"), 0),
     **dict.fromkeys(("private_torch", "private_lightning"), 0),
-    **dict.fromkeys(("autodiff", "losses", "networks", "linsolve", "locks", "checkpoints", "notices"), 1),
+    **dict.fromkeys(("autodiff", "losses", "networks", "unrounded", "linsolve", "locks"), 1),
+    **dict.fromkeys(("checkpoints", "notices"), 1),
     **dict.fromkeys(("problem", "inner", "compiling"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),

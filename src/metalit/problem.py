@@ -117,6 +117,9 @@ class Problem(Unrounded, ABC):
     def outer_loss(self, inner: Inner, outer: dict[str, Tensor], task: Any) -> Tensor:
         """Return the scalar that judges an inner variable."""
 
+    def trained_for(self, steps: int) -> None:
+        """Make the outer parameters that each of the inner steps has its own of; asked once, by the learner."""
+
     def after(self, steps: int) -> "Problem":
         """Return the problem as it stands after so many inner steps: its outer loss and predictions are taken of that.
 

@@ -1,10 +1,12 @@
 """Numbers that were written by hand, in tensors whose precision is known only later."""
 
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from metalit.tree import Tree, leaves, tree_map
 
 
 class Unrounded(nn.Module):
@@ -40,3 +42,26 @@ class Unrounded(nn.Module):
                 with torch.no_grad():
                     now.copy_(exact)
         return self
+
+
+class ParameterTree(Unrounded):
+    """A tree whose leaves are parameters, saved by their dotted names.
+
+    Args:
+        tree: the values that they begin with.
+        exact: the same in double precision.
+    """
+
+    def __init__(self, tree: Tree, exact: Tree | None = None) -> None:
+        super().__init__()
+        for name, value in leaves(tree if exact is None else exact):
+            self.written(name, value)
+        self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
+        for name, parameter in leaves(self.tree):
+            *path, last = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, cast(nn.Parameter, parameter))

@@ -10,7 +10,7 @@ from metalit.autodiff.draws import OtherGenerators
 from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
 from metalit.inner.base import InnerOptimizer
-from metalit.modules.learned import ParameterTree, alike, brought
+from metalit.modules.learned import alike, brought
 from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.training.context import StepContext

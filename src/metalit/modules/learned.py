@@ -1,14 +1,11 @@
 """What an inner optimiser learns: parameters of the inner variable's shape, as a module."""
 
-from typing import cast
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from metalit.errors import InputError
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 from metalit.tree import Tree, leaves, tree_map
-from metalit.unrounded import Unrounded
 
 
 def brought(problem: Problem, optimizer: InnerOptimizer, steps: int, exact: bool = False) -> Tree:
@@ -54,26 +51,3 @@ def updated(present: Tree, known: Tree) -> Tree:
         found.append(values[name] if same else value)
     each = iter(found)
     return tree_map(lambda _: next(each), present)
-
-
-class ParameterTree(Unrounded):
-    """A tree whose leaves are parameters, saved by their dotted names.
-
-    Args:
-        tree: the values that they begin with.
-        exact: the same in double precision.
-    """
-
-    def __init__(self, tree: Tree, exact: Tree | None = None) -> None:
-        super().__init__()
-        for name, value in leaves(tree if exact is None else exact):
-            self.written(name, value)
-        self.tree = tree_map(lambda value: nn.Parameter(value.detach().clone()), tree)
-        for name, parameter in leaves(self.tree):
-            *path, last = name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in dict(owner.named_children()):
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(last, cast(nn.Parameter, parameter))

@@ -15,7 +15,7 @@ from metalit.inner.base import InnerOptimizer
 from metalit.modules.base import OuterLearner
 from metalit.modules.diagnosis import Diagnosis
 from metalit.modules.first_task import check_first_task, check_still_fits, damping_of, few_of, first_of, if_singular
-from metalit.modules.learned import ParameterTree, alike, brought, updated
+from metalit.modules.learned import alike, brought, updated
 from metalit.notices import say
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -26,6 +26,7 @@ from metalit.training.outer_gradient import OuterGradient
 from metalit.training.outer_loop import OuterLoop, items_of_step
 from metalit.training.ranks import compile_patience
 from metalit.tree import Tree, tree_map
+from metalit.unrounded import ParameterTree
 
 
 class TwoLevelLearner(OuterLearner):
@@ -82,6 +83,7 @@ class TwoLevelLearner(OuterLearner):
             raise InputError(
                 f"model.compile_seconds={compile_seconds} must be a positive number of seconds, such as 300"
             )
+        problem.trained_for(hypergradient.steps)
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
