@@ -133,8 +133,13 @@ def _drawn(module: nn.Module, seed: int) -> Any:
     return module
 
 
-def _few_shot(inputs: int, outputs: int, *adapt: str) -> FewShot:
-    return FewShot(linear(inputs, outputs), adapt=adapt or ("*",))
+def _few_shot(inputs: int, outputs: int, *adapt: str, **options: Any) -> FewShot:
+    problem = FewShot(linear(inputs, outputs), adapt=adapt or ("*",), **options)
+    problem.trained_for(OfRegression.ROWS)
+    for name in problem.copies.names:  # rows that are not all alike
+        row = problem.outer()[name]
+        row.data = row + draw(*row.shape, seed=31)
+    return problem
 
 
 # ---- the table
@@ -163,6 +168,12 @@ PROBLEMS = {
     "MAML, ragged": Posed(_few_shot(2, 1), _RAGGED, 0.15, OfRegression),
     "ANIL": Posed(_few_shot(2, 1, "bias"), _R21, 0.2, OfRegression),
     "BOIL": Posed(_few_shot(2, 1, "w*"), _R21, 0.2, OfRegression),
+    "iMAML, rows": Posed(_few_shot(2, 1, proximal=0.7), _RAGGED, 0.15, OfRegression),
+    "ANIL, proximal": Posed(_few_shot(3, 2, "bias", proximal=0.4), _R32, 0.2, OfRegression),
+    "CAVIA": Posed(_few_shot(2, 1, "bias", reset=["bias"]), _R21, 0.2, OfRegression),
+    "CAVIA, all adapts": Posed(_few_shot(3, 2, reset=["bias"], proximal=0.3), _R32, 0.2, OfRegression),
+    "MAML++": Posed(_few_shot(3, 2, per_step=["bias"]), _R32, 0.2, OfRegression),
+    "MAML++, proximal": Posed(_few_shot(2, 1, per_step=["w*"], proximal=0.3), _R21, 0.2, OfRegression),
     "Ridge in 1-d": Posed(_drawn(Ridge(1, intercept=False), 6), tables(1), 0.3, OfRidge),
     "Ridge": Posed(_drawn(Ridge(3), 6), tables(3), 0.2, OfRidge),
     "Ridge, minibatches": Posed(_drawn(Ridge(3, batch=4, outer_batch=3), 6), tables(3), 0.2, OfRidge),
@@ -212,7 +223,7 @@ OPTIMIZERS = {"SGD": SGD, "MetaSGD": MetaSGD, "Newton": lambda lr: Newton(dampin
 
 # which pairs are not valid, and why
 
-_INIT_ALONE = {name for name in PROBLEMS if name.startswith(("bowl", "MAML"))}
+_INIT_ALONE = {name for name in PROBLEMS if name.startswith("bowl")} | {"MAML", "MAML, ragged"}
 _INNER_LOSS_ALONE = {name for name in PROBLEMS if name.split()[0].strip(",") in ("Ridge", "Logistic", "Cleaning")}
 _OUTER_LOSS_ALONE = {"LowRank"}
 

@@ -5,10 +5,11 @@
 - ``init(φ)``: θ₀ and dθ₀/dφ, ``[n, m]``
 - ``g``, ``H``, ``J``: ∂f/∂θ ``[n]``, ∂²f/∂θ² ``[n, n]``, ∂²f/∂θ∂φ ``[n, m]``, all of (θ, φ, step)
 - ``twist``: ∂(Hp)/∂θ and ∂(Hp)/∂φ for a constant vector p, which Newton's derivative needs
-- ``outer(θ, φ)``: L, ∂L/∂θ, ∂L/∂φ
+- ``outer(θ, φ)``: L, ∂L/∂θ, ∂L/∂φ; ``after(steps)`` makes it that after so many inner steps
 """
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Derivatives(ABC):
 
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         return phi.new_zeros(len(theta), len(theta)), phi.new_zeros(len(theta), len(phi))
+
+    def after(self, steps: int) -> "Derivatives":
+        """Of the problem as it stands after so many inner steps."""
+        return self
 
     @abstractmethod
     def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -87,34 +92,57 @@ class OfThetaPhi(Derivatives):
 
 
 class OfRegression(Derivatives):
-    """Mean squared error of ``nn.Linear``, ½ψᵀAψ − bᵀψ + constant in all weights and biases ψ, of which some adapt."""
+    """Mean squared error of ``nn.Linear``, ½ψᵀAψ − bᵀψ + constant in all weights and biases ψ, of which some adapt.
+
+    ψ = Eφ before any adapts, with E of 0 and 1: a parameter that is reset has no column, and of one that is per step,
+    step k has the columns of row k, and past the last row those. ½λ‖θ − θ₀‖² draws to θ₀, what is Eφ where it adapts.
+    """
+
+    ROWS = 2  # of what is per step
+    taken = 0
 
     def __init__(self, problem: Any, task: Any) -> None:
         super().__init__(problem, task)
-        outer = problem.outer()
-        self.adapts = torch.cat([torch.full((v.numel(),), name in problem.adapted) for name, v in outer.items()])
-        self.A, self.b, _ = _normal_equations(task.support, outer["weight"].shape[0])
-        self.Q, self.d, self.constant = _normal_equations(task.query, outer["weight"].shape[0])
+        self.sizes = {name: value.numel() for name, value in problem.network.named_parameters()}
+        self.adapts = torch.cat([torch.full((size,), name in problem.adapted) for name, size in self.sizes.items()])
+        outputs = problem.network.weight.shape[0]
+        self.A, self.b, _ = _normal_equations(task.support, outputs)
+        self.Q, self.d, self.constant = _normal_equations(task.query, outputs)
+
+    def E(self, step: int) -> Tensor:
+        columns, psi = [], torch.eye(len(self.adapts), dtype=self.A.dtype)
+        for name, own in zip(self.sizes, psi.split(list(self.sizes.values()), 1), strict=True):
+            rows = self.ROWS if name in self.problem.copies.names else 1 - (name in self.problem.reset)
+            columns += [own * (row == min(max(step, 0), rows - 1)) for row in range(rows)]
+        return torch.cat(columns, 1)
+
+    def after(self, steps: int) -> "OfRegression":
+        found = copy(self)
+        found.taken = steps
+        return found
 
     def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        return phi[self.adapts], _eye(phi)[self.adapts]
+        return (self.E(0) @ phi)[self.adapts], self.E(0)[self.adapts]
 
-    def _all(self, theta: Tensor, phi: Tensor) -> Tensor:
-        return phi.masked_scatter(self.adapts, theta)
+    def _all(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return (self.E(step) @ phi).masked_scatter(self.adapts, theta)
 
     def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
-        return (self.A @ self._all(theta, phi) - self.b)[self.adapts]
+        start = (self.E(step) @ phi)[self.adapts]
+        return (self.A @ self._all(theta, phi, step) - self.b)[self.adapts] + self.problem.proximal * (theta - start)
 
     def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
-        return self.A[self.adapts][:, self.adapts]
+        return self.A[self.adapts][:, self.adapts] + self.problem.proximal * _eye(theta)
 
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
-        return self.A[self.adapts] * ~self.adapts  # what adapts hides its own outer value
+        hidden = ~self.adapts  # what adapts hides its own outer value
+        return (self.A[self.adapts] * hidden) @ self.E(step) - self.problem.proximal * self.E(step)[self.adapts]
 
     def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        psi = self._all(theta, phi)
+        psi, E = self._all(theta, phi, self.taken - 1), self.E(self.taken - 1)
         slope = self.Q @ psi - self.d
-        return 0.5 * psi @ self.Q @ psi - self.d @ psi + self.constant, slope[self.adapts], slope * ~self.adapts
+        loss = 0.5 * psi @ self.Q @ psi - self.d @ psi + self.constant
+        return loss, slope[self.adapts], E.T @ (slope * ~self.adapts)
 
 
 def _normal_equations(points: Points, outputs: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,10 +38,16 @@ def dropout():
     return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
 
 
-def meta(inner=None, **options):
+def meta(inner=None, problem=None, **options):
     options = {"eval_steps": 3, "optimizer": ADAM, "scheduler": COSINE, **options}
     unrolled = Unrolled(2, Annealed([0.5, 0.5], [0.1, 0.9], over=30))  # so that each step must know its number
-    return MetaLearner(FewShot(network(1, 8, 1)), inner or SGD(0.05), unrolled, **options)
+    return MetaLearner(problem or FewShot(network(1, 8, 1)), inner or SGD(0.05), unrolled, **options)
+
+
+def per_step():
+    torch.manual_seed(0)
+    network = MLP([1, 8, 1], activation="Tanh", norm="LayerNorm", context=2)
+    return FewShot(network, adapt=["hidden*", "context"], proximal=0.1, reset=["context"], per_step=["norm*"])
 
 
 def sine():
@@ -99,6 +105,7 @@ CASES = {
     "MAML": (meta, sine, DOUBLE),
     "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
     "MAML, fused": (lambda: meta(fused_steps=2), sine, DOUBLE | {"log_every_n_steps": 2}),
+    "MAML++": (lambda: meta(problem=per_step()), sine, DOUBLE),
     "Meta-SGD, clipped": (lambda: meta(MetaSGD(0.05), clip_norm=0.1), sine, DOUBLE),
     "ridge, warm": (lambda: ridge(warm_start=True), lambda: splits(regression()), DOUBLE),
     "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),

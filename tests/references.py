@@ -44,6 +44,7 @@ class Point:
         if start is not None:
             self.theta, by_phi = _flat(start), 0 * by_phi
         self.Z = torch.cat([by_phi, self.phi.new_zeros(len(self.theta), len(self.rates))], 1)
+        self.taken = 0
         self.state: Tensor = torch.zeros_like(self.theta)
         self.state_by_outer: Tensor = torch.zeros_like(self.Z)
 
@@ -54,7 +55,7 @@ class Point:
         if not first_order:
             by_outer = self.hand.H(*given) @ self.Z + self.padded(self.hand.J(*given))
         move, turn = RULES[type(self.optimizer)](self, given, g, by_outer)
-        self.theta = self.theta - move
+        self.theta, self.taken = self.theta - move, number + 1
         if dropped:
             self.state_by_outer = 0 * self.state_by_outer
         else:
@@ -66,13 +67,13 @@ class Point:
 
     def judge(self) -> tuple[Tensor, Tensor]:
         """The outer loss, and its gradient with respect to (φ, rates)."""
-        loss, by_theta, by_phi = self.hand.outer(self.theta, self.phi)
+        loss, by_theta, by_phi = self.hand.after(self.taken).outer(self.theta, self.phi)
         return loss, self.Z.T @ by_theta + self.padded(by_phi)
 
     def implicit(self, kind: Implicit) -> tuple[Tensor, Tensor]:
         """The outer loss, and ∂L/∂φ − Jᵀ(H + damping · I)⁻¹ ∂L/∂θ, or the Neumann series for the inverse."""
         given = (self.theta, self.phi, kind.steps)
-        loss, by_theta, by_phi = self.hand.outer(self.theta, self.phi)
+        loss, by_theta, by_phi = self.hand.after(self.taken).outer(self.theta, self.phi)
         identity = torch.eye(len(self.theta), dtype=self.phi.dtype)
         K = self.hand.H(*given) + kind.damping * identity
         if isinstance(kind.solver, Neumann):

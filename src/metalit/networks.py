@@ -4,7 +4,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from metalit.errors import InputError
 
@@ -17,15 +18,26 @@ class MLP(nn.Sequential):
             In a configuration, the first and the last may be ``auto``: as many as the data has inputs and outputs.
         activation: the name of an activation module of ``torch.nn``, put after every hidden layer.
         dropout: the rate of dropout after every hidden layer.
+        norm: the name of a normalisation module of ``torch.nn`` that is given a width, ``LayerNorm`` or
+            ``BatchNorm1d``, put before every activation; layers ``norm1``, ``norm2``, …
+        context: how many entries the parameter ``context`` has, that is joined to every input; it starts at 0.
 
     Raises:
-        InputError: fewer than two sizes, an activation that ``torch.nn`` does not have, or a rate out of range.
+        InputError: fewer than two sizes, an activation that ``torch.nn`` does not have, another ``norm``, a rate out
+            of range, or a negative ``context``.
 
     >>> [name for name, _ in MLP([1, 40, 1]).named_parameters()]
     ['hidden1.weight', 'hidden1.bias', 'out.weight', 'out.bias']
     """
 
-    def __init__(self, sizes: Sequence[int | Literal["auto"]], activation: str = "ReLU", dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int | Literal["auto"]],
+        activation: str = "ReLU",
+        dropout: float = 0.0,
+        norm: Literal["LayerNorm", "BatchNorm1d"] | None = None,
+        context: int = 0,
+    ) -> None:
         widths = [size for size in sizes if size != "auto"]
         if len(widths) < len(sizes):
             raise InputError(
@@ -43,11 +55,25 @@ class MLP(nn.Sequential):
             raise InputError(f"MLP: activation={activation!r} is no activation of torch.nn; try 'ReLU'") from None
         if not 0 <= dropout <= 1:
             raise InputError(f"MLP: dropout={dropout} must be a rate between 0 and 1")
+        if norm not in (None, "LayerNorm", "BatchNorm1d"):
+            raise InputError(f"MLP: norm={norm!r} must be 'LayerNorm' or 'BatchNorm1d'; leave it out for none")
+        if context < 0:
+            raise InputError(f"MLP: context={context} must be a number of entries, 0 or more")
+        widths[0] += context
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index in range(1, len(widths) - 1):
             layers[f"hidden{index}"] = nn.Linear(widths[index - 1], widths[index])
+            if norm is not None:
+                layers[f"norm{index}"] = getattr(nn, norm)(widths[index])
             layers[f"activation{index}"] = make_activation()
             if dropout:
                 layers[f"dropout{index}"] = nn.Dropout(dropout)
         layers["out"] = nn.Linear(widths[-2], widths[-1])
         super().__init__(layers)
+        self.context = nn.Parameter(torch.zeros(context)) if context else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate, with the context beside ``x``."""
+        if self.context is not None:
+            x = torch.cat([x, self.context.expand(*x.shape[:-1], -1)], -1)
+        return super().forward(x)

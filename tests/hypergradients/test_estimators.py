@@ -263,6 +263,10 @@ def test_a_nan_task_does_not_reach_its_neighbours():
         (lambda: MLP([3, 0, 1]), "MLP: sizes=[3, 0, 1] "),
         (lambda: MLP([1, 2, 1], activation="Relu"), "MLP: activation='Relu' "),
         (lambda: MLP([1, 2, 1], activation="functional"), "MLP: activation='functional' "),
+        (lambda: MLP([1, 2, 1], norm="GroupNorm"), "MLP: norm='GroupNorm' must be 'LayerNorm' or 'BatchNorm1d'"),
+        (lambda: MLP([1, 2, 1], context=-1), "MLP: context=-1 must be a number of entries"),
+        (lambda: FewShot(nn.Linear(2, 1), proximal=-0.1), "FewShot: proximal=-0.1 must be a finite number"),
+        (lambda: FewShot(nn.Linear(2, 1), proximal=float("nan")), "FewShot: proximal=nan "),
     ],
 )
 def test_invalid_arguments_are_named_with_their_value(make, told):
@@ -279,6 +283,19 @@ def test_valid_arguments_are_kept():
         "Dropout",
         "Linear",
     ]
+    normed = MLP([1, 2, 3, 1], norm="BatchNorm1d")
+    assert [name for name, _ in normed.named_children()][:3] == ["hidden1", "norm1", "activation1"]
+    assert normed.norm2.num_features == 3
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2,), (3, 4, 2)])
+def test_the_context_of_an_mlp_is_joined_to_every_input(shape):
+    network, x = MLP([2, 4, 1], "Tanh", context=3).double(), draw(*shape)
+    assert torch.equal(network.context, torch.zeros(3))
+    network.context.data = draw(3, seed=2)
+    weight = network.hidden1.weight
+    hidden = x @ weight[:, :2].T + weight[:, 2:] @ network.context + network.hidden1.bias
+    assert_close(network(x), network.out(hidden.tanh()), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

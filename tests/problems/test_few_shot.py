@@ -373,3 +373,40 @@ def test_ignored_classes_count_nowhere():
     mask = torch.arange(5) != 0
     masked = problem.judge(scores[1], Points(torch.zeros(5, 1), y[1], mask))
     assert_close(masked, F.cross_entropy(scores[1][1:], y[1][1:]))
+
+
+@pytest.mark.parametrize("adapt", [["*"], ["out.*"]], ids=["MAML", "ANIL"])
+def test_the_proximal_term_draws_what_adapts_to_its_outer_value(adapt):
+    network, given = MLP([2, 3, 1], "Tanh").double(), task()
+    plain, problem = FewShot(network, adapt=adapt), FewShot(network, adapt=adapt, proximal=0.6)
+    outer = problem.outer()
+    moved = {name: value + draw(*value.shape, seed=8) for name, value in problem.init(outer).items()}
+    distance = sum(draw(*value.shape, seed=8).square().sum() for value in moved.values())
+    found = problem.inner_loss(moved, outer, given, 0) - plain.inner_loss(moved, outer, given, 0)
+    assert_close(found, 0.3 * distance, rtol=1e-11, atol=0)
+    assert problem.outer_loss(moved, outer, given) == plain.outer_loss(moved, outer, given)
+
+
+def test_what_is_reset_starts_at_zero_and_learns_nothing_whatever_it_is():
+    network, given = MLP([2, 3, 1], "Tanh", context=2).double(), task()
+    network.context.data = draw(2, seed=8)
+    problem = FewShot(network, adapt=["context"], reset=["context"])
+    outer = problem.outer()
+    assert list(outer) == [name for name, _ in network.named_parameters() if name != "context"]
+    start = problem.init(outer)
+    assert_close(start, {"context": torch.zeros(2, dtype=torch.float64)}, rtol=0, atol=0)
+    found = estimate(problem, given, Unrolled(2))
+    assert found.gradient["problem"].keys() == outer.keys()
+    assert found.inner["context"].abs().min() > 0
+    network.context.data.zero_()
+    network.context.requires_grad_(False)
+    again = estimate(FewShot(network, adapt=["context"], reset=["context"]), given, Unrolled(2))
+    assert_close(again, found, rtol=0, atol=0)
+    both = FewShot(network, reset=["context"])
+    assert both.adapted == [*outer, "context"]
+    assert all(both.init(outer)[name] is value for name, value in outer.items())
+
+
+def test_a_pattern_of_what_is_reset_must_match_what_adapts():
+    with pytest.raises(InputError, match=r"^reset: the pattern 'context' matches no adapted parameter; there are \['o"):
+        FewShot(MLP([2, 3, 1], context=2), adapt=["out.*"], reset=["context"])

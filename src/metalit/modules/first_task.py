@@ -15,6 +15,7 @@ from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.training.context import StepContext
 from metalit.training.outer_gradient import OuterGradient
+from metalit.unrounded import ParameterTree
 
 
 def first_of(tasks: Any) -> Any:
