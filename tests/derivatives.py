@@ -4,6 +4,7 @@
 
 - ``init(φ)``: θ₀ and dθ₀/dφ, ``[n, m]``
 - ``g``, ``H``, ``J``: ∂f/∂θ ``[n]``, ∂²f/∂θ² ``[n, n]``, ∂²f/∂θ∂φ ``[n, m]``, all of (θ, φ, step)
+- ``by_phi``: ∂f/∂φ ``[m]``
 - ``twist``: ∂(Hp)/∂θ and ∂(Hp)/∂φ for a constant vector p, which Newton's derivative needs
 - ``outer(θ, φ)``: L, ∂L/∂θ, ∂L/∂φ; ``after(steps)`` makes it that after so many inner steps
 """
@@ -41,6 +42,9 @@ class Derivatives(ABC):
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         return phi.new_zeros(len(theta), len(phi))
 
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return 0 * phi
+
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         return phi.new_zeros(len(theta), len(theta)), phi.new_zeros(len(theta), len(phi))
 
@@ -67,6 +71,9 @@ class OfBowl(Derivatives):
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         return -self.problem.weight * _eye(phi)
 
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.problem.weight * (phi - theta)
+
     def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slope = self.task.A @ (theta - self.task.c)
         return 0.5 * slope @ (theta - self.task.c), slope, 0 * phi
@@ -83,6 +90,9 @@ class OfThetaPhi(Derivatives):
 
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         return 4 * theta.outer(phi)
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return 2 * (theta @ theta) * phi
 
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         return 0 * self.H(theta, phi, step), 4 * p.outer(phi)
@@ -138,6 +148,10 @@ class OfRegression(Derivatives):
         hidden = ~self.adapts  # what adapts hides its own outer value
         return (self.A[self.adapts] * hidden) @ self.E(step) - self.problem.proximal * self.E(step)[self.adapts]
 
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        slope, E = (self.A @ self._all(theta, phi, step) - self.b) * ~self.adapts, self.E(step)
+        return E.T @ slope - self.problem.proximal * E[self.adapts].T @ (theta - (E @ phi)[self.adapts])
+
     def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         psi, E = self._all(theta, phi, self.taken - 1), self.E(self.taken - 1)
         slope = self.Q @ psi - self.d
@@ -183,6 +197,9 @@ class OfRidge(Derivatives):
 
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         return (self.penalties(theta, phi) * theta).diag()[:, : len(phi)]
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return (0.5 * self.penalties(theta, phi) * theta**2)[: len(phi)]
 
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows(step)
@@ -246,6 +263,11 @@ class OfCleaning(Derivatives):
         ds = (phi.sigmoid() * (1 - phi.sigmoid())).diag()  # row i is dsᵢ/dφ
         return self._sum(theta, step, lambda i, p, error, G: (G.T @ error).outer(ds[i]))
 
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        ds = (phi.sigmoid() * (1 - phi.sigmoid())).diag()
+        terms = [self.row(theta, x, y)[0] * ds[i] for x, y, i in self.rows(step)]
+        return sum(terms) / len(terms)
+
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         s = phi.sigmoid()
         ds, vector = (s * (1 - s)).diag(), p
@@ -286,6 +308,10 @@ class OfLowRank(Derivatives):
     def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         U, V, R = self._split(theta, phi)
         return self._by_u(U, -R, V) if len(theta) else super().J(theta, phi, step)
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        _, V, R = self._split(theta, phi)
+        return -2 * (R @ V).flatten() if len(theta) else super().by_phi(theta, phi, step)
 
     def twist(self, theta: Tensor, phi: Tensor, step: int, p: Tensor) -> tuple[Tensor, Tensor]:
         U, V, _ = self._split(theta, phi)
@@ -352,6 +378,12 @@ class OfRidgeHead(Derivatives):
         found = dM.mT @ E + M.T @ dM @ T
         found[0] += self.penalty(phi, len(T)) @ T
         return found.flatten(1).T / len(M)
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        M, T, E = self._parts(theta, phi, self.support)
+        found = (self.moves(phi, self.support.x) @ T * E).sum((1, 2))
+        found[0] += 0.5 * (self.penalty(phi, len(T)) @ T * T).sum()
+        return found / len(M)
 
     def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         M, T, E = self._parts(theta, phi, self.query)

@@ -12,10 +12,22 @@ from torch import Tensor
 from torch.linalg import matrix_power, solve
 
 from metalit.adapt import Outer
-from metalit.hypergradients import Direct, Estimate, FirstOrder, Hypergradient, Implicit, JTg, Truncated
+from metalit.hypergradients import (
+    F2SA,
+    Direct,
+    Estimate,
+    FirstOrder,
+    Hypergradient,
+    Implicit,
+    JTg,
+    Reptile,
+    Truncated,
+)
 from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
 from metalit.inner.base import GradFn
-from metalit.linsolve import Neumann
+from metalit.keys import fold, uniform
+from metalit.linsolve import Neumann, Nystrom
+from metalit.problem import Points
 from metalit.tree import Tree, axpy, flatten, leaves, tree_map, unflatten
 
 
@@ -79,9 +91,44 @@ class Point:
         if isinstance(kind.solver, Neumann):
             eta = kind.solver.scale
             q = eta * sum(matrix_power(identity - eta * K, i) @ by_theta for i in range(kind.solver.terms))
+        elif isinstance(kind.solver, Nystrom):
+            q = solve(K + kind.solver.rho * identity, by_theta)  # with as many columns as there are
         else:
             q = solve(K, by_theta)
         return loss, self.padded(by_phi - self.hand.J(*given).T @ q)
+
+    def reptile(self) -> tuple[Tensor, Tensor]:
+        """The outer loss, and φ − θ."""
+        loss, *_ = self.hand.after(self.taken).outer(self.theta, self.phi)
+        return loss, self.padded(self.phi - self.theta)
+
+    def penalised(self, kind: F2SA, shifted: Tensor) -> tuple[Tensor, Tensor]:
+        """The outer loss, and ∂L/∂φ + λ(∂f/∂φ − ∂f/∂φ at θ) at the shifted θ."""
+        above, below = (self.hand.by_phi(theta, self.phi, kind.steps) for theta in (shifted, self.theta))
+        judged = self.hand.after(self.taken).outer
+        direct = judged(shifted, self.phi)[2]
+        return judged(self.theta, self.phi)[0], self.padded(direct + kind.weight * (above - below))
+
+
+class Shifted:
+    """The derivatives of f + L/λ."""
+
+    def __init__(self, hand: Derivatives, kind: F2SA) -> None:
+        self.hand, self.judged, self.weight = hand, hand.after(kind.steps), kind.weight
+        self.init = hand.init
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.hand.g(theta, phi, step) + self.judged.outer(theta, phi)[1] / self.weight
+
+
+def minibatch(task: Any, size: int, step: int) -> Any:
+    """The task whose support set is the next so many of all real rows, in the order that its key draws."""
+    x, y = (torch.cat(pair) for pair in zip(task.support[:2], task.query[:2], strict=True))
+    masks = [torch.ones(len(part.x), dtype=torch.bool) if part.mask is None else part.mask for part in task[:2]]
+    ranks = uniform(fold(task.key, 0x5EED), len(x)) + (~torch.cat(masks)).double()
+    order = ranks.argsort()[: int(torch.cat(masks).sum())].tolist()
+    rows = [order[(step * size + place) % len(order)] for place in range(min(size, len(order)))]
+    return task._replace(support=Points(x[rows], y[rows]))
 
 
 # ---- inner optimisers by hand: what a step takes from θ, and its derivative; a state is carried along at the point
@@ -125,11 +172,22 @@ def reference(
         found = 0.5 * g @ g, at.padded(J.T @ g)
     else:
         found = at.judge() if isinstance(kind, Direct) else (0.0, 0.0)
+    beside = Point(Shifted(hand, kind), optimizer, outer, start) if isinstance(kind, F2SA) else None
     for step in range(kind.steps):
+        if beside is not None:
+            beside.step(step, first_order=True)
+        if getattr(kind, "batch", None) is not None:
+            at.hand = type(hand)(hand.problem, minibatch(hand.task, kind.batch, step))
         at.step(step, first_order=isinstance(kind, FirstOrder), dropped=step < dropped)
-        if not isinstance(kind, Implicit | JTg):
+        if not isinstance(kind, Implicit | JTg | Reptile | F2SA):
             found = tuple(total + weights[step] * part for total, part in zip(found, at.judge(), strict=True))
-    loss, gradient = at.implicit(kind) if isinstance(kind, Implicit) else found
+    if isinstance(kind, Implicit):
+        found = at.implicit(kind)
+    elif isinstance(kind, Reptile):
+        found = at.reptile()
+    elif beside is not None:
+        found = at.penalised(kind, beside.theta)
+    loss, gradient = found
     by_phi, by_rates = gradient.split([len(at.phi), len(at.rates)])
     pieces = {"problem": _like(by_phi, outer["problem"]), "optimizer": _like(by_rates, outer["optimizer"])}
     return Estimate(loss, pieces, _like(at.theta, hand.problem.init(outer["problem"], hand.task)))

@@ -9,13 +9,15 @@ from torch.func import vmap
 from torch.linalg import cond, matrix_norm, matrix_power
 from torch.testing import assert_close
 
-from metalit.linsolve import CG, Dense, Neumann
+from metalit.linsolve import CG, Dense, Neumann, NormalCG, Nystrom
 from metalit.tree import flatten, unflatten
 
 LIKE = {"b": torch.zeros(2, 2, dtype=torch.float64), "a": {"d": torch.zeros((), dtype=torch.float64), "c": draw(1)}}
 sizes = pytest.mark.parametrize("size", [1, 2, 6])
 each_solver = pytest.mark.parametrize(
-    "solver", [CG(40, 1e-14), Neumann(600, 0.15), Dense()], ids=lambda solver: type(solver).__name__
+    "solver",
+    [CG(40, 1e-14), NormalCG(60, 1e-15), Neumann(600, 0.15), Dense()],
+    ids=lambda solver: type(solver).__name__,
 )
 
 
@@ -51,7 +53,7 @@ def test_a_tree_of_several_leaves_is_one_vector(solver):
     assert_close(flatten(found.x), torch.linalg.solve(A, flat), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [CG(5, 1e-14), CG(2), Neumann(3, 0.1), Dense()])
+@pytest.mark.parametrize("solver", [CG(5, 1e-14), CG(2), Neumann(3, 0.1), Dense(), NormalCG(3), Nystrom(3, 0.4)])
 def test_vmapped_over_systems_is_a_loop(solver):
     A, b = definite(5, count=4), draw(4, 5, seed=2)
     A[1] -= 3 * torch.eye(5)
@@ -60,7 +62,7 @@ def test_vmapped_over_systems_is_a_loop(solver):
     found = vmap(lambda A, b: tuple(solver(by(A), b)), out_dims=(0, None if isinstance(solver, Neumann) else 0))(A, b)
     assert_close(found[0], torch.stack([one.x for one in each]), rtol=1e-11, atol=1e-12)
     assert torch.equal(found[1].expand(4), torch.stack([one.indefinite for one in each]))
-    assert each[1].indefinite == (not isinstance(solver, Neumann))
+    assert each[1].indefinite == isinstance(solver, CG | Dense | Nystrom)
 
 
 # ---- conjugate gradients
@@ -114,7 +116,10 @@ def test_steps_far_beyond_the_solution_are_harmless():
 
 @each_solver
 def test_a_right_hand_side_of_zero_has_the_solution_zero(solver):
-    for A in (definite(3), torch.zeros(3, 3, dtype=torch.float64) if isinstance(solver, CG) else definite(3, 7)):
+    for A in (
+        definite(3),
+        torch.zeros(3, 3, dtype=torch.float64) if isinstance(solver, CG | NormalCG) else definite(3, 7),
+    ):
         found = solver(by(A), torch.zeros(3, dtype=torch.float64))
         assert found.x.tolist() == [0, 0, 0]
         assert not found.indefinite
@@ -224,7 +229,7 @@ def test_dense_is_as_right_as_the_condition_allows():
     assert (found.x - x).norm() / x.norm() < 1e-15 * cond(hilbert)
 
 
-@pytest.mark.parametrize("solver", [CG(3), Neumann(3, 0.1), Dense()])
+@pytest.mark.parametrize("solver", [CG(3), NormalCG(3), Neumann(3, 0.1), Dense(), Nystrom(2)])
 def test_the_right_hand_side_is_left_as_it_was(solver):
     A, b = definite(3), {"x": draw(3, seed=2)}
     solver(lambda v: {"x": A @ v["x"]}, b)
@@ -243,3 +248,72 @@ def test_cg_in_single_precision_stops_at_rounding_and_calls_no_consistent_system
 def test_cg_takes_a_right_hand_side_whose_squares_underflow():
     b = torch.tensor([1e-25, 2e-25])
     assert_close(CG(5)(lambda v: 2 * v, b).x, b / 2, rtol=1e-6, atol=0)
+
+
+# ---- conjugate gradients on the normal equation
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_each_iterate_on_the_normal_equation_has_the_least_residual_of_its_krylov_space(steps):
+    # x_k minimises ‖b − Ax‖ over the span of Ab, A³b, …, A²ᵏ⁻¹b
+    A, b = definite(5) - 4 * torch.eye(5, dtype=torch.float64), draw(5, seed=2)
+    krylov = torch.stack([matrix_power(A, 2 * power + 1) @ b for power in range(steps)], 1)
+    best = krylov @ torch.linalg.lstsq(A @ krylov, b).solution
+    assert_close(NormalCG(steps, 0.0)(by(A), b).x, best, rtol=1e-8, atol=1e-9)
+
+
+def test_the_normal_equation_is_solved_where_the_matrix_has_both_signs():
+    A, b = definite(6) - 4 * torch.eye(6, dtype=torch.float64), draw(6, seed=2)
+    assert CG(60)(by(A), b).indefinite
+    found = NormalCG(60, 1e-15)(by(A), b)
+    assert_close(found.x, Dense()(by(A), b).x, rtol=1e-9, atol=1e-10)
+    assert not found.indefinite
+
+
+def test_the_normal_equation_has_the_solution_of_least_norm_where_the_matrix_is_singular():
+    A = torch.tensor([4.0, 0.0, -1.0], dtype=torch.float64).diag()
+    found = NormalCG()(by(A), torch.tensor([2.0, 5.0, 3.0], dtype=torch.float64))
+    assert_close(found.x, torch.tensor([0.5, 0.0, -3.0], dtype=torch.float64), rtol=1e-14, atol=0)
+    assert not found.indefinite
+
+
+# ---- Nyström
+
+
+def of_rank(size, rank):
+    basis = torch.linalg.qr(draw(size, size, seed=3)).Q[:, :rank]
+    return (basis * torch.linspace(0.5, 4, rank, dtype=torch.float64)) @ basis.T
+
+
+@pytest.mark.parametrize(("size", "rank", "columns"), [(1, 1, 1), (5, 5, 5), (5, 5, 50), (7, 2, 2), (7, 2, 5)])
+def test_nystrom_is_the_dense_solve_with_rho_once_it_has_as_many_columns_as_there_is_rank(size, rank, columns):
+    A, b, rho = of_rank(size, rank), draw(size, seed=2), 0.3
+    found = Nystrom(columns, rho)(by(A), b)
+    right = Dense()(by(A + rho * torch.eye(size, dtype=torch.float64)), b)
+    # columns that depend on each other cost half of the digits
+    tolerance = 1e-11 if columns == rank else 1e-6
+    assert_close(found.x, right.x, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_nystrom_inverts_the_approximation_by_its_columns(rank):
+    A, b, rho = definite(6), draw(6, seed=2), 0.7
+    found = Nystrom(rank, rho)(by(A), b)
+    # the columns are those whose removal from the identity's leaves x as b / rho
+    inverse = torch.stack([Nystrom(rank, rho)(by(A), column).x for column in torch.eye(6, dtype=torch.float64)], 1)
+    approximation = torch.linalg.inv(inverse) - rho * torch.eye(6, dtype=torch.float64)
+    exact = (approximation - A).abs().amax(0) < 1e-10
+    assert exact.sum() == rank
+    C = A[:, exact]
+    assert_close(approximation, C @ torch.linalg.solve(C[exact], C.T), rtol=1e-9, atol=1e-10)
+    assert_close(found.x, inverse @ b, rtol=1e-11, atol=1e-12)
+    assert torch.equal(Nystrom(rank, rho)(by(A), b).x, found.x)
+    assert not found.indefinite
+
+
+def test_nystrom_is_finite_and_flags_where_the_matrix_is_not_definite():
+    b = draw(4, seed=2)
+    zero = Nystrom(2, 0.5)(by(torch.zeros(4, 4, dtype=torch.float64)), b)
+    assert_close(zero.x, 2 * b, rtol=1e-15, atol=0)
+    assert zero.indefinite
+    assert Nystrom(4)(by(-definite(4)), b).indefinite

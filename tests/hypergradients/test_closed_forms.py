@@ -8,14 +8,14 @@ from torch.linalg import inv, matrix_norm, matrix_power, solve
 from torch.testing import assert_close
 
 from metalit.adapt import adapt, outer_variable
-from metalit.hypergradients import Direct, FirstOrder, Implicit, JTg, Truncated, Unrolled, over_tasks
+from metalit.hypergradients import Direct, FirstOrder, Implicit, JTg, Reptile, Truncated, Unrolled, over_tasks
 from metalit.inner import SGD, MetaSGD, Newton
-from metalit.linsolve import CG, Dense, Neumann
+from metalit.linsolve import CG, Dense, Neumann, NormalCG, Nystrom
 from metalit.problem import Problem
 from metalit.problems import LowRank, Ridge, ThetaPhi
 from metalit.tree import dot, flatten, norm, tree_map
 
-SOLVERS = [CG(30, 1e-14), Neumann(150, 0.35), Dense()]
+SOLVERS = [CG(30, 1e-14), NormalCG(30, 1e-15), Neumann(150, 0.35), Dense()]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 dimensions = pytest.mark.parametrize("dimension", [1, 3])
 
@@ -40,18 +40,23 @@ def fomaml(A, lr, steps):
     return A @ matrix_power(eye(A) - lr * A, steps)
 
 
+def reptile(A, lr, steps):
+    return eye(A) - matrix_power(eye(A) - lr * A, steps)
+
+
 def imaml(A, weight):
     return weight**2 * inv(A + weight * eye(A)) @ A @ inv(A + weight * eye(A))
 
 
 @dimensions
 @pytest.mark.parametrize(("steps", "lr"), [(1, 0.3), (4, 0.2)])
-def test_the_gradients_of_maml_fomaml_and_joint_training_are_their_matrices(dimension, steps, lr):
+def test_the_gradients_of_maml_fomaml_reptile_and_joint_training_are_their_matrices(dimension, steps, lr):
     problem, task = Bowl(draw(dimension, seed=4)), task_at(bowls(dimension), 1)
     A, offset = task.A, problem.theta.detach() - task.c
     for hypergradient, B in (
         (Unrolled(steps), maml(A, lr, steps)),
         (FirstOrder(steps), fomaml(A, lr, steps)),
+        (Reptile(steps), reptile(A, lr, steps)),
         (Direct(), A),
     ):
         found = estimate(hypergradient, problem, SGD(lr), task).gradient["problem"]["theta"]
@@ -89,6 +94,7 @@ LR, STEPS, WEIGHT = 0.25, 2, 3.0
 ALGORITHMS = {
     "MAML": (0.0, lambda A: maml(A, LR, STEPS), Unrolled(STEPS), SGD(LR)),
     "FOMAML": (0.0, lambda A: fomaml(A, LR, STEPS), FirstOrder(STEPS), SGD(LR)),
+    "Reptile": (0.0, lambda A: reptile(A, LR, STEPS), Reptile(STEPS), SGD(LR)),
     "joint": (0.0, lambda A: A, Direct(), SGD(LR)),
     "iMAML": (WEIGHT, lambda A: imaml(A, WEIGHT), Implicit(1), Newton()),
 }
@@ -289,11 +295,14 @@ def test_long_neumann_is_cg_is_dense_is_the_long_unroll(name):
     solved = adapt(problem, Newton(), outer_variable(problem, Newton(), task), task, 8)
     answers = [
         estimate(Implicit(1, solver), problem, SGD(lr), task, solved).gradient
-        for solver in (Dense(), CG(40, 1e-14), Neumann(400, lr))
+        for solver in (Dense(), CG(40, 1e-14), Neumann(400, lr), NormalCG(80, 1e-15), Nystrom(40, 1e-6))
     ]
     unroll = estimate(Unrolled(80), problem, SGD(lr), task, solved).gradient
-    for found in answers[1:]:
+    *exact, damped = answers[1:]
+    for found in exact:
         assert_close(found, answers[0], rtol=1e-9, atol=1e-10)
+    # by as much as ρ is added
+    assert_close(damped, answers[0], rtol=1e-4, atol=1e-5)
     assert_close(unroll, answers[0], rtol=1e-3, atol=1e-4)
 
 

@@ -23,17 +23,20 @@ from metalit import hypergradients, inner, linsolve, problems
 from metalit.adapt import adapt, outer_variable
 from metalit.errors import InputError
 from metalit.hypergradients import (
+    F2SA,
     Direct,
+    FiniteDifference,
     FirstOrder,
     Hypergradient,
     Implicit,
     JTg,
+    Reptile,
     Truncated,
     Unrolled,
     over_tasks,
 )
 from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
-from metalit.linsolve import CG, LinearSolver, Neumann
+from metalit.linsolve import CG, LinearSolver, Neumann, NormalCG, Nystrom
 from metalit.networks import MLP
 from metalit.problem import Points, Problem, Task
 from metalit.problems import FewShot
@@ -111,7 +114,10 @@ def test_first_order_is_second_order_where_the_inner_loss_is_linear_alone(kind, 
     assert (first - second).abs().max() < 1e-13 if equal else (first - second).abs().max() > 1e-2
 
 
-EACH = [Unrolled(2), Truncated(2, 1), FirstOrder(2), Implicit(2), JTg(2), Direct()]
+EACH = [
+    *(Unrolled(2), Truncated(2, 1), FiniteDifference(2), FirstOrder(2), Implicit(2), JTg(2), F2SA(2), Reptile(2)),
+    Direct(),
+]
 
 
 @pytest.mark.parametrize("estimator", EACH, ids=lambda estimator: type(estimator).__name__)
@@ -253,6 +259,20 @@ def test_a_nan_task_does_not_reach_its_neighbours():
         (lambda: Implicit(damping=float("nan")), "Implicit: damping=nan "),
         (lambda: Implicit(stationary=0.0), "Implicit: stationary=0.0 must be positive"),
         (lambda: JTg(0), "JTg: steps=0 "),
+        (lambda: Reptile(0), "Reptile: steps=0 "),
+        (lambda: Reptile(batch=0), "Reptile: batch=0 must be at least 1"),
+        (lambda: F2SA(0), "F2SA: steps=0 "),
+        (lambda: F2SA(weight=0.0), "F2SA: weight=0.0 must be a finite positive number"),
+        (lambda: F2SA(weight=float("inf")), "F2SA: weight=inf "),
+        (lambda: F2SA(stationary=0.0), "F2SA: stationary=0.0 must be positive"),
+        (lambda: FiniteDifference(0), "FiniteDifference: steps=0 "),
+        (lambda: FiniteDifference(epsilon=-0.1), "FiniteDifference: epsilon=-0.1 must be a finite positive number"),
+        (lambda: FiniteDifference(epsilon=float("nan")), "FiniteDifference: epsilon=nan "),
+        (lambda: NormalCG(0), "NormalCG: iterations=0 must be at least 1"),
+        (lambda: NormalCG(tolerance=-1.0), "NormalCG: tolerance=-1.0 must not be negative"),
+        (lambda: Nystrom(0), "Nystrom: rank=0 must be at least 1"),
+        (lambda: Nystrom(rho=0.0), "Nystrom: rho=0.0 must be a finite positive number"),
+        (lambda: Nystrom(rho=float("nan")), "Nystrom: rho=nan "),
         (lambda: CG(0), "CG: iterations=0 must be at least 1"),
         (lambda: CG(tolerance=-1e-9), "CG: tolerance=-1e-09 must not be negative"),
         (lambda: CG(tolerance=float("nan")), "CG: tolerance=nan "),

@@ -11,7 +11,17 @@ from torch.testing import assert_close
 from metalit.adapt import adapt, outer_variable
 from metalit.autodiff import call
 from metalit.errors import InputError
-from metalit.hypergradients import Direct, FirstOrder, Implicit, JTg, Truncated, Unrolled
+from metalit.hypergradients import (
+    F2SA,
+    Direct,
+    FiniteDifference,
+    FirstOrder,
+    Implicit,
+    JTg,
+    Reptile,
+    Truncated,
+    Unrolled,
+)
 from metalit.hypergradients.paths import paths
 from metalit.inner import SGD, MetaSGD, Newton
 from metalit.problem import Points, Problem, Task
@@ -42,8 +52,10 @@ CARRIES = {
     "JTg": "inner_loss",
     "FirstOrder": "init, outer_loss and inner optimiser",
     "Direct": "init and outer_loss",
+    "F2SA": "inner_loss",
+    "Reptile": "init",
 }
-EACH = [Unrolled(2), Truncated(2, 1), FirstOrder(2), Implicit(2), JTg(2), Direct()]
+EACH = [Unrolled(2), Truncated(2, 1), FiniteDifference(2), FirstOrder(2), Implicit(2), JTg(2), F2SA(2), Direct()]
 each_estimator = pytest.mark.parametrize("estimator", EACH, ids=lambda estimator: type(estimator).__name__)
 BOWL, TASK = Bowl(draw(3, seed=4)), task_at(bowls(3), 0)
 
@@ -82,7 +94,7 @@ def test_check_takes_what_is_valid_alone(estimator):
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for kind, names in NO_PATH.items() for name in sorted(names)])
 def test_a_path_that_is_missing_is_named_with_the_estimator_and_the_problem(name, kind):
     problem, tasks, lr, _ = PROBLEMS[name]
-    estimator = next(each for each in EACH if type(each).__name__ == kind)
+    estimator = next(each for each in [*EACH, Reptile(2)] if type(each).__name__ == kind)
     with pytest.raises(InputError) as raised:
         check(estimator, problem, SGD(lr), task_at(tasks, 0))
     (there,) = enters(name)
@@ -90,14 +102,16 @@ def test_a_path_that_is_missing_is_named_with_the_estimator_and_the_problem(name
         f"hypergradient {kind} learns through {CARRIES[kind]}, but the outer variable of {type(problem).__name__} "
         f"enters through {there} alone: its gradient would be zero or wrong; use Unrolled"
     )
-    if name != "LowRank":
+    if name != "LowRank" and kind != "Reptile":
         task = task_at(tasks, 0)
         start = None if kind == "Direct" else problem.init(problem.outer(), task)
         found = estimator(problem, SGD(lr), outer_variable(problem, SGD(lr), task), task, start)
         assert flatten(found.gradient["problem"]).abs().max() == 0
 
 
-@pytest.mark.parametrize("estimator", [Implicit(2), JTg(2), Direct()], ids=lambda estimator: type(estimator).__name__)
+@pytest.mark.parametrize(
+    "estimator", [Implicit(2), JTg(2), F2SA(2), Direct()], ids=lambda estimator: type(estimator).__name__
+)
 def test_learned_rates_need_an_estimator_that_carries_them(estimator):
     problem, tasks, lr, _ = PROBLEMS["ANIL"]
     task, optimizer = task_at(tasks, 0), MetaSGD(lr)
@@ -117,8 +131,8 @@ def test_newton_needs_an_estimator_that_does_not_cut_its_hessian():
     with pytest.raises(InputError) as raised:
         check(FirstOrder(1), problem, optimizer, task)
     assert str(raised.value) == (
-        "hypergradient FirstOrder takes inner gradients for constants, but Newton differentiates them; use SGD inside, "
-        "or another hypergradient"
+        "hypergradient FirstOrder takes no derivative of inner gradients, but Newton differentiates them; use SGD "
+        "inside, or another hypergradient"
     )
     outer = outer_variable(problem, optimizer, task)
     found, right = FirstOrder(1)(problem, optimizer, outer, task).inner, adapt(problem, optimizer, outer, task, 1)
@@ -232,7 +246,7 @@ class Mixed(Bowl):
 
 @pytest.mark.parametrize(
     ("estimator", "still"),
-    [(FirstOrder(2), "weight"), (Direct(), "weight"), (Implicit(2), "theta"), (JTg(1), "theta")],
+    [(FirstOrder(2), "weight"), (Direct(), "weight"), (Implicit(2), "theta"), (JTg(1), "theta"), (F2SA(1), "theta")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_single_outer_parameter_that_will_not_move_is_told(estimator, still):

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp
 
 from metalit.adapt import Outer, Start, path
-from metalit.errors import InputError, check_not_negative
+from metalit.errors import check_not_negative
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps, problem_alone
 from metalit.hypergradients.paths import Path
+from metalit.hypergradients.stationary import check_stationary, not_stationary
 from metalit.inner.base import InnerOptimizer
 from metalit.linsolve import CG, Dense, LinearSolver
 from metalit.problem import Problem
@@ -32,7 +33,8 @@ class Implicit(Hypergradient):
 
     Args:
         steps: the number of inner steps; memory does not grow with it.
-        solver: how the linear system is solved: :class:`~metalit.linsolve.CG`, ``Neumann`` or ``Dense``.
+        solver: how the linear system is solved: :class:`~metalit.linsolve.CG`, ``NormalCG``, ``Neumann``, ``Nystrom``
+            or ``Dense``.
         damping: what is added to the diagonal of H.
         stationary: the inner gradient counts as solved below this share of what it is at ``init``; above, the learner
             warns.
@@ -51,8 +53,7 @@ class Implicit(Hypergradient):
     def __post_init__(self) -> None:
         check_steps("Implicit", self.steps)
         check_not_negative("Implicit", "damping", self.damping)
-        if not self.stationary > 0:
-            raise InputError(f"Implicit: stationary={self.stationary} must be positive, such as 0.01")
+        check_stationary("Implicit", self.stationary)
 
     @property
     def damped_by(self) -> str:
@@ -90,13 +91,7 @@ class Implicit(Hypergradient):
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Warn where the inner point is not stationary, the Hessian not positive definite, or the system not solved."""
-        found = {}
-        if not metrics["inner_grad_ratio"] <= self.stationary:
-            found["not stationary"] = (
-                "Implicit needs a stationary inner point, but the norm of the inner gradient is "
-                f"{metrics['inner_grad_norm']:.3g}, {100 * metrics['inner_grad_ratio']:.3g} % of that at init; take "
-                "more inner steps (hypergradient.steps), a larger inner lr or a warm start, or use Unrolled"
-            )
+        found = not_stationary("Implicit", metrics, self.stationary)
         if metrics["indefinite"] > 0:
             found["indefinite"] = (
                 "Implicit: the Hessian of the inner loss is not positive definite at the inner point "

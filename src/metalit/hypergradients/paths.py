@@ -106,7 +106,7 @@ def check_paths(
         )
     if optimizer.second_order and not claims.second_order:
         raise InputError(
-            f"hypergradient {estimator} takes inner gradients for constants, but {type(optimizer).__name__} "
+            f"hypergradient {estimator} takes no derivative of inner gradients, but {type(optimizer).__name__} "
             "differentiates them; use SGD inside, or another hypergradient"
         )
     if "inner optimiser" in found - claims.carries:

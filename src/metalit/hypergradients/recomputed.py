@@ -49,11 +49,11 @@ class Recomputed(Unrolled):
 
         def first_iterate(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
             inner, state = beginning(problem, optimizer, own, task, start)
-            return inner, _tree(state)
+            return inner, as_tree(state)
 
         def step(number: int, inner: Tree, state: dict[str, Any], outer: Outer) -> tuple[Tree, dict[str, Any]]:
             inner, after = inner_step(problem, optimizer, inner, state.get("state"), outer, task, number)
-            return inner, _tree(after)
+            return inner, as_tree(after)
 
         path = [first_iterate(own)]
         for number in range(self.steps):
@@ -73,15 +73,15 @@ class Recomputed(Unrolled):
                 value = value + weights[number] * loss
                 pull = axpy(weights[number], at_inner, pull[0]), pull[1]
                 gradient = {**gradient, "problem": axpy(weights[number], direct, gradient["problem"])}
-            *pull, through = _pulled(partial(step, number), (*path[number], outer), tuple(pull))
+            *pull, through = pulled(partial(step, number), (*path[number], outer), tuple(pull))
             gradient = axpy(1.0, through, gradient)
             del path[number + 1 :]
-        (through,) = _pulled(first_iterate, (own,), tuple(pull))
+        (through,) = pulled(first_iterate, (own,), tuple(pull))
         gradient = {**gradient, "problem": axpy(1.0, through, gradient["problem"])}
         return Estimate(value, gradient, inner, state=state.get("state", {}))
 
 
-def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[Any, ...]:
+def pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[Any, ...]:
     """``pull`` pulled back through ``fn`` to what it was given; zero where there is no inner variable."""
     if not tree_leaves(pull):
         return pytree_map(torch.zeros_like, given)
@@ -89,6 +89,6 @@ def _pulled(fn: Callable[..., Any], given: tuple[Any, ...], pull: Any) -> tuple[
     return back(pull)
 
 
-def _tree(state: Any) -> dict[str, Any]:
+def as_tree(state: Any) -> dict[str, Any]:
     """``vjp`` takes trees of tensors alone, and most inner optimisers have no state."""
     return {} if state is None else {"state": state}
