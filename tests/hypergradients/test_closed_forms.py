@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import PROBLEMS, Bowl, bowls, draw, matrices, tables, task_at
+from cases import PROBLEMS, Bowl, bowls, draw, linear, matrices, regression_tasks, tables, task_at
 from torch import nn
 from torch.linalg import inv, matrix_norm, matrix_power, solve
 from torch.testing import assert_close
@@ -12,7 +12,7 @@ from metalit.hypergradients import Direct, FirstOrder, Implicit, JTg, Reptile, T
 from metalit.inner import SGD, MetaSGD, Newton
 from metalit.linsolve import CG, Dense, Neumann, NormalCG, Nystrom
 from metalit.problem import Problem
-from metalit.problems import LowRank, Ridge, ThetaPhi
+from metalit.problems import FewShot, LowRank, Ridge, ThetaPhi
 from metalit.tree import dot, flatten, norm, tree_map
 
 SOLVERS = [CG(30, 1e-14), NormalCG(30, 1e-15), Neumann(150, 0.35), Dense()]
@@ -88,6 +88,26 @@ def test_imaml_is_the_jacobian_of_the_proximal_point(dimension, solver):
     jacobian = weight * inv(A + weight * eye(A))
     assert_close(jacobian @ A @ (best - task.c), imaml(A, weight) @ (phi - task.c), rtol=1e-12, atol=1e-13)
     assert_close(found.gradient["problem"]["theta"], imaml(A, weight) @ (phi - task.c), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["support = query", "support and query"])
+@each_solver
+def test_few_shot_with_a_proximal_term_is_imaml(solver, same):
+    weight, task = 0.7, task_at(regression_tasks(2, 1), 1)
+    task = task._replace(query=task.support) if same else task
+    problem = FewShot(linear(2, 1), proximal=weight)
+    support, query = (torch.cat([points.x, torch.ones_like(points.y)], 1) for points in task[:2])
+    A, Q = (2 / len(Z) * Z.T @ Z for Z in (support, query))
+    pull = 2 / len(support) * support.T @ task.support.y[:, 0]
+    phi = flatten(problem.outer()).detach()
+    best = solve(A + weight * eye(A), pull + weight * phi)
+    found = estimate(Implicit(1, solver), problem, Newton(), task)
+    assert_close(flatten(found.inner), best, rtol=1e-11, atol=1e-12)
+    slope = Q @ best - 2 / len(query) * query.T @ task.query.y[:, 0]
+    right = weight * inv(A + weight * eye(A)) @ slope
+    assert_close(flatten(found.gradient["problem"]), right, rtol=1e-9, atol=1e-11)
+    if same:
+        assert_close(right, imaml(A, weight) @ (phi - solve(A, pull)), rtol=1e-11, atol=1e-12)
 
 
 LR, STEPS, WEIGHT = 0.25, 2, 3.0
