@@ -4,13 +4,17 @@ import copy
 import io
 import random
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fits import given_checkpoint, last, regression, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from metalit.checkpoints import read_checkpoint
+from metalit.checks.resuming import check_network, check_state
 from metalit.data import BatchDataModule
 from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
@@ -146,7 +150,7 @@ def test_parts_of_another_kind_are_refused_before_training(name, value, small, t
 
 @pytest.mark.parametrize("key", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])
 @pytest.mark.parametrize(
-    "path", ["local://{root}/mine", "{root}/run/version_0/checkpoints/../../../mine", "memory://x"]
+    "path", ["local://{root}/mine", "{root}/run/version_0/checkpoints/../../../mine", "memory://x", "zip::{root}/mine"]
 )
 def test_no_file_beyond_its_run_is_deleted(path, key, tmp_path):
     learner, data = SupervisedLearner(nn.Linear(3, 1)), BatchDataModule(regression(), batch_size=8)
@@ -160,6 +164,39 @@ def test_no_file_beyond_its_run_is_deleted(path, key, tmp_path):
     with pytest.raises(InputError, match="which would be deleted when the next one is saved"):
         trainer(tmp_path, steps=4).fit(learner, data, ckpt_path=str(tmp_path / "it.ckpt"))
     assert (tmp_path / "mine").exists()
+
+
+def test_files_of_a_remote_run_are_its_own():
+    saver = ModelCheckpoint("memory://run")
+    run = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+        fit_loop=SimpleNamespace(state_dict=dict),
+        checkpoint_callbacks=[saver],
+    )
+    state = saver.state_dict()
+    checkpoint = {"loops": {"fit_loop": {}}, "callbacks": {saver.state_key: state}}
+    state["best_model_path"] = "memory://run/best.ckpt"
+    check_state(run, checkpoint)
+    state["best_model_path"] = "memory://other/best.ckpt"
+    with pytest.raises(InputError, match="which would be deleted"):
+        check_state(run, checkpoint)
+
+
+def test_the_state_of_a_saver_is_checked_where_training_goes_on(tmp_path):
+    learner, data = SupervisedLearner(nn.Linear(3, 1)), BatchDataModule(regression(), batch_size=8)
+    trainer(tmp_path, steps=2).fit(learner, data)
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        del state["best_k_models"]
+    torch.save(checkpoint, path := str(tmp_path / "it.ckpt"))
+    with pytest.raises(InputError, match="the checkpoint's callbacks of BestCheckpoint is not what training saves"):
+        trainer(tmp_path, steps=4).fit(learner, data, ckpt_path=path)
+    trainer(tmp_path).validate(learner, data, ckpt_path=path, verbose=False)
+
+
+def test_a_network_of_another_size_is_refused():
+    with pytest.raises(InputError, match=r"'weight' has shape \(1, 4\) in the checkpoint and \(1, 3\) in the config"):
+        check_network(nn.Linear(3, 1), {"state_dict": nn.Linear(4, 1).state_dict()})
 
 
 def test_states_of_other_shapes_are_refused(small, tmp_path):

@@ -159,6 +159,24 @@ def test_where_nothing_compiles_no_step_is_taken(monkeypatch):
     assert not called
 
 
+def test_a_program_is_of_one_optimiser_and_of_the_parameters_that_it_was_made_for():
+    pull = Pull()
+    (made, _), (other, _) = (optimizer(torch.optim.Adam, pull, {}) for _ in range(2))
+    joined = JoinedOptimizer(rule_of(made), made, pull.outer())
+    assert joined.is_of(made, pull.outer())
+    assert not joined.is_of(other, pull.outer())
+    assert not joined.is_of(made, {"problem": {"w": pull.w}})
+    assert not joined.is_of(made, Pull().outer())
+
+
+def test_a_step_size_that_is_a_tensor_is_read_when_it_is_due():
+    rate = torch.tensor(0.5)
+    made = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=rate, momentum=0.9)
+    found = rule_of(made).coefficients(made.param_groups[0], 1)
+    rate.fill_(0.25)  # as a scheduler does
+    assert found.lr == 0.5
+
+
 class Own(torch.optim.Adam):
     """May step otherwise."""
 
@@ -203,6 +221,7 @@ def plain(kind, **options):
         lambda: moved(torch.optim.Adam),
         lambda: moved(torch.optim.SGD, momentum=0.9, dampening=0.5),
         lambda: of_types(torch.float32, torch.float64),
+        lambda: torch.optim.Adam([nn.Parameter(torch.zeros(2, device="meta"))]),  # where it is compiled for no loop
         hooked,
     ],
 )
