@@ -166,20 +166,30 @@ def test_no_file_beyond_its_run_is_deleted(path, key, tmp_path):
     assert (tmp_path / "mine").exists()
 
 
+def going_on(saver, loop):
+    state, fit_loop = SimpleNamespace(fn=TrainerFn.FITTING), SimpleNamespace(state_dict=lambda: loop)
+    return SimpleNamespace(state=state, fit_loop=fit_loop, checkpoint_callbacks=[saver])
+
+
+def test_a_count_that_is_no_number_is_refused():
+    run = going_on(ModelCheckpoint(), {"progress": {"done": 0}})
+    check_state(run, {"loops": {"fit_loop": {"progress": {"done": 3}}}})
+    with pytest.raises(
+        InputError, match=r"the checkpoint's loops\.fit_loop\.progress\.done is not what training saves"
+    ):
+        check_state(run, {"loops": {"fit_loop": {"progress": {"done": "3"}}}})
+
+
 def test_files_of_a_remote_run_are_its_own():
     saver = ModelCheckpoint("memory://run")
-    run = SimpleNamespace(
-        state=SimpleNamespace(fn=TrainerFn.FITTING),
-        fit_loop=SimpleNamespace(state_dict=dict),
-        checkpoint_callbacks=[saver],
-    )
-    state = saver.state_dict()
+    run, state = going_on(saver, {}), saver.state_dict()
     checkpoint = {"loops": {"fit_loop": {}}, "callbacks": {saver.state_key: state}}
     state["best_model_path"] = "memory://run/best.ckpt"
     check_state(run, checkpoint)
-    state["best_model_path"] = "memory://other/best.ckpt"
-    with pytest.raises(InputError, match="which would be deleted"):
-        check_state(run, checkpoint)
+    for other in ("memory://other/best.ckpt", 7):
+        state["best_model_path"] = other
+        with pytest.raises(InputError, match="which would be deleted"):
+            check_state(run, checkpoint)
 
 
 def test_the_state_of_a_saver_is_checked_where_training_goes_on(tmp_path):
