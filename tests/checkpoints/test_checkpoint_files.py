@@ -136,6 +136,7 @@ def test_other_files(tmp_path):
         ("optimizer_states", []),
         ("MixedPrecision", [1]),
         ("outer_settings", {"classes": []}),
+        ("outer_settings", {"classes": {}, "values": {}}),
         ("optimizer_states", [{"state": [], "param_groups": [{"params": [0, 1]}]}]),
     ],
 )

@@ -138,6 +138,13 @@ def test_a_state_of_no_parameter_or_of_another_shape_is_refused(kind, number, na
         settings.check(optimizer, None)
 
 
+def test_a_checkpoint_without_schedulers_is_one_of_weights_alone():
+    optimizer, settings = ADAM([torch.nn.Parameter(torch.ones(2))]), OuterSettings()
+    settings.load({"optimizer_states": [optimizer.state_dict()]})
+    with pytest.raises(InputError, match="saved with weights alone"):
+        settings.check(optimizer, None)
+
+
 @pytest.mark.parametrize("made", [None, 0, "Adam", torch.nn.Linear(1, 1)])
 @pytest.mark.parametrize("name", ["optimizer", "scheduler"])
 def test_what_makes_something_else_is_refused(name, made, tmp_path):
