@@ -1,13 +1,13 @@
 """Each estimator by hand: plain linear algebra on the derivatives of ``derivatives.py``, without autograd.
 
-Z = dθ/d(φ, rates) is carried along with θ: a step of gradient descent makes it (I − αH)Z − α[J, 0] − [0, diag(g)].
+Z = dθ/d(φ, rates) is carried along with θ: the steps are those of ``rules.py``.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from derivatives import Derivatives
+from rules import RULES, Dual, Layout
 from torch import Tensor
 from torch.linalg import matrix_power, solve
 
@@ -23,27 +23,11 @@ from metalit.hypergradients import (
     Reptile,
     Truncated,
 )
-from metalit.inner import SGD, InnerOptimizer, MetaSGD, Newton
-from metalit.inner.base import GradFn
+from metalit.inner import InnerOptimizer
 from metalit.keys import fold, uniform
 from metalit.linsolve import Neumann, Nystrom
 from metalit.problem import Points
-from metalit.tree import Tree, axpy, flatten, leaves, tree_map, unflatten
-
-
-@dataclass(frozen=True)
-class HeavyBall(InnerOptimizer):
-    """An inner optimiser of the tests' own, that has a state: v ← momentum · v + ∇θ f, θ ← θ − lr · v."""
-
-    lr: float
-    momentum: float = 0.7
-
-    def init(self, inner: Tree) -> Tree:
-        return tree_map(torch.zeros_like, inner)
-
-    def update(self, grad_fn: GradFn, inner: Tree, state: Tree, outer: Any, step: int) -> tuple[Tree, Tree]:
-        state = axpy(self.momentum, state, grad_fn(inner))
-        return axpy(-self.lr, state, inner), state
+from metalit.tree import Tree, flatten, leaves, unflatten
 
 
 class Point:
@@ -57,21 +41,24 @@ class Point:
             self.theta, by_phi = _flat(start), 0 * by_phi
         self.Z = torch.cat([by_phi, self.phi.new_zeros(len(self.theta), len(self.rates))], 1)
         self.taken = 0
-        self.state: Tensor = torch.zeros_like(self.theta)
-        self.state_by_outer: Tensor = torch.zeros_like(self.Z)
+        self.state: dict[str, Dual] = {}
+        self.layout = Layout(hand.problem.init(outer["problem"], hand.task), outer["optimizer"], len(self.phi))
 
     def step(self, number: int, first_order: bool = False, dropped: bool = False) -> None:
         """Take one inner step; a dropped one leaves Z as it is, and its state is a constant."""
-        given = (self.theta, self.phi, number)
-        g, by_outer = self.hand.g(*given), 0 * self.Z
-        if not first_order:
-            by_outer = self.hand.H(*given) @ self.Z + self.padded(self.hand.J(*given))
-        move, turn = RULES[type(self.optimizer)](self, given, g, by_outer)
-        self.theta, self.taken = self.theta - move, number + 1
+
+        def slope(at: Dual) -> Dual:
+            given, by_outer = (at.value, self.phi, number), 0 * self.Z
+            if not first_order:
+                by_outer = self.hand.H(*given) @ at.by_outer + self.padded(self.hand.J(*given))
+            return Dual(self.hand.g(*given), by_outer)
+
+        after = RULES[type(self.optimizer)](self, Dual(self.theta, self.Z), slope, number)
+        self.theta, self.taken = after.value, number + 1
         if dropped:
-            self.state_by_outer = 0 * self.state_by_outer
+            self.state = {name: value.constant() for name, value in self.state.items()}
         else:
-            self.Z = self.Z - turn
+            self.Z = after.by_outer
 
     def padded(self, by_phi: Tensor) -> Tensor:
         """A derivative with respect to φ as one with respect to (φ, rates)."""
@@ -115,7 +102,7 @@ class Shifted:
 
     def __init__(self, hand: Derivatives, kind: F2SA) -> None:
         self.hand, self.judged, self.weight = hand, hand.after(kind.steps), kind.weight
-        self.init = hand.init
+        self.init, self.problem, self.task = hand.init, hand.problem, hand.task
 
     def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
         return self.hand.g(theta, phi, step) + self.judged.outer(theta, phi)[1] / self.weight
@@ -129,35 +116,6 @@ def minibatch(task: Any, size: int, step: int) -> Any:
     order = ranks.argsort()[: int(torch.cat(masks).sum())].tolist()
     rows = [order[(step * size + place) % len(order)] for place in range(min(size, len(order)))]
     return task._replace(support=Points(x[rows], y[rows]))
-
-
-# ---- inner optimisers by hand: what a step takes from θ, and its derivative; a state is carried along at the point
-
-
-def _sgd(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
-    return at.optimizer.lr * g, at.optimizer.lr * by_outer
-
-
-def _meta_sgd(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
-    turn = at.rates[:, None] * by_outer
-    turn[:, len(at.phi) :] += g.diag()
-    return at.rates * g, turn
-
-
-def _newton(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
-    K = at.hand.H(*given) + at.optimizer.damping * torch.eye(len(g), dtype=g.dtype)
-    move = solve(K, g)
-    by_theta, by_phi = at.hand.twist(*given, move)
-    return move, solve(K, by_outer - by_theta @ at.Z - at.padded(by_phi))
-
-
-def _heavy_ball(at: Point, given: Any, g: Tensor, by_outer: Tensor) -> tuple[Tensor, Tensor]:
-    at.state = at.optimizer.momentum * at.state + g
-    at.state_by_outer = at.optimizer.momentum * at.state_by_outer + by_outer
-    return at.optimizer.lr * at.state, at.optimizer.lr * at.state_by_outer
-
-
-RULES = {SGD: _sgd, MetaSGD: _meta_sgd, Newton: _newton, HeavyBall: _heavy_ball}
 
 
 def reference(

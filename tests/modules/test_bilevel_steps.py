@@ -22,7 +22,6 @@ from cases import task_at
 from fits import bare, blobs, last, parameters, scalars, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
-from references import HeavyBall
 from torch import Tensor, nn
 
 from metalit.adapt import Iterate, adapt, kept
@@ -73,9 +72,9 @@ ESTIMATORS = {
     "JTg": (SGD(0.1), JTg()),
     "Direct": (SGD(0.1), Direct()),
     "MetaSGD": (MetaSGD(0.2), Unrolled(2)),
-    "momentum": (HeavyBall(0.1), Unrolled(3)),
-    "momentum, Implicit": (HeavyBall(0.1), Implicit(30, CG(6))),
-    "momentum, JTg": (HeavyBall(0.1), JTg(2)),
+    "momentum": (SGD(0.1, momentum=0.7), Unrolled(3)),
+    "momentum, Implicit": (SGD(0.1, momentum=0.7), Implicit(30, CG(6))),
+    "momentum, JTg": (SGD(0.1, momentum=0.7), JTg(2)),
 }
 
 

@@ -1,39 +1,29 @@
 """Gradient descent whose step sizes are learned, one for each entry of the inner variable."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from metalit.inner.base import GradFn, InnerOptimizer
-from metalit.inner.sgd import check_lr
-from metalit.tree import Tree, tree_map
+from metalit.inner.learned import RATE, Domain, Learned, Number, check_number
+from metalit.inner.sgd import SGD
 
 
 @dataclass(frozen=True)
-class MetaSGD(InnerOptimizer):
+class MetaSGD(SGD):
     """Meta-SGD: θ ← θ − α ⊙ ∇θ L(θ), with α an outer parameter of θ's shape (Li et al. 2017, eq. 2).
 
-    After one step, ∂L_query/∂α = −∇L_support(θ) ⊙ ∇L_query(θ′). The learned α may become negative, as in the paper.
+    It is :class:`SGD` with ``lr=Learned(lr, per="entry")``. After one step, ∂L_query/∂α = −∇L_support(θ) ⊙
+    ∇L_query(θ′). The learned α may become negative, as in the paper.
 
     Args:
         lr: the value that every entry of α starts from.
+        momentum, nesterov, weight_decay, schedule, clip_norm: see :class:`SGD`.
 
     Raises:
-        InputError: ``lr`` is not a finite positive number.
+        InputError: see :class:`SGD`.
     """
 
     lr: float = 0.01
 
-    def __post_init__(self) -> None:
-        check_lr("MetaSGD", self.lr)
-
-    def outer(self, inner: Tree, steps: int) -> dict[str, Tree]:
-        """``{"lr": α}``: one step size for each entry of the inner variable."""
-        return {"lr": tree_map(lambda value: torch.full_like(value, self.lr), inner)}
-
-    def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
-        """Step against the gradient, entry by entry."""
-        return tree_map(
-            lambda value, gradient, rate: value - rate * gradient, inner, grad_fn(inner), outer["lr"]
-        ), state
+    def hyperparameters(self) -> dict[str, tuple[Number, Domain]]:
+        """Those of SGD, with a rate of each entry."""
+        check_number("MetaSGD", "lr", self.lr, RATE)
+        return {**super().hyperparameters(), "lr": (Learned(self.lr, "entry"), RATE)}

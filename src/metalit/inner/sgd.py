@@ -1,36 +1,58 @@
-"""Gradient descent with a fixed step size."""
+"""Gradient descent, with momentum and weight decay if they are asked for."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from metalit.errors import InputError
-from metalit.inner.base import GradFn, InnerOptimizer
-from metalit.tree import Tree, axpy
+import torch
+from torch import Tensor
+
+from metalit.inner.learned import DECAY, RATE, SHARE, Domain, Number, is_off
+from metalit.inner.rule import GradientRule, Numbers, State
 
 
 @dataclass(frozen=True)
-class SGD(InnerOptimizer):
-    """Differentiable gradient descent: θ ← θ − lr · ∇θ L(θ).
+class SGD(GradientRule):
+    """Differentiable gradient descent: θ ← θ − lr · v, v ← momentum · v + ∇θ L + weight_decay · θ, from v = 0.
+
+    Without momentum it is θ ← θ − lr · (∇θ L + weight_decay · θ), and has no state. With ``nesterov`` gradient and
+    decay are taken at the look-ahead θ − lr · momentum · v (Nesterov 1983), where ``torch.optim.SGD`` has its
+    parameters.
 
     Args:
         lr: the step size α of Finn et al. 2017, eq. 1.
+        momentum: from 0 to below 1.
+        nesterov: look ahead.
+        weight_decay: 0 or more.
+        schedule, clip_norm: see :class:`~metalit.inner.rule.GradientRule`.
 
     Raises:
-        InputError: ``lr`` is not a finite positive number.
+        InputError: a number outside of its domain, such as an ``lr`` that is not a finite positive number.
+
+    >>> SGD(0.1).update(lambda w: 2 * w, torch.tensor(1.0), {"": {}}, {}, step=0)[0]
+    tensor(0.8000)
     """
 
-    lr: float = 0.01
+    domains: ClassVar[dict[str, Domain]] = {"lr": RATE, "momentum": SHARE, "weight_decay": DECAY}
+    lr: Number = 0.01
+    momentum: Number = 0.0
+    nesterov: bool = False
+    weight_decay: Number = 0.0
 
-    def __post_init__(self) -> None:
-        check_lr("SGD", self.lr)
+    def begin(self, leaf: Tensor) -> State:
+        """The velocity v, if there is momentum."""
+        return {} if is_off(self.momentum) else {"velocity": torch.zeros_like(leaf)}
 
-    def update(self, grad_fn: GradFn, inner: Tree, state: Any, outer: dict[str, Tree], step: int) -> tuple[Tree, Any]:
+    def ask_at(self, leaf: Tensor, state: State, numbers: Numbers) -> Tensor:
+        """At θ, or at the look-ahead."""
+        if not self.nesterov or is_off(self.momentum):
+            return leaf
+        return -numbers["lr"] * numbers["momentum"] * state["velocity"] + leaf
+
+    def move(self, leaf: Tensor, gradient: Tensor, state: State, numbers: Numbers) -> tuple[Tensor, State]:
         """Step against the gradient."""
-        return axpy(-self.lr, grad_fn(inner), inner), state
-
-
-def check_lr(owner: str, lr: float) -> None:
-    """Raise an :class:`InputError` unless ``lr`` is finite and positive."""
-    if not (math.isfinite(lr) and lr > 0):
-        raise InputError(f"{owner}: lr={lr} must be a finite positive number, such as 0.01")
+        if not is_off(self.weight_decay):
+            gradient = gradient + numbers["weight_decay"] * self.ask_at(leaf, state, numbers)
+        if is_off(self.momentum):
+            return -numbers["lr"] * gradient + leaf, state
+        velocity = numbers["momentum"] * state["velocity"] + gradient
+        return -numbers["lr"] * velocity + leaf, {"velocity": velocity}
