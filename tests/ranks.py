@@ -14,7 +14,7 @@ from metalit.autodiff import SAM, WeightNoise
 from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint, ReportWriter
 from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.hypergradients import Annealed, Implicit, Unrolled
-from metalit.inner import SGD, MetaSGD
+from metalit.inner import SGD, Adam, MetaSGD
 from metalit.linsolve import CG
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
@@ -54,9 +54,11 @@ def sine():
     return TaskDataModule(Sine(), Episodes(12, 5, 5), Episodes(12, 5, 5), Episodes(6, 5, 5))
 
 
-def ridge(**options):
+def ridge(inner=None, **options):
     problem = Ridge(3, -1.0, batch=8, outer_batch=5)
-    return BilevelLearner(problem, SGD(0.1), Unrolled(3), **{"optimizer": ADAM, "scheduler": PLATEAU, **options})
+    return BilevelLearner(
+        problem, inner or SGD(0.1), Unrolled(3), **{"optimizer": ADAM, "scheduler": PLATEAU, **options}
+    )
 
 
 def logistic(**options):
@@ -108,6 +110,7 @@ CASES = {
     "MAML++": (lambda: meta(problem=per_step()), sine, DOUBLE),
     "Meta-SGD, clipped": (lambda: meta(MetaSGD(0.05), clip_norm=0.1), sine, DOUBLE),
     "ridge, warm": (lambda: ridge(warm_start=True), lambda: splits(regression()), DOUBLE),
+    "ridge, warm, momenta": (lambda: ridge(Adam(0.05), warm_start=True), lambda: splits(regression()), DOUBLE),
     "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),
     "logistic, implicit, warm": (lambda: logistic(warm_start=True), two_classes, DOUBLE),
     "cleaning": (cleaning, two_classes, DOUBLE),

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils._pytree import tree_map as pytree_map
 
-from metalit.adapt import outer_variable
+from metalit.adapt import Iterate, outer_variable
 from metalit.compiling import compiled as compiled_module
 from metalit.compiling import program
 from metalit.compiling.compiled import Compiled
@@ -63,10 +63,10 @@ def check_estimates(problem, optimizer, hypergradient, outer, tasks, start, tole
 
     compiled = Watched(estimate, problem)
     for _ in range(2):
-        *found, metrics = compiled(outer, tasks, start)
+        *found, metrics, _ = compiled(outer, tasks, start)
         assert compiled.is_compiled(outer, tasks, start), compiled.said
         assert compiled.forms == 1
-        *right, expected = estimate(outer, tasks, start)
+        *right, expected, _ = estimate(outer, tasks, start)
         for one, other in zip(found, right, strict=True):
             check_close(one, other, tolerance)
         assert metrics.keys() == expected.keys()
@@ -83,6 +83,13 @@ def check_case(case, warm=False):
 @pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.long)], ids=["cold", "warm"])
 def test_maml_is_what_it_is_without_the_compiler(warm):
     check_case(Case("MAML", "SGD", "Unrolled"), warm)
+
+
+def test_learned_numbers_moments_and_clipping_are_what_they_are_without_the_compiler():
+    case = Case("ThetaPhi", "AdamW, learned", "Unrolled")
+    start = Iterate(case.starts, case.optimizer.init(case.starts))
+    start.state[""]["steps"] = torch.zeros(3, dtype=torch.float64)  # of each task
+    check_estimates(case.problem, case.optimizer, Unrolled(2), case.outer, case.tasks, start, E64)
 
 
 def test_an_implicit_gradient_is_what_it_is_without_the_compiler():

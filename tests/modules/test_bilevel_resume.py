@@ -17,7 +17,7 @@ from metalit.data import (
 )
 from metalit.errors import InputError
 from metalit.hypergradients import Implicit, Unrolled
-from metalit.inner import SGD
+from metalit.inner import SGD, Adam
 from metalit.modules import BilevelLearner, MetaLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot
@@ -36,6 +36,9 @@ RESUMED = {
     ),
     "keys": lambda: (
         offset(hypergradient=Implicit(2), warm_start=True, draws=2, scheduler=SCHEDULERS["plateau"]), None,
+    ),
+    "momenta": lambda: (
+        ridge(Adam(0.05, 0.5, 0.7), Unrolled(2), warm_start=True, optimizer=sgd(0.5), batch=8), table(draws=2),
     ),
     "cold": lambda: (ridge(SGD(0.1), Unrolled(2), batch=8, scheduler=SCHEDULERS["exponential"]), table()),
 }  # fmt: skip
@@ -57,6 +60,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, tmp_pa
         checkpoint = torch.load(last(root), weights_only=True)
         assert checkpoint["global_step"] == stop
         assert (checkpoint["inner"] is not None) == whole.warm_start
+        assert len(checkpoint["inner_state"]) == (6 if name == "momenta" else 0)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="the checkpoint keeps")
             resumed = fit(root, ckpt=last(root))
@@ -67,6 +71,23 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(name, tmp_pa
         assert whole.scores == resumed.scores
         states = [torch.load(last(path), weights_only=True)["optimizer_states"] for path in (tmp_path / "whole", root)]
         assert str(states[0]) == str(states[1])
+
+
+@pytest.mark.parametrize("kept", ["none", "of another optimiser"])
+def test_a_checkpoint_without_the_inner_optimisers_state_begins_it_anew(kept, tmp_path):
+    module = partial(ridge, Adam(0.05), Unrolled(2), warm_start=True, optimizer=sgd(0.0))
+    trainer(tmp_path, steps=3).fit(module(), table())
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    learner = module()
+    learner.trainer = bare(tmp_path)
+    if kept == "none":  # as of an older version
+        del checkpoint["inner_state"]
+    else:
+        checkpoint["inner_state"] = checkpoint["inner_state"][:1]
+    learner._warm.load(checkpoint)
+    start = learner._warm.of_rank(learner.trainer, 1, lambda: checkpoint["inner"])
+    assert same(start.inner, checkpoint["inner"])
+    assert not any(bool(leaf.any()) for state in start.state.values() for leaf in state.values())
 
 
 def test_a_checkpoint_of_another_number_of_draws_is_refused(tmp_path):

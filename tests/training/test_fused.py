@@ -15,10 +15,11 @@ from metalit.compiling import program
 from metalit.data import Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import Implicit, JTg, Unrolled
-from metalit.inner import SGD, MetaSGD
+from metalit.inner import SGD, Adam, MetaSGD
 from metalit.linsolve import CG
 from metalit.modules import BilevelLearner, MetaLearner
 from metalit.networks import MLP
+from metalit.private_torch import tree_leaves
 from metalit.problems import FewShot, Ridge, ThetaPhi
 from metalit.training import outer_loop
 
@@ -54,6 +55,10 @@ def theta_phi(fused, **options):
     return BilevelLearner(problem, SGD(0.1), JTg(), warm_start=True, fused_steps=fused, **options)
 
 
+def momenta(fused, **options):
+    return BilevelLearner(Ridge(3), Adam(0.05), Unrolled(2), warm_start=True, fused_steps=fused, **options)
+
+
 FITS = {
     "MAML, exponential": lambda fused: (few_shot(fused, scheduler=exponential), sine()),
     "MetaSGD, cosine, clipped": lambda fused: (
@@ -69,6 +74,7 @@ FITS = {
         ridge(fused, warm_start=True, clip_norm=0.01),
         SplitsDataModule(regression(), draws=2),
     ),
+    "ridge, warm, momenta": lambda fused: (momenta(fused), SplitsDataModule(regression(), draws=2)),
     "ridge, cold": lambda fused: (ridge(fused), SplitsDataModule(regression(), draws=2)),
     "keys": lambda fused: (theta_phi(fused, draws=2), None),
     "Implicit": lambda fused: (
@@ -91,9 +97,10 @@ def fit(root, name, fused, *callbacks, ckpt=None, **options):
 
 def saved(root, name):
     checkpoint = torch.load(root / "run/version_0/checkpoints" / name, weights_only=True)
-    return {part: checkpoint.get(part) for part in ("global_step", "optimizer_states", "lr_schedulers", "inner")} | {
-        "weights": checkpoint["state_dict"]
-    }
+    return {
+        part: checkpoint.get(part)
+        for part in ("global_step", "optimizer_states", "lr_schedulers", "inner", "inner_state")
+    } | {"weights": checkpoint["state_dict"]}
 
 
 def check_same_runs(first, second, modules):
@@ -351,3 +358,16 @@ def test_steps_between_which_something_happens_are_no_program(options, monkeypat
     module = few_shot(2, compile=True, **options)
     trainer(tmp_path, 2, log_every_n_steps=0, limit_val_batches=0).fit(module, sine())
     assert module.is_compiled
+
+
+def test_a_program_of_steps_hands_on_the_inner_optimisers_state(monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "compile_graph", lambda graph, _: lambda tensors: graph(*tensors))
+    modules = []
+    for fused, compiled in ((1, False), (FUSED, True)):
+        module = momenta(fused, compile=compiled)
+        run = bare(tmp_path, 2 * FUSED, log_every_n_steps=FUSED, limit_val_batches=0, precision="64-true")
+        run.fit(module, SplitsDataModule(regression(), draws=2))
+        assert module.is_compiled == compiled
+        modules.append(module)
+    for one, other in zip(*(tree_leaves(module._warm.of_all(module.trainer)) for module in modules), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
