@@ -214,6 +214,7 @@ ESTIMATORS = {
     "Recomputed, each step counts": Recomputed(3, (0.2, 0.3, 0.5)),
     "Truncated": Truncated(4, 2),
     "FirstOrder": FirstOrder(3),
+    "FirstOrder, each step counts": FirstOrder(3, (0.2, 0.3, 0.5)),
     "Implicit, CG": Implicit(3, CG(30, 1e-14)),
     "Implicit, CG, damped": Implicit(2, CG(30, 1e-14), damping=0.3),
     "Implicit, Neumann": Implicit(3, Neumann(7, 0.2), damping=0.1),

@@ -38,9 +38,9 @@ def dropout():
     return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
 
 
-def meta(inner=None, problem=None, **options):
+def meta(inner=None, problem=None, until=0, **options):
     options = {"eval_steps": 3, "optimizer": ADAM, "scheduler": COSINE, **options}
-    unrolled = Unrolled(2, Annealed([0.5, 0.5], [0.1, 0.9], over=30))  # so that each step must know its number
+    unrolled = Unrolled(2, Annealed([0.5, 0.5], [0.1, 0.9], over=30), until)  # so that each step must know its number
     return MetaLearner(problem or FewShot(network(1, 8, 1)), inner or SGD(0.05), unrolled, **options)
 
 
@@ -106,6 +106,7 @@ def uneven():
 CASES = {
     "MAML": (meta, sine, DOUBLE),
     "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
+    "MAML, annealed order": (lambda: meta(until=10), sine, DOUBLE),
     "MAML, fused": (lambda: meta(fused_steps=2), sine, DOUBLE | {"log_every_n_steps": 2}),
     "MAML++": (lambda: meta(problem=per_step()), sine, DOUBLE),
     "Meta-SGD, clipped": (lambda: meta(MetaSGD(0.05), clip_norm=0.1), sine, DOUBLE),

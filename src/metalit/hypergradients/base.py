@@ -52,6 +52,22 @@ class Hypergradient(ABC):
         """The argument that makes invertible what it inverts, or the empty string where it inverts nothing."""
         return ""
 
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The outer steps from which on it has another form, in order; the first is 0."""
+        return (0,)
+
+    def at(self, progress: int) -> "Hypergradient":
+        """Return the form that it has after ``progress`` outer steps, itself unless that changes.
+
+        A program is of one form: who compiles asks for it, and compiles another one where another begins.
+        """
+        return self
+
+    def begun(self, progress: int) -> int:
+        """The outer step at which the form began that it has after ``progress`` outer steps."""
+        return max(step for step in self.begins if step <= progress)
+
     @abstractmethod
     def __call__(
         self,
@@ -71,7 +87,7 @@ class Hypergradient(ABC):
         """
 
     def check(self, problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, start: Start = None) -> None:
-        """Try the problem on one task, before anything is trained.
+        """Try the problem on one task, in each form, before anything is trained.
 
         Raises:
             InputError: a loss that is no scalar, or that the outer variable does not reach; an outer parameter that is
@@ -79,8 +95,11 @@ class Hypergradient(ABC):
                 not valid.
         """
         start = inner_of(start)
-        claims = Claims(type(self).__name__, self.carries, self.needs, self.second_order)
-        check_paths(claims, problem, optimizer, outer, task, start, self.steps)
+        for begin, end in zip(self.begins, [*self.begins[1:], None], strict=True):
+            form = self.at(begin)
+            name = type(form).__name__ + ("" if end is None else f" (before outer step {end})")
+            claims = Claims(name, form.carries, form.needs, form.second_order)
+            check_paths(claims, problem, optimizer, outer, task, start, self.steps)
         if self.steps:
             inner = problem.init(outer["problem"], task) if start is None else start
             optimizer.check(lambda inner: problem.inner_grad(inner, outer["problem"], task, 0), inner)

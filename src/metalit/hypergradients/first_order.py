@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-from torch.func import grad_and_value
-
-from metalit.adapt import Iterate, Outer, Start, path
+from metalit.adapt import Outer, Start
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
 from metalit.hypergradients.paths import ALL, Path
+from metalit.hypergradients.through_steps import through_steps
+from metalit.hypergradients.weights import Weights, check_given
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 
@@ -22,17 +21,20 @@ class FirstOrder(Hypergradient):
 
     Args:
         steps: the number of inner steps.
+        weights: how much the loss after each inner step counts; see :class:`~metalit.hypergradients.Unrolled`.
 
     Raises:
-        InputError: no inner step.
+        InputError: no inner step, or weights of another number or another sum.
     """
 
     carries: ClassVar[frozenset[Path]] = ALL - {"inner_loss"}
     second_order: ClassVar[bool] = False
     steps: int = 1
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         check_steps("FirstOrder", self.steps)
+        check_given("FirstOrder: weights", self.weights, self.steps)
 
     def __call__(
         self,
@@ -43,11 +45,6 @@ class FirstOrder(Hypergradient):
         start: Start = None,
         progress: Progress = 0,
     ) -> Estimate:
-        """Differentiate the outer loss after the last step, with constant inner gradients."""
-
-        def loss(outer: Outer) -> tuple[Tensor, Iterate]:
-            *_, last = path(problem, optimizer, outer, task, self.steps, start, first_order=True)
-            return problem.after(self.steps).outer_loss(last.inner, outer["problem"], task), last
-
-        gradient, (value, last) = grad_and_value(loss, has_aux=True)(outer)
-        return Estimate(value, gradient, last.inner, state=last.state)
+        """Differentiate the weighted outer loss through the inner loop, with constant inner gradients."""
+        given = self.steps, start, self.weights, progress
+        return through_steps(problem, optimizer, outer, task, *given, first_order=True)

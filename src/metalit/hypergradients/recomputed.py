@@ -12,6 +12,7 @@ from torch.func import grad_and_value, vjp
 from metalit.adapt import Outer, Start, beginning, inner_step
 from metalit.hypergradients.base import Estimate, Progress
 from metalit.hypergradients.unrolled import Unrolled
+from metalit.hypergradients.weights import weights_at
 from metalit.inner.base import InnerOptimizer
 from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem
@@ -29,7 +30,7 @@ class Recomputed(Unrolled):
     where memory is short.
 
     Args:
-        steps, weights: see :class:`Unrolled`.
+        steps, weights, first_order_until: see :class:`Unrolled`.
 
     Raises:
         InputError: see :class:`Unrolled`.
@@ -45,6 +46,8 @@ class Recomputed(Unrolled):
         progress: Progress = 0,
     ) -> Estimate:
         """Adapt, then sweep back."""
+        if self.first_order_until:
+            return self.at(int(progress))(problem, optimizer, outer, task, start, progress)
         own = outer["problem"]
 
         def first_iterate(own: dict[str, Tensor]) -> tuple[Tree, dict[str, Any]]:
@@ -59,7 +62,7 @@ class Recomputed(Unrolled):
         for number in range(self.steps):
             path.append(step(number, *path[-1], outer))
         only_last = [0.0] * (self.steps - 1) + [1.0]
-        weights = self.weights_at(progress, next(leaf for _, leaf in leaves(outer))) or only_last
+        weights = weights_at(self.weights, progress, next(leaf for _, leaf in leaves(outer))) or only_last
         inner, state = path[-1]
         value: Any = 0.0
         gradient = tree_map(torch.zeros_like, outer)

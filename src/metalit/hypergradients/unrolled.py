@@ -1,18 +1,15 @@
 """The exact hypergradient: differentiate through every inner step (second order)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
-from operator import add
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-from torch.func import grad_and_value
-
-from metalit.adapt import Iterate, Outer, Start, path
+from metalit.adapt import Outer, Start
+from metalit.errors import InputError
 from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check_steps
+from metalit.hypergradients.first_order import FirstOrder
 from metalit.hypergradients.paths import ALL, Path
-from metalit.hypergradients.weights import Annealed, Weights, check_weights
+from metalit.hypergradients.through_steps import through_steps
+from metalit.hypergradients.weights import Weights, check_given
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
 
@@ -26,25 +23,37 @@ class Unrolled(Hypergradient):
         weights: w₁ … w_steps, that sum to 1: how much the loss after each inner step counts (the multi-step loss of
             Antoniou et al. 2019, eq. 4). :class:`~metalit.hypergradients.weights.Annealed` ones change over the outer
             steps. If not given, only the last step counts.
+        first_order_until: the first so many outer steps are of first order, by :class:`FirstOrder` with the same
+            weights, which is cheaper (the derivative-order annealing of Antoniou et al. 2019, section 4). Each order is
+            a program of its own where ``model.compile`` is set; the second is compiled when it begins.
 
     Raises:
-        InputError: no inner step, or weights of another number or another sum.
+        InputError: no inner step, weights of another number or another sum, a negative ``first_order_until``.
     """
 
     carries: ClassVar[frozenset[Path]] = ALL
     steps: int = 1
     weights: Weights | None = None
+    first_order_until: int = 0
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
-        if isinstance(self.weights, Annealed):
-            self.weights.check("Unrolled: weights", self.steps)
-        elif self.weights is not None:
-            check_weights("Unrolled: weights", self.weights, self.steps)
+        check_given("Unrolled: weights", self.weights, self.steps)
+        if not (isinstance(self.first_order_until, int) and self.first_order_until >= 0):
+            raise InputError(
+                f"Unrolled: first_order_until={self.first_order_until!r} must be a whole number of outer steps"
+            )
 
-    def weights_at(self, progress: Progress, like: Tensor) -> Sequence[float | Tensor] | None:
-        """The weight of the loss after each inner step, after ``progress`` outer steps; None: only the last counts."""
-        return self.weights.at(progress, like) if isinstance(self.weights, Annealed) else self.weights
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """0, and where the second order begins."""
+        return (0, self.first_order_until) if self.first_order_until else (0,)
+
+    def at(self, progress: int) -> Hypergradient:
+        """Return :class:`FirstOrder` before ``first_order_until``, and from then on this without it."""
+        if progress < self.first_order_until:
+            return FirstOrder(self.steps, self.weights)
+        return replace(self, first_order_until=0) if self.first_order_until else self
 
     def __call__(
         self,
@@ -56,18 +65,6 @@ class Unrolled(Hypergradient):
         progress: Progress = 0,
     ) -> Estimate:
         """Differentiate the weighted outer loss through the inner loop."""
-
-        def loss(outer: Outer) -> tuple[Tensor, Iterate]:
-            each = list(path(problem, optimizer, outer, task, self.steps, start))
-            first = self.steps if self.weights is None else 1
-            losses = [
-                problem.after(steps).outer_loss(each[steps].inner, outer["problem"], task)
-                for steps in range(first, self.steps + 1)
-            ]
-            weights = self.weights_at(progress, losses[-1])
-            if weights is None:
-                return losses[-1], each[-1]
-            return reduce(add, (weight * value for weight, value in zip(weights, losses, strict=True))), each[-1]
-
-        gradient, (value, last) = grad_and_value(loss, has_aux=True)(outer)
-        return Estimate(value, gradient, last.inner, state=last.state)
+        if self.first_order_until:
+            return self.at(int(progress))(problem, optimizer, outer, task, start, progress)
+        return through_steps(problem, optimizer, outer, task, self.steps, start, self.weights, progress)

@@ -50,6 +50,19 @@ class Annealed:
 Weights = Sequence[float] | Annealed
 
 
+def weights_at(weights: Weights | None, progress: Progress, like: Tensor) -> Sequence[float | Tensor] | None:
+    """The weight of the loss after each inner step, after ``progress`` outer steps; None: only the last counts."""
+    return weights.at(progress, like) if isinstance(weights, Annealed) else weights
+
+
+def check_given(owner: str, weights: Weights | None, steps: int) -> None:
+    """Raise an :class:`InputError` unless weights, if any are given, are of so many inner steps and sum to 1."""
+    if isinstance(weights, Annealed):
+        weights.check(owner, steps)
+    elif weights is not None:
+        check_weights(owner, weights, steps)
+
+
 def check_weights(owner: str, weights: Sequence[float], steps: int) -> None:
     """Raise an :class:`InputError` unless there is a weight for each inner step, and they sum to 1."""
     numbers = isinstance(weights, Sequence) and all(isinstance(weight, float | int) for weight in weights)

@@ -67,7 +67,8 @@ class Diagnosis:
         if not self.steps.is_compiled:
             self.batches.stay_uncompiled()
         items = tasks, inner_of(found.per_item), inner_of(start)
-        means = self.batches((context, _gradient(context, found)), items).metrics
+        # one program, whatever the form of the step
+        means = self.batches((context._replace(form=0), _gradient(context, found)), items).metrics
         return {"outer_norm": norm(context.outer), **means, **found.metrics}
 
     def pure(self, context: StepContext, found: StepResult, tasks: Any, start: Start) -> dict[str, Tensor]:

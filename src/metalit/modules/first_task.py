@@ -36,7 +36,7 @@ def check_first_task(
     tasks: Any,
     start: Start,
 ) -> None:
-    """Take an outer step on a few tasks, to no effect.
+    """Take an outer step on a few tasks, in each form of the hypergradient, to no effect.
 
     Raises:
         InputError: what :meth:`~metalit.hypergradients.base.Hypergradient.check` raises; derivatives that are missing;
@@ -46,7 +46,8 @@ def check_first_task(
     try:
         given = few_of(tasks), few_of(start), context.progress
         with OtherGenerators() as others:
-            found = over_tasks(hypergradient, problem, optimizer, context.outer, *given)
+            forms = [hypergradient.at(begin) for begin in hypergradient.begins]
+            each = [over_tasks(form, problem, optimizer, context.outer, *given) for form in forms]
     except torch.OutOfMemoryError:  # training makes its chunks as small as they must be
         return
     if others.drawn:
@@ -55,7 +56,7 @@ def check_first_task(
             "resumed or repeated; draw by metalit.keys from the task's key"
         )
     damping = damping_of(hypergradient, optimizer)
-    if damping and bool(OuterGradient.of(found.loss, found.gradient).not_finite):
+    if damping and any(bool(OuterGradient.of(found.loss, found.gradient).not_finite) for found in each):
         raise InputError(f"model: the outer loss or its gradient is not finite from the start. {if_singular(damping)}")
 
 

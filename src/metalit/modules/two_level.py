@@ -84,6 +84,12 @@ class TwoLevelLearner(OuterLearner):
                 f"model.compile_seconds={compile_seconds} must be a positive number of seconds, such as 300"
             )
         problem.trained_for(hypergradient.steps)
+        if any(begin % fused_steps for begin in hypergradient.begins):
+            raise InputError(
+                f"model.fused_steps={fused_steps} steps are taken as one, and from outer step "
+                f"{hypergradient.begins[-1]} on hypergradient {type(hypergradient).__name__} has another form: let "
+                "that number be a multiple of fused_steps"
+            )
         self.problem = problem
         self.inner_optimizer = inner_optimizer
         self.hypergradient = hypergradient
@@ -93,7 +99,8 @@ class TwoLevelLearner(OuterLearner):
             self._step_result, problem, compile, tasks_per_chunk, "the outer step", say, seconds=compile_seconds
         )
         self._diagnosis = Diagnosis(self, self._batches)
-        self._loop = OuterLoop(self.stepper, self._batches, self._diagnosis, problem, say, compile_seconds)
+        given = problem, say, compile_seconds, hypergradient.begun
+        self._loop = OuterLoop(self.stepper, self._batches, self._diagnosis, *given)
         self.learned = ParameterTree(self._brought(), self._brought(exact=True))
         self._first_is_checked = False
         self._last: tuple[Any, int, OuterGradient] | None = None
@@ -147,7 +154,7 @@ class TwoLevelLearner(OuterLearner):
         with self.told(tasks):
             self.problem.check(first_of(tasks))
             if self.trainer.state.fn == "fit":
-                context = self.stepper.context(self.constants(), self.outer_step)
+                context = self._context()
                 check_first_task(self.hypergradient, self.problem, self.inner_optimizer, context, tasks, start)
                 if self.problem.vectorised is False and self._batches.is_compiled:
                     self._batches.stay_uncompiled()
@@ -220,11 +227,16 @@ class TwoLevelLearner(OuterLearner):
         """The problem as it is differentiated."""
         return self.problem if scale is None else Scaled(self.problem, scale)
 
+    def _context(self) -> StepContext:
+        """What the next outer step is taken at."""
+        form = self.hypergradient.begun(self.outer_step)
+        return self.stepper.context(self.constants(), self.outer_step)._replace(form=form)
+
     def _step_result(self, context: StepContext, items: tuple[Any, Start]) -> StepResult:
         """The mean hypergradient over tasks and their starts: what is compiled."""
-        (outer, scale, progress), (tasks, start) = context, items
+        (outer, scale, progress, form), (tasks, start) = context, items
         problem = self.scaled_problem(scale)
-        found = over_tasks(self.hypergradient, problem, self.inner_optimizer, outer, tasks, start, progress)
+        found = over_tasks(self.hypergradient.at(form), problem, self.inner_optimizer, outer, tasks, start, progress)
         loss = found.loss if scale is None else found.loss / scale
         last = Iterate(found.inner, found.state) if isinstance(start, Iterate) else found.inner
         return StepResult(OuterGradient.of(loss, found.gradient), found.metrics, last)
@@ -256,7 +268,7 @@ class TwoLevelLearner(OuterLearner):
 
     def _warn_of(self, tasks: Any, start: Start) -> None:
         """Warn of what an outer step on a few tasks would find."""
-        context = self.stepper.context(self.constants(), self.outer_step)
+        context = self._context()
         found = self._step_result(context, (tasks, start))
         if bool(found.gradient.not_finite):
             return

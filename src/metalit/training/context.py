@@ -17,8 +17,10 @@ class StepContext(NamedTuple):
         outer: the outer variable, detached.
         scale: what the gradient is multiplied by in 16-mixed precision (:mod:`metalit.training.loss_scale`), or None.
         progress: how many outer steps were taken before, of no dimensions and type int64.
+        form: a number that is another one where what is evaluated takes another form, so that each is a program.
     """
 
     outer: Outer
     scale: Tensor | None
     progress: Tensor
+    form: int = 0

@@ -66,7 +66,7 @@ class FusedLoop:
         self.compiled = Compiled(self._loop, module, tell=tell, seconds=seconds)
 
     def __call__(
-        self, items: Any, steps: int, start: Start, progress: int, schedule: Callable[[], None]
+        self, items: Any, steps: int, start: Start, progress: int, schedule: Callable[[], None], form: int = 0
     ) -> FusedResult | None:
         """Take the steps.
 
@@ -77,12 +77,13 @@ class FusedLoop:
                 one ended.
             progress: how many outer steps were taken before.
             schedule: sets the options of the next step; called between steps.
+            form: that of the steps (:class:`~metalit.training.context.StepContext`), all of which have one.
 
         Returns:
             None where they cannot be compiled; then no step is taken.
         """
         carried, taken = self.optimizer.read(), self.optimizer.steps_taken
-        first, rows = torch.tensor(progress), [self.optimizer.coefficients(taken + 1)] * steps
+        first, rows = (torch.tensor(progress), form), [self.optimizer.coefficients(taken + 1)] * steps
         values, spec = tree_flatten((torch.tensor(1), carried, start, first, carried[0].new_tensor(rows), items))
         program = self.compiled.program(values, spec)  # of any number of steps, but tried out on one
         if self.compiled.failed:
@@ -104,7 +105,7 @@ class FusedLoop:
     # order of keys, contiguous) from step to step, since the loop's body is compiled for one form alone.
 
     def _loop(
-        self, count: Tensor, carried: list[Tensor], start: Start, first: Tensor, rows: Tensor, items: Any
+        self, count: Tensor, carried: list[Tensor], start: Start, first: tuple[Tensor, int], rows: Tensor, items: Any
     ) -> tuple[Any, ...]:
         context = self.host.tensors(), first, rows, items
         # one evaluation tells the form of what each step finds; no number of it is used, and the program leaves it out
@@ -132,12 +133,12 @@ class FusedLoop:
 
     def _given(self, number: Tensor, flat: Tensor, context: tuple[Any, ...]) -> tuple[StepContext, Any]:
         """What step ``number`` of the loop is taken at, the parameters ``flat``, and its items."""
-        _, first, rows, items = context
+        _, (first, form), rows, items = context
 
         def of_this_step(leaf: Any) -> Any:
             return _at(leaf.reshape(len(rows), -1, *leaf.shape[1:]), number) if isinstance(leaf, Tensor) else leaf
 
-        at = StepContext(unflatten(flat, self.optimizer.outer), None, first + number)
+        at = StepContext(unflatten(flat, self.optimizer.outer), None, first + number, form)
         return at, pytree_map(of_this_step, items)
 
     def _called(self, fn: Callable[..., Any], context: tuple[Any, ...], *given: Any) -> Any:

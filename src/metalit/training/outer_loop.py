@@ -35,6 +35,8 @@ class OuterLoop:
         diagnosis: finds what is to be logged.
         module: the module that the functions of both know.
         tell, seconds: see :class:`~metalit.compiling.compiled.Compiled`.
+        form: finds the form of an outer step (:class:`~metalit.training.context.StepContext`), given how many were
+            taken before it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class OuterLoop:
         module: nn.Module,
         tell: Callable[[str], None],
         seconds: float,
+        form: Callable[[int], int],
     ) -> None:
         self.stepper = stepper
         self.batches = batches
@@ -52,6 +55,7 @@ class OuterLoop:
         self.module = module
         self.tell = tell
         self.seconds = seconds
+        self.form = form
         self._program: FusedLoop | None = None
 
     def take(self, outer: Outer, items: Any, steps: int, start: Start) -> tuple[StepResult, Scalars]:
@@ -60,7 +64,7 @@ class OuterLoop:
         Args:
             outer: the outer variable, detached, which the optimiser changes in place.
             items: those of all steps, one step after the other along the leading dimension of every tensor.
-            steps: how many.
+            steps: how many, all of one form.
             start: where the items of the first step start; if not None, each further one starts where the one before it
                 ended.
 
@@ -75,7 +79,8 @@ class OuterLoop:
         values, form = tree_flatten(items)
         each = list(zip(*(_split(value, steps) for value in values), strict=True))
         last = tree_unflatten(each[-1], form)
-        context = self.stepper.context(outer, self.stepper.module.global_step)
+        step = self.stepper.module.global_step
+        context = self.stepper.context(outer, step)._replace(form=self.form(step))
         evaluate = self.batches.bind(context, (tree_unflatten(each[0], form), start))
         for leaves in each[:-1]:
             found, _ = self.stepper.take(partial(evaluate, [*leaves, *tree_flatten(start)[0]]))
@@ -105,7 +110,8 @@ class OuterLoop:
     def _in_a_program(
         self, program: FusedLoop, items: Any, steps: int, start: Start
     ) -> tuple[StepResult, Scalars] | None:
-        found = program(items, steps, start, self.stepper.module.global_step, self.stepper.schedule)
+        step = self.stepper.module.global_step
+        found = program(items, steps, start, step, self.stepper.schedule, self.form(step))
         if found is None:
             self.batches.stay_uncompiled()  # the reason is the same, and was said
             return None
