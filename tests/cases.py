@@ -17,6 +17,7 @@ from derivatives import (
     OfCleaning,
     OfLogistic,
     OfLowRank,
+    OfNeuralProcess,
     OfRegression,
     OfRidge,
     OfRidgeHead,
@@ -44,7 +45,17 @@ from metalit.hypergradients import (
 from metalit.inner import ALFA, SGD, Adam, AdamW, InnerOptimizer, Learned, MetaCurvature, MetaSGD, Newton, RMSprop
 from metalit.linsolve import CG, Dense, Neumann, NormalCG, Nystrom
 from metalit.problem import Matrix, Points, Problem, Splits, Task
-from metalit.problems import BayesianHead, Cleaning, FewShot, Logistic, LowRank, Ridge, RidgeHead, ThetaPhi
+from metalit.problems import (
+    BayesianHead,
+    Cleaning,
+    FewShot,
+    Logistic,
+    LowRank,
+    NeuralProcess,
+    Ridge,
+    RidgeHead,
+    ThetaPhi,
+)
 from metalit.tree import Tree, tree_map
 
 # ---- tasks
@@ -196,14 +207,20 @@ PROBLEMS = {
     "LowRank, exact, missing": Posed(
         _drawn(LowRank(5, 4, rank=2, exact=True), 8), matrices(5, 4, missing=True), 0.05, OfLowRank
     ),
-    "RidgeHead": Posed(_drawn(RidgeHead(linear(3, 3)), 9), _R32, 0.2, OfRidgeHead),
-    "RidgeHead, ragged": Posed(_drawn(RidgeHead(linear(2, 6)), 9), _RAGGED, 0.1, OfRidgeHead),
-    "RidgeHead, no intercept": Posed(_drawn(RidgeHead(linear(2, 2), intercept=False), 9), _R21, 0.2, OfRidgeHead),
+    "RidgeHead": Posed(_drawn(RidgeHead(linear(3, 3), intercept=True), 9), _R32, 0.2, OfRidgeHead),
+    "RidgeHead, ragged": Posed(_drawn(RidgeHead(linear(2, 6), intercept=True), 9), _RAGGED, 0.1, OfRidgeHead),
+    "RidgeHead, no intercept": Posed(_drawn(RidgeHead(linear(2, 2)), 9), _R21, 0.2, OfRidgeHead),
     "BayesianHead": Posed(_drawn(BayesianHead(3, 2, 2, linear(3, 2)), 9), _R32, 0.1, OfBayesianHead),
     "BayesianHead, polynomial": Posed(_drawn(BayesianHead(2, 1, degree=3), 9), _RAGGED, 0.1, OfBayesianHead),
     "BayesianHead, curves": Posed(_drawn(BayesianHead(3, 2, 1, linear(3, 2), "curve"), 9), _R32, 0.1, OfBayesianHead),
     "BayesianHead, ragged curves": Posed(
         _drawn(BayesianHead(2, 1, 2, train_on="curve"), 9), _RAGGED, 0.1, OfBayesianHead
+    ),
+    "NeuralProcess": Posed(
+        _drawn(NeuralProcess(2, 1, 3, 1, activation="Tanh", least_std=0.1), 9), _RAGGED, 0.1, OfNeuralProcess
+    ),
+    "NeuralProcess, attention": Posed(
+        _drawn(NeuralProcess(2, 1, 3, 1, True, "Tanh", 0.1), 9), _RAGGED, 0.1, OfNeuralProcess
     ),
 }
 
@@ -265,7 +282,7 @@ NO_PATH = {
     "Reptile": _INNER_LOSS_ALONE | _OUTER_LOSS_ALONE,
 }
 # what init alone adapts: a step is valid, and by hand there is none
-_WITHOUT_STEPS = {name for name in PROBLEMS if name.startswith("BayesianHead")}
+_WITHOUT_STEPS = {name for name in PROBLEMS if name.startswith(("BayesianHead", "NeuralProcess"))}
 NOT_WITH = {
     "FirstOrder": {"Newton"},
     "Direct": _LEARN,
@@ -275,7 +292,17 @@ NOT_WITH = {
     "FiniteDifference": {"Newton"},
     "Reptile": _LEARN,
 }
-_OTHERWISE = ("ThetaPhi", "ANIL", "BOIL", "CAVIA", "MAML++", "LowRank, exact", "RidgeHead", "BayesianHead")
+_OTHERWISE = (
+    "ThetaPhi",
+    "ANIL",
+    "BOIL",
+    "CAVIA",
+    "MAML++",
+    "LowRank, exact",
+    "RidgeHead",
+    "BayesianHead",
+    "NeuralProcess",
+)
 # Reptile moves the outer variable to the inner one, and its minibatches are of support and query
 _SHAPED_OTHERWISE = {name for name in PROBLEMS if name.startswith(_OTHERWISE)}
 _NO_TASK = {name for name in PROBLEMS if name.startswith(("bowl", "iMAML in"))}

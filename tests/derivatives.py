@@ -9,6 +9,7 @@
 - ``outer(θ, φ)``: L, ∂L/∂θ, ∂L/∂φ; ``after(steps)`` makes it that after so many inner steps
 """
 
+import math
 from abc import ABC, abstractmethod
 from copy import copy
 from typing import Any
@@ -481,6 +482,69 @@ class OfBayesianHead(Derivatives):
             by_phi = by_phi + 0.5 * noise * (dG * inside).sum((1, 2)) + dr[:, :, o] @ alpha
             by_phi[self._own - self.o + o] += (K * inside).sum()
         return loss / y.numel(), 0 * theta, by_phi / y.numel()
+
+
+class OfNeuralProcess(Derivatives):
+    """A network of tanh layers, written out, and differentiated by complex steps: ∂f/∂z = Im f(z + ih)/h, exact.
+
+    (Squire, Trapp 1998: no difference is taken, so h may be as small as 10⁻¹⁰⁰.)
+    """
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.support, self.query = (_real_points(points) for points in (task.support, task.query))
+        self.shapes = {name: value.shape for name, value in problem.outer().items()}
+
+    def network(self, name: str, phi: Tensor, x: Tensor) -> Tensor:
+        pieces = phi.split([shape.numel() for shape in self.shapes.values()])
+        layers = [v.view(s) for (n, s), v in zip(self.shapes.items(), pieces, strict=True) if n.startswith(f"{name}.")]
+        for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+            x = (x.to(phi.dtype) @ weight.T + bias).tanh()
+        return x @ layers[-2].T + layers[-1]
+
+    def encoded(self, phi: Tensor) -> Tensor:
+        """What init makes of the support set, flat; for all its rows, as those of padding have codes too."""
+        x, y, mask = self.task.support
+        codes = self.network("encoder", phi, torch.cat([x, y], 1))
+        real = torch.ones(len(x), dtype=x.dtype) if mask is None else mask.to(x.dtype)
+        if self.problem.queries is None:
+            return (codes * real[:, None]).sum(0) / real.sum()
+        return torch.cat(
+            [codes.flatten(), self.network("queries", phi, x).flatten(), (-1e4 * (1 - real)).to(phi.dtype)]
+        )
+
+    def surprise(self, theta: Tensor, phi: Tensor) -> Tensor:
+        x, y, _ = self.query
+        if self.problem.queries is None:
+            code = theta.expand(len(x), -1)
+        else:
+            rows, width = len(self.task.support.x), self.problem.encoder.out.out_features
+            codes, keys, logits = theta.split([rows * width, rows * width, rows])
+            weights = (self.network("queries", phi, x) @ keys.view(rows, width).T / width**0.5 + logits).exp()
+            code = weights / weights.sum(1, keepdim=True) @ codes.view(rows, width)
+        answer = self.network("decoder", phi, torch.cat([x.to(code.dtype), code], 1))
+        mean, raw = answer.split(answer.shape[1] // 2, 1)
+        std = self.problem.least_std + (1 + raw.exp()).log()
+        return (((y - mean) / std) ** 2 / 2 + std.log() + math.log(2 * math.pi) / 2).mean()
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoded(phi), _complex_steps(self.encoded, phi)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        raise NotImplementedError  # no step is taken
+
+    H = g
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        by_theta = _complex_steps(lambda theta: self.surprise(theta, phi.to(theta.dtype)), theta)
+        by_phi = _complex_steps(lambda phi: self.surprise(theta.to(phi.dtype), phi), phi)
+        return self.surprise(theta, phi), by_theta, by_phi
+
+
+def _complex_steps(fn: Any, at: Tensor) -> Tensor:
+    """The derivative of a function of a vector by each of its entries, in the last dimension."""
+    steps = 1e-100j * torch.eye(len(at), dtype=torch.complex128)
+    return torch.stack([fn(at + step).imag / 1e-100 for step in steps], -1)
 
 
 def _real_points(points: Points) -> Points:

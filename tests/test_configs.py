@@ -11,6 +11,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 # those that go through every subcommand in the quick run, too; all others only begin to train there
 WHOLE = ("curves_gapminder", "bilevel_ridge", "sam_digits")
+WITH_SPREAD = ("BayesianHead", "NeuralProcess")
 
 
 def learner_of(config):
@@ -45,13 +46,16 @@ def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
     assert status == 0, output
     assert f"validating {run / 'checkpoints' / 'best.ckpt'}" in output
     assert "val tasks, adapted to" in output
-    assert "│ 10 " in output
+    given = yaml.safe_load(config.read_text())["model"]["init_args"]
+    steps = 10 if "inner_optimizer" in given else 0  # else init adapts
+    assert f"│ {steps} " in output
 
     status, output = metalit("test", str(config), "--ckpt_path=best")
     assert status == 0, output
     assert "mean ± 95 % interval" in output.replace("\n", " ")
     rows = (run / "test.csv").read_text().splitlines()
-    assert [row.split(",")[:2] for row in rows[1:12]] == [["learner", str(k)] for k in range(11)]
+    learned = [row.split(",")[:2] for row in rows if row.startswith("learner,")]
+    assert learned == [["learner", str(k)] for k in range(steps + 1)]
 
     columns = _columns(config)
     points = tmp_path / "points.csv"
@@ -60,7 +64,9 @@ def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
     status, output = metalit("predict", str(config), f"--data.predict_file={points}")
     assert status == 0, output
     header, *lines = (tmp_path / "points_predicted.csv").read_text().splitlines()
-    assert header == f"{columns},{columns.split(',')[-1]}_predicted"
+    output = columns.split(",")[-1]
+    ends = ("predicted", "lower", "upper") if given["problem"]["class_path"] in WITH_SPREAD else ("predicted",)
+    assert header == ",".join([columns, *(f"{output}_{end}" for end in ends)])
     assert len(lines) == 3
     assert (tmp_path / "points_predicted.png").stat().st_size > 5_000
 

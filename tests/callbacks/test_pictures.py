@@ -240,9 +240,13 @@ class Known:
     def __init__(self, fits):
         self.fits, self.eval_steps = fits, fits.shape[1] - 1
         self.scaling = Scaling.identity(1, 1)
+        self.problem = SimpleNamespace(adapts_in_init=False)
 
     def query_predictions(self, tasks):
         return self.fits
+
+    def query_deviations(self, tasks):
+        return None
 
 
 def fitted(*fits, inputs=1):

@@ -41,6 +41,7 @@ ENTERS = {
     "Ridge": {"inner_loss"},
     "RidgeHead": {"init", "inner_loss", "outer_loss"},
     "BayesianHead": {"init", "inner_loss", "outer_loss"},
+    "NeuralProcess": {"init", "inner_loss", "outer_loss"},
     "Logistic": {"inner_loss"},
     "Cleaning": {"inner_loss"},
     "LowRank": {"outer_loss"},

@@ -154,7 +154,7 @@ def test_in_single_and_half_precision_it_is_solved_in_double(train_on):
         ({"outputs": "auto"}, "BayesianHead: outputs='auto' is for a configuration; give the number of columns"),
         ({"degree": -1}, "BayesianHead: degree=-1 must not be negative; 0 has the constant alone"),
         ({"train_on": "rows"}, "BayesianHead: train_on='rows' must be 'query' or 'curve'"),
-        ({"noise": 0.0}, "BayesianHead: noise=0.0 must be a finite positive standard deviation, such as 0.3"),
+        ({"noise": 0.0}, "BayesianHead: noise=0.0 must be a finite positive number, such as 0.3"),
         ({"network": MLP([3, 4])}, "network cannot take inputs of shape (2, 1), 1 column(s) of x: mat1 and mat2"),
         ({"network": 3}, "network=3 is of type int; it must be a torch.nn.Module, such as MLP([1, 40, 1])"),
     ],

@@ -75,7 +75,7 @@ def test_the_inner_loss_has_no_slope_at_the_solution(features):
 @pytest.mark.parametrize("rows", [2, 12])
 def test_a_penalty_of_nothing_on_features_that_are_alike_gives_numbers_all_the_same(dtype, rows):
     # 3 columns that are one, times 1000, in either system; exp(-90) is 0 in single precision
-    problem = RidgeHead(linear(1, 3)).to(dtype)
+    problem = RidgeHead(linear(1, 3), intercept=True).to(dtype)
     with torch.no_grad():
         problem.network.weight.fill_(1000.0)
         problem.network.bias.zero_()
@@ -114,7 +114,7 @@ def test_all_tasks_at_once_are_one_after_the_other():
 
 def test_in_half_precision_it_is_solved_in_double():
     problem, task = head(), task_at(regression_tasks(3, 2), 0)
-    half = RidgeHead(linear(3, 4).bfloat16(), LEARNT).bfloat16()
+    half = RidgeHead(linear(3, 4).bfloat16(), LEARNT, intercept=True).bfloat16()
     rounded = Task(*(part._replace(x=part.x.bfloat16(), y=part.y.bfloat16()) for part in task[:2]), task.key)
     found, expected = half.init(half.outer(), rounded), problem.init(problem.outer(), task)
     assert found["weight"].dtype == torch.bfloat16

@@ -41,7 +41,7 @@ def _draw_measure(axes: "Axes", heading: str, predictors: Mapping[str, Sequence[
         axes.fill_between([0, len(by_step) - 1], *_band([interval] * 2), color=colour, alpha=0.1, linewidth=0)
     held = [*by_step[:1], *(interval for _, (interval,) in baselines)]
     highest = max((high for _, high in zip(*_band(held), strict=True) if isfinite(high)), default=0.0)
-    if highest > 0:
+    if highest > 0 and min(interval.mean for interval in held) >= 0:  # a likelihood may be below
         axes.set_ylim(0, 1.05 * highest)
     axes.set_title(literal(heading, 32), fontsize=10, pad=3)
     axes.locator_params(axis="x", integer=True)

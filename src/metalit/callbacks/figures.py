@@ -13,6 +13,7 @@ from metalit.callbacks.tensorboard import tensorboards
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
+from metalit.evaluation.judged import Z95
 from metalit.modules.meta import MetaLearner
 from metalit.problem import Points, Task
 from metalit.runs import run_folder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _MOST = 20  # drawings in a run; each takes about a third of a second
 _DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _BEFORE = {"color": "0.25", "linestyle": ":"}
+_BAND = "95 % interval"
 _MARKS = ".x+1*v"  # where there are no lines
 
 
@@ -83,6 +85,9 @@ class _Fits(NamedTuple):
     query: tuple[Tensor, Tensor]
     predicted: dict[int, Tensor]  # by inner steps, at the inputs of the query
     at_support: dict[int, Tensor]  # the same at those of the support, for curves
+    margin: Tensor | None  # half the 95 % interval of the last prediction, at the query
+    margin_at_support: Tensor | None
+    in_init: bool  # whether without an inner step it is adapted already
 
 
 def draw_fits(
@@ -110,16 +115,15 @@ def draw_fits(
     if not (tasks.query.y.is_floating_point() and tasks.query.x.dim() == tasks.query.y.dim() == 3):
         return None
     steps = [step for step in steps if step <= learner.eval_steps]
-    predictions = learner.query_predictions(tasks)[:, steps].double().cpu()
     # a column of words makes several inputs
     columns, single = source.columns, tasks.query.x.shape[-1] == 1
     x, y = literal(columns.x[0]), literal(columns.y[0])
+    at_query = _Predicted.of(learner, tasks, steps)
     # in a call of its own, so that BatchNorm sees the query set alone, as it does where it is judged
-    drawn = learner.query_predictions(tasks._replace(query=tasks.support))[:, steps].double().cpu() if single else None
+    at_support = _Predicted.of(learner, tasks._replace(query=tasks.support), steps) if single else None
     figure, places = panels(len(tasks.support.x))
     for index, axes in enumerate(places):
-        at_support = [] if drawn is None else zip(steps, drawn[index], strict=True)
-        fits = _fits(learner, tasks, index, dict(zip(steps, predictions[index], strict=True)), dict(at_support))
+        fits = _fits(learner, tasks, index, at_query, at_support)
         axes.set_title(literal((names[index] if names else None) or f"task {index + 1}", 24), fontsize=10, pad=3)
         if single:
             _draw_curves(axes, fits, "." if source.noisy else "-")
@@ -130,9 +134,20 @@ def draw_fits(
     return figure
 
 
-def _fits(
-    learner: MetaLearner, tasks: Task, index: int, predictions: dict[int, Tensor], at_support: dict[int, Tensor]
-) -> _Fits:
+class _Predicted(NamedTuple):
+    """Normalised predictions for a batch of tasks by inner steps, and the standard deviations of the last of them."""
+
+    means: dict[int, Tensor]
+    deviations: Tensor | None
+
+    @classmethod
+    def of(cls, learner: MetaLearner, tasks: Task, steps: Sequence[int]) -> "_Predicted":
+        means, deviations = learner.query_predictions(tasks).double().cpu(), learner.query_deviations(tasks)
+        last = deviations[:, steps[-1]].double().cpu() if deviations is not None and steps else None
+        return cls({step: means[:, step] for step in steps}, last)
+
+
+def _fits(learner: MetaLearner, tasks: Task, index: int, at_query: _Predicted, at_support: _Predicted | None) -> _Fits:
     scaling = learner.scaling
     assert scaling is not None  # tasks of a DataModule have one
 
@@ -143,11 +158,20 @@ def _fits(
         rows = real(points)
         return scaling.restore_x(points.x[index][rows]), scaling.restore_y(points.y[index][rows])[:, 0]
 
-    def outputs(points: Points, predicted: dict[int, Tensor]) -> dict[int, Tensor]:
-        return {step: scaling.restore_y(values[real(points)])[:, 0] for step, values in predicted.items()}
+    def outputs(points: Points, found: _Predicted | None) -> dict[int, Tensor]:
+        means = {} if found is None else found.means
+        return {step: scaling.restore_y(values[index][real(points)])[:, 0] for step, values in means.items()}
 
-    support, query = tasks.support, tasks.query
-    return _Fits(restored(support), restored(query), outputs(query, predictions), outputs(support, at_support))
+    def margin(points: Points, found: _Predicted | None) -> Tensor | None:
+        if found is None or found.deviations is None:
+            return None
+        return Z95 * scaling.restore_deviation(found.deviations[index][real(points)])[:, 0]
+
+    support, query, in_init = tasks.support, tasks.query, learner.problem.adapts_in_init
+    fits = outputs(query, at_query), outputs(support, at_support)
+    return _Fits(
+        restored(support), restored(query), *fits, margin(query, at_query), margin(support, at_support), in_init
+    )
 
 
 def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
@@ -156,9 +180,15 @@ def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
     order = x[:, 0].argsort()
     axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=3.5, label="truth")
     curves = {step: torch.cat([fits.at_support[step], fit]) for step, fit in fits.predicted.items()}
-    for number, ((step, fit), style) in enumerate(zip(curves.items(), _styles(fits), strict=True)):
+    styles = _styles(fits)
+    for number, ((step, fit), style) in enumerate(zip(curves.items(), styles, strict=True)):
         # earlier fits above later ones, whose plain line shows between their dashes
-        axes.plot(x[order, 0], fit[order], linewidth=1.4, label=_label(step), zorder=2.9 - 0.1 * number, **style)
+        label = _label(step, fits.in_init)
+        axes.plot(x[order, 0], fit[order], linewidth=1.4, label=label, zorder=2.9 - 0.1 * number, **style)
+    if fits.margin is not None and fits.margin_at_support is not None:
+        last, margin = [*curves.values()][-1][order], torch.cat([fits.margin_at_support, fits.margin])[order]
+        band = {"color": styles[-1]["color"], "alpha": 0.2, "linewidth": 0, "zorder": 1.5}
+        axes.fill_between(x[order, 0], last - margin, last + margin, label=_BAND, **band)
     axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=6, label="support", zorder=3)
     axes.set_ylim(_limits(y, curves))
 
@@ -167,7 +197,10 @@ def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
     truth = fits.query[1]
     for number, ((step, fit), style) in enumerate(zip(fits.predicted.items(), _styles(fits), strict=True)):
         mark = _MARKS[number % len(_MARKS)]
-        axes.plot(truth, fit, mark, color=style["color"], markersize=5, label=_label(step))
+        axes.plot(truth, fit, mark, color=style["color"], markersize=5, label=_label(step, fits.in_init))
+    if fits.margin is not None:
+        last, colour = [*fits.predicted.values()][-1], _styles(fits)[-1]["color"]
+        axes.vlines(truth, last - fits.margin, last + fits.margin, color=colour, alpha=0.3, label=_BAND)
     axes.set_xlim(_limits(truth, {}))
     axes.set_ylim(_limits(truth, fits.predicted))
     middle = float(truth.mean())
@@ -177,7 +210,8 @@ def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
 def _styles(fits: _Fits) -> list[dict[str, Any]]:
     """Colours and dashes that tell the fits apart; the last fit, which counts, is a solid line."""
     styles = cycle({"color": colour, "linestyle": dashes} for colour, dashes in zip(COLOURS, _DASHES, strict=True))
-    last_first = [_BEFORE if step == 0 else next(styles) for step in reversed(fits.predicted)]
+    before = None if fits.in_init else 0
+    last_first = [_BEFORE if step == before else next(styles) for step in reversed(fits.predicted)]
     return last_first[::-1]
 
 
@@ -193,5 +227,7 @@ def _limits(truth: Tensor, predicted: dict[int, Tensor]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _label(step: int) -> str:
-    return "before adapting" if step == 0 else f"{step} step{'s' if step > 1 else ''}"
+def _label(step: int, in_init: bool) -> str:
+    if step == 0:
+        return "adapted" if in_init else "before adapting"
+    return f"{step} step{'s' if step > 1 else ''}"

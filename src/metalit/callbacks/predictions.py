@@ -1,9 +1,9 @@
 """What the learner predicts for the user's own points, as a CSV file and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,19 +14,32 @@ from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
 from metalit.errors import InputError
 from metalit.notices import show
+from metalit.private_torch import pytree_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS = 12  # tasks in the picture at most
-_Answer = tuple[str, Tensor, Tensor]  # name, predictions at the rows of the task, at the grid
+_BOUNDS = ("lower", "upper")
+_Band = tuple[Tensor, Tensor]  # lower and upper bound
+
+
+class _Answer(NamedTuple):
+    """What a learner predicts for a task: at its rows, and at the grid of the picture."""
+
+    name: str
+    values: Tensor
+    curve: Tensor
+    band: _Band | None = None
+    curve_band: _Band | None = None
 
 
 class PredictionWriter(Callback):
     """Writes ``NAME_predicted.csv`` and ``NAME_predicted.png`` beside the user's ``NAME.csv``.
 
     The CSV is the user's table with a column ``<output>_predicted`` for each output: the adapted network's answer in
-    every row, asked or given. The picture shows the first ``_PANELS`` tasks.
+    every row, asked or given. Where it has a standard deviation, ``<output>_lower`` and ``<output>_upper`` follow, the
+    bounds of the 95 % interval of a new point. The picture shows the first ``_PANELS`` tasks.
 
     Files that an earlier prediction wrote are replaced, which is said.
 
@@ -46,10 +59,12 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero and isinstance(data, TaskDataModule) and data.predict_file:
             self._replaces = _replaces(_target(data), data)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: _Answer, *_: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: tuple[Any, ...], *_: Any
+    ) -> None:
         """Collect."""
-        name, values, curve = outputs
-        self._answers.append((name, values.double().cpu(), curve.double().cpu()))
+        name, *found = outputs
+        self._answers.append(_Answer(name, *pytree_map(lambda part: part.double().cpu(), found)))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write both files and say where they are."""
@@ -59,12 +74,16 @@ class PredictionWriter(Callback):
         self._check_finite()
         target = _target(data)
         asked, columns = data.asked, data.tasks.columns
-        answers = np.full(asked.y.shape, np.nan)
-        for name, values, _ in self._answers:
-            answers[asked.rows[name]] = values.numpy()
         frame = asked.frame.copy()
-        for output, values in zip(columns.y, answers.T, strict=True):
-            frame[f"{output}_predicted"] = values
+        written = {"predicted": _in_rows(asked, {answer.name: answer.values for answer in self._answers})}
+        if self._answers and self._answers[0].band is not None:
+            for end, kind in enumerate(_BOUNDS):
+                written[kind] = _in_rows(
+                    asked, {answer.name: answer.band[end] for answer in self._answers if answer.band}
+                )
+        for number, output in enumerate(columns.y):
+            for kind, values in written.items():
+                frame[f"{output}_{kind}"] = values[:, number]
         # as the user's own: numbers are read in the locale that wrote them
         frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
         show(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
@@ -74,7 +93,11 @@ class PredictionWriter(Callback):
             show(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
 
     def _check_finite(self) -> None:
-        diverged = [name for name, values, _ in self._answers if not bool(values.isfinite().all())]
+        diverged = [
+            answer.name
+            for answer in self._answers
+            if not all(bool(part.isfinite().all()) for part in (answer.values, *(answer.band or ())))
+        ]
         if diverged:
             raise InputError(
                 f"predict: the predictions for {len(diverged)} of {len(self._answers)} task(s), first {diverged[0]!r}, "
@@ -83,7 +106,15 @@ class PredictionWriter(Callback):
             )
 
 
-def _part(answers: Sequence[_Answer]) -> str:
+def _in_rows(asked: Asked, values: Mapping[str, Tensor]) -> np.ndarray:
+    """Values by task as ``[rows of the file, outputs]``."""
+    found = np.full(asked.y.shape, np.nan)
+    for name, each in values.items():
+        found[asked.rows[name]] = each.numpy()
+    return found
+
+
+def _part(answers: Sequence[tuple[Any, ...]]) -> str:
     return f" (the first {_PANELS} of {len(answers)} tasks)" if len(answers) > _PANELS else ""
 
 
@@ -97,7 +128,8 @@ def _replaces(target: Path, data: TaskDataModule) -> bool:
     picture = target.with_suffix(".png")
     if not target.exists() and not picture.exists():
         return False
-    ends = tuple(f"{output}_predicted{quote}" for output in data.tasks.columns.y[-1:] for quote in ("", '"'))
+    (last,) = data.tasks.columns.y[-1:]
+    ends = tuple(f"{last}_{kind}{quote}" for kind in ("predicted", _BOUNDS[-1]) for quote in ("", '"'))
     with suppress(OSError, UnicodeDecodeError), target.open(encoding="utf-8") as file:
         if file.readline().rstrip().endswith(ends):
             return True
@@ -108,16 +140,23 @@ def _replaces(target: Path, data: TaskDataModule) -> bool:
     )
 
 
-def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[_Answer]) -> "Figure":
+def draw_predictions(asked: Asked, columns: Columns, answers: Sequence[tuple[Any, ...]]) -> "Figure":
     """Draw the fits, one panel for each task: over the input if there is one, else over the line of the file."""
     figure, places = panels(min(len(answers), _PANELS))
     single = asked.x.shape[1] == 1
-    for axes, (name, values, curve) in zip(places, answers, strict=False):
+    for axes, answer in zip(places, answers, strict=False):
+        name, values, curve, band, curve_band = _Answer(*answer)
         rows, shots = asked.rows[name], asked.shots[name]
         place = asked.x[rows, 0] if single else asked.frame.index[rows].to_numpy()
         if single:
             span = np.linspace(place.min(), place.max(), len(curve))
             axes.plot(span, curve[:, 0], color="tab:blue", linewidth=1.5, label="adapted")
+            if curve_band is not None:
+                low, high = (bound[:, 0] for bound in curve_band)
+                axes.fill_between(span, low, high, color="tab:blue", alpha=0.2, linewidth=0, label="95 % interval")
+        elif band is not None:
+            low, high = (bound[shots:, 0] for bound in band)
+            axes.vlines(place[shots:], low, high, color="tab:blue", alpha=0.4, linewidth=3, label="95 % interval")
         axes.plot(place[shots:], values[shots:, 0], "o", color="tab:blue", markersize=5, label="predicted")
         axes.plot(place[:shots], asked.y[rows[:shots], 0], "^", color="crimson", markersize=6, label="support")
         axes.set_title(literal(name, 24), fontsize=10, pad=3)

@@ -92,6 +92,8 @@ def weight(difference: Difference, stage: Stage) -> Weight:
     first = rest[0] if rest else ""
     if first in _HOW or (section == "model" and first in _TAKEN_OVER):
         return "nothing"
+    if difference == ("model.eval_steps", 10, "auto"):
+        return "nothing"  # the default, before it had a name
     if first in _TRAINING:
         return "refused" if stage == "fit" else "nothing" if stage == "predict" else "mentioned"
     if (section, first, stage) == ("model", "eval_steps", "predict"):

@@ -20,13 +20,23 @@ from metalit.linsolve import LinearSolver
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
 from metalit.problem import Problem
-from metalit.problems import Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi
+from metalit.problems import (
+    BayesianHead,
+    Cleaning,
+    FewShot,
+    Logistic,
+    LowRank,
+    NeuralProcess,
+    Ridge,
+    RidgeHead,
+    ThetaPhi,
+)
 
 # the parser knows a class by its last name once its module is imported, as it is here
 SHORT_NAMES = (
     *(BilevelLearner, MetaLearner, SupervisedLearner),
     *(BatchDataModule, MatrixDataModule, SplitsDataModule, TaskDataModule),
-    *(Cleaning, FewShot, Logistic, LowRank, Ridge, ThetaPhi),
+    *(BayesianHead, Cleaning, FewShot, Logistic, LowRank, NeuralProcess, Ridge, RidgeHead, ThetaPhi),
     SampleGradientNorms,
 )
 _FAMILIES: tuple[type, ...] = (

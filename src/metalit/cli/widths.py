@@ -46,7 +46,8 @@ def _check(config: Namespace) -> None:
         return
     sizes = network["init_args"]["sizes"]
     curves = _made(TaskDistribution, tasks)
-    right = [len(curves.inputs), *sizes[1:-1], len(curves.columns.y)]
+    answers = _is(config.get("model.init_args.problem"), "metalit.problems.FewShot")  # elsewhere they are features
+    right = [len(curves.inputs), *sizes[1:-1], len(curves.columns.y) if answers else sizes[-1]]
     if list(sizes) != right:
         raise InputError(
             f"model.problem.network.sizes={list(sizes)}, but the data has {right[0]} input(s) {curves.inputs} and "

@@ -88,6 +88,10 @@ class Scaling:
         """To the user's units, ``[..., outputs]``."""
         return y.double() * _like(y, self.y_std) + _like(y, self.y_mean)
 
+    def restore_deviation(self, deviation: Tensor) -> Tensor:
+        """Standard deviations of outputs to the user's units, ``[..., outputs]``."""
+        return deviation.double() * _like(deviation, self.y_std)
+
     def outside(self, x: Tensor, y: Tensor, x_names: Sequence[str], y_names: Sequence[str]) -> str | None:
         """Say which columns lie far outside of the training data's range, more than a tenth of it beyond either end.
 

@@ -15,7 +15,8 @@ class Interval(NamedTuple):
     tasks: int
 
     def __str__(self) -> str:
-        text = f"{self.mean:.3f} ± {self.half_width:.3f}"
+        form = ".1e" if 0 < abs(self.mean) < 5e-4 else ".3f"
+        text = f"{self.mean:{form}} ± {self.half_width:{form}}"
         return f"{text} ({self.diverged} of {self.tasks} diverged)" if self.diverged else text
 
 

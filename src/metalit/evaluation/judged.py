@@ -20,6 +20,11 @@ class Measure(NamedTuple):
 
 LOSS = Measure("loss", "loss")
 ACCURACY = Measure("accuracy", "accuracy")
+# of predictions with a standard deviation, by which baselines have none but the first
+SQUARED = Measure("squared_error", "squared error")
+NLL = Measure("nll", "−log likelihood")
+INSIDE = Measure("inside_95", "in 95 % interval")
+Z95 = 1.96  # standard deviations of a normal distribution on either side
 
 
 class Judged(NamedTuple):
@@ -36,6 +41,11 @@ class Judged(NamedTuple):
     def means(self) -> list[list[Interval]]:
         """By inner step: each measure, over tasks."""
         return [list(row) for row in zip(*map(self.intervals, self.values), strict=True)]
+
+    @property
+    def steps(self) -> int:
+        """How many inner steps were taken; a baseline takes none."""
+        return next(iter(self.values.values())).shape[1] - 1
 
     def label(self, step: int) -> str:
         """Of a row of the table."""

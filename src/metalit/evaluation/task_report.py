@@ -10,7 +10,7 @@ from torch import Tensor
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.evaluation.interval import mean_with_interval, means_of_tasks
-from metalit.evaluation.judged import LEARNER, LOSS, Judged, Measure
+from metalit.evaluation.judged import LEARNER, LOSS, SQUARED, Judged, Measure
 from metalit.evaluation.report import Chart, Report
 
 
@@ -99,7 +99,7 @@ def _rows(predictor: Judged, measures: Iterable[Measure]) -> list[list[str]]:
     columns = [predictor.intervals(measure) if measure in predictor.values else None for measure in measures]
     return [
         [predictor.label(step), *("" if column is None else str(column[step]) for column in columns)]
-        for step in range(predictor.values[LOSS].shape[1])
+        for step in range(predictor.steps + 1)
     ]
 
 
@@ -116,8 +116,9 @@ def _protocol(data: TaskDataModule | None, tasks: Tensor, split: Split) -> str:
 
 def _comparison(learner: Judged, baseline: Judged) -> str:
     """Both saw the same tasks: task by task, their difference is far surer than the two means are."""
-    measure = next((measure for measure in baseline.values if measure != LOSS), LOSS)
+    first = next(iter(baseline.values))
+    measure = next((measure for measure in baseline.values if measure not in (LOSS, SQUARED)), first)
     difference = baseline.values[measure][:, -1] - learner.values[measure][:, -1]
-    steps = learner.values[LOSS].shape[1] - 1
+    after = f" after {learner.steps} inner steps" if learner.steps else ""
     interval = mean_with_interval(difference, learner.tasks)
-    return f"{baseline.name}: {measure.heading} less the learner's after {steps} inner steps, task by task: {interval}"
+    return f"{baseline.name}: {measure.heading} less the learner's{after}, task by task: {interval}"

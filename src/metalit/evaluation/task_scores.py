@@ -1,5 +1,6 @@
 """What an evaluation of a meta-learner finds, draw by draw of its tasks, over all ranks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torchmetrics.aggregation import CatMetric
 from metalit.data.base import Split
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import EvalStream
-from metalit.evaluation.judged import LEARNER, LOSS, Judged, Measure
+from metalit.evaluation.judged import INSIDE, LEARNER, LOSS, NLL, SQUARED, Z95, Judged, Measure
 from metalit.judging import real_rows, right_rows
 from metalit.problem import Points
 
@@ -107,10 +108,29 @@ def absolute_errors(
     """
     truth = query.y.unsqueeze(1).double()
     errors = (predictions.double() - truth).abs() * truth.new_tensor(deviations)
-    if query.mask is None:
-        means = errors.mean(2)
-    else:
-        weights = query.mask[:, None, :, None].double()
-        means = (errors * weights).sum(2) / weights.sum(2)
     measures = [Measure(f"{output}_absolute_error", f"|error| in {output}", logged=False) for output in outputs]
-    return dict(zip(measures, means.unbind(2), strict=True))
+    return dict(zip(measures, _over_rows(errors, query.mask).unbind(2), strict=True))
+
+
+def likelihoods(query: Points, predictions: Tensor, deviations: Tensor) -> dict[Measure, Tensor]:
+    """How well predictions with a standard deviation fit the query rows, ``[tasks, steps]``, over rows and outputs.
+
+    Args:
+        query: what is true.
+        predictions, deviations: ``[tasks, steps, rows, outputs]``, normalised.
+    """
+    errors, std = predictions.double() - query.y.unsqueeze(1).double(), deviations.double()
+    scores = {
+        SQUARED: errors.square(),
+        NLL: 0.5 * (errors / std).square() + std.log() + 0.5 * math.log(2 * math.pi),
+        INSIDE: (errors.abs() <= Z95 * std).double(),
+    }
+    return {measure: _over_rows(values, query.mask).mean(2) for measure, values in scores.items()}
+
+
+def _over_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The means of ``[tasks, steps, rows, outputs]`` over the real rows."""
+    if mask is None:
+        return values.mean(2)
+    weights = mask[:, None, :, None].double()
+    return (values * weights).sum(2) / weights.sum(2)

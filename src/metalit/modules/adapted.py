@@ -1,9 +1,9 @@
 """What is learned, adapted to points of the user's: a function in the user's units."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from metalit.autodiff.blame import as_input_error
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
+from metalit.evaluation.judged import Z95
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.notices import warn
 from metalit.problem import FewShotProblem, Points, Task
@@ -39,13 +40,30 @@ class Adapted:
         Raises:
             InputError: inputs of another shape, or that are not finite.
         """
-        learner = self.learner
-        check_points("x", x, learner.scaling.x_mean if learner.scaling else None)
-        with torch.no_grad(), learner.evaluating():
-            inputs = learner.cast(learner.normalise_x(x))
-            with learner.told_at(inputs):
-                prediction = self._predict(inputs)
-        return learner.scaling.restore_y(prediction) if learner.scaling else prediction
+        prediction = self._at(x, self._predict)
+        return self.learner.scaling.restore_y(prediction) if self.learner.scaling else prediction
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The standard deviation of each prediction at ``[rows, inputs]``, noise included: ``[rows, outputs]``.
+
+        Raises:
+            InputError: the problem knows none; what a prediction raises.
+        """
+        if not self.has_spread:
+            name = type(self.learner.problem).__name__
+            raise InputError(f"spread: {name} predicts no standard deviation; BayesianHead and NeuralProcess do")
+        deviation = self._at(x, self._spread)
+        return self.learner.scaling.restore_deviation(deviation) if self.learner.scaling else deviation
+
+    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bound of the 95 % interval of a new point at each of ``[rows, inputs]``."""
+        mean, margin = self(x), Z95 * self.spread(x)
+        return mean - margin, mean + margin
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether predictions have a standard deviation."""
+        return self.learner.problem.has_spread
 
     def loss(self, x: Tensor, y: Tensor) -> float:
         """The mean loss at points of the task, in normalised units."""
@@ -54,9 +72,21 @@ class Adapted:
         with torch.no_grad(), learner.evaluating():
             return float(learner.problem.judge(self._predict(points.x), points))
 
+    def _at(self, x: Tensor, found: Callable[[Tensor], Tensor]) -> Tensor:
+        learner = self.learner
+        check_points("x", x, learner.scaling.x_mean if learner.scaling else None)
+        with torch.no_grad(), learner.evaluating():
+            inputs = learner.cast(learner.normalise_x(x))
+            with learner.told_at(inputs):
+                return found(inputs)
+
     def _predict(self, x: Tensor) -> Tensor:
         problem, outer = self.learner.problem.after(self.steps), self.learner.constants()["problem"]
         return problem.predict(self.inner, outer, x)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        problem, outer = self.learner.problem.after(self.steps), self.learner.constants()["problem"]
+        return cast(Tensor, problem.spread(self.inner, outer, x))
 
 
 class AdaptingLearner(TwoLevelLearner):
@@ -97,6 +127,8 @@ class AdaptingLearner(TwoLevelLearner):
     @property
     def why_so_many_steps(self) -> str:
         """Where :attr:`prediction_steps` comes from, in words."""
+        if self.prediction_steps == 0 and self.problem.adapts_in_init:
+            return f"{type(self.problem).__name__} adapts without"
         if self.asked_steps is not None:
             return "as asked"
         return "as trained: there was no validation" if self.best_steps is None else "the best number in validation"
@@ -157,8 +189,10 @@ class AdaptingLearner(TwoLevelLearner):
                 "inner steps (model.eval_steps)"
             )
 
-    def predict_step(self, task: UserTask, batch_idx: int) -> tuple[str, Tensor, Tensor]:
+    def predict_step(self, task: UserTask, batch_idx: int) -> tuple[Any, ...]:
         """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid.
+
+        Where they have a standard deviation, the 95 % intervals follow at the rows and at the grid: ``(lower, upper)``.
 
         Raises:
             InputError: a batch of another kind.
@@ -171,7 +205,8 @@ class AdaptingLearner(TwoLevelLearner):
         adapted, before = (self._adapt(task.support_x, task.support_y, steps) for steps in (self.prediction_steps, 0))
         if not adapted.loss(task.support_x, task.support_y) <= before.loss(task.support_x, task.support_y):
             self._fitted_worse.append(task.name)
-        return task.name, adapted(task.x), adapted(task.grid)
+        found = task.name, adapted(task.x), adapted(task.grid)
+        return (*found, adapted.interval(task.x), adapted.interval(task.grid)) if adapted.has_spread else found
 
     def told_at(self, x: Tensor) -> AbstractContextManager[None]:
         """Tell it likewise of a network that is tried on the rows ``x``."""

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from metalit.inner.none import NoSteps
 from metalit.training.optimizers import optimizer_of
 
 Shown = dict[str, str | float]
@@ -43,6 +44,7 @@ def what_matters(module: LightningModule) -> Shown:
     }
     scheduler = module.lr_schedulers()
     parts = [getattr(module, name, None) for name in ("problem", "inner_optimizer", "hypergradient", "perturbation")]
+    parts = [None if isinstance(part, NoSteps) else part for part in parts]
     network = getattr(module, "network", None) or getattr(parts[0], "network", None)
     hypergradient, data = parts[2], module.trainer.datamodule
     train = getattr(data, "episodes", {}).get("train")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,13 +16,15 @@ from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import Fused
 from metalit.errors import InputError
-from metalit.evaluation.judged import ACCURACY, LEARNER, LOSS, Measure
+from metalit.evaluation.judged import ACCURACY, LEARNER, LOSS, SQUARED, Measure
 from metalit.evaluation.report import Report
 from metalit.evaluation.task_report import task_report
-from metalit.evaluation.task_scores import TaskScores, absolute_errors, accuracies, indices
+from metalit.evaluation.task_scores import TaskScores, absolute_errors, accuracies, indices, likelihoods
 from metalit.hypergradients.base import Hypergradient
+from metalit.hypergradients.direct import Direct
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
+from metalit.inner.none import NoSteps
 from metalit.keys import fold
 from metalit.modules.adapted import AdaptingLearner
 from metalit.problem import FewShotProblem, Task
@@ -34,23 +36,29 @@ class MetaLearner(AdaptingLearner):
     φ ← outer optimiser(φ, 1/T Σ_tasks d outer_loss(θ_k(φ)) / dφ)
 
     Validation and test adapt to every task and log ``loss_step_k``, the mean query loss after k inner steps, for every
-    k from 0 (before adaptation) to ``eval_steps``, for classes ``accuracy_step_k`` too; ``val/loss`` is the loss after
-    as many steps as are trained. Where a task is drawn several times, its mean over the draws counts once.
+    k from 0 (``init`` alone) to ``eval_steps``, for classes ``accuracy_step_k`` too; ``val/loss`` is the loss after as
+    many steps as are trained. Where predictions have a standard deviation, ``squared_error_step_k``, ``nll_step_k`` and
+    ``inside_95_step_k`` follow, the share of points in the 95 % interval. Where a task is drawn several times, its mean
+    over the draws counts once.
 
     Attributes:
         evaluation: what the last evaluation found (:class:`~metalit.evaluation.task_scores.TaskScores`).
 
     Args:
         problem: what is learned: a few-shot problem, that adapts to a :class:`~metalit.problem.Task`.
-        inner_optimizer: how a task is adapted to.
-        hypergradient: how the outer variable learns from it, and in how many inner steps.
-        eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones.
+        inner_optimizer: how a task is adapted to; none where no inner step is taken, because ``problem.init`` is the
+            whole adaptation.
+        hypergradient: how the outer variable learns from it, and in how many inner steps; if not given,
+            :class:`~metalit.hypergradients.direct.Direct` where ``init`` is the adaptation.
+        eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones. ``auto`` is
+            10, and the trained ones where ``init`` is the adaptation.
         compile, fused_steps, tasks_per_chunk, compile_seconds: see
             :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
 
     Raises:
-        InputError: negative ``eval_steps``, or fewer than are trained.
+        InputError: negative ``eval_steps``, or fewer than are trained; inner steps without an inner optimiser; no
+            hypergradient for a problem that inner steps adapt.
     """
 
     takes = "a TaskDataModule, or loaders of batches of metalit.problem.Task"
@@ -58,9 +66,9 @@ class MetaLearner(AdaptingLearner):
     def __init__(
         self,
         problem: FewShotProblem,
-        inner_optimizer: InnerOptimizer,
-        hypergradient: Hypergradient,
-        eval_steps: int = 10,
+        inner_optimizer: InnerOptimizer | None = None,
+        hypergradient: Hypergradient | None = None,
+        eval_steps: int | Literal["auto"] = "auto",
         compile: bool = False,
         fused_steps: int = 1,
         tasks_per_chunk: int | None = None,
@@ -70,9 +78,17 @@ class MetaLearner(AdaptingLearner):
         clip_norm: float | None = None,
         compile_seconds: float = 300.0,
     ) -> None:
+        in_init = getattr(problem, "adapts_in_init", False)
+        if hypergradient is None:
+            if not in_init:
+                raise InputError(
+                    f"model.hypergradient: {type(problem).__name__} learns through inner steps; name how, such as "
+                    "Unrolled"
+                )
+            hypergradient = Direct()
         super().__init__(
             problem,
-            inner_optimizer,
+            NoSteps() if inner_optimizer is None else inner_optimizer,
             hypergradient,
             compile,
             fused_steps,
@@ -83,10 +99,17 @@ class MetaLearner(AdaptingLearner):
             clip_norm=clip_norm,
             compile_seconds=compile_seconds,
         )
+        if eval_steps == "auto":
+            eval_steps = hypergradient.steps if in_init else 10
         if eval_steps < hypergradient.steps:
             raise InputError(
                 f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
                 "trained: val/loss is the loss after those"
+            )
+        if inner_optimizer is None and (eval_steps or hypergradient.steps):
+            raise InputError(
+                f"model.inner_optimizer: {hypergradient.steps} inner step(s) are trained and {eval_steps} evaluated; "
+                "name what takes them, such as SGD"
             )
         self.save_given()
         self.eval_steps = eval_steps
@@ -137,13 +160,19 @@ class MetaLearner(AdaptingLearner):
             if has_units:
                 found[LEARNER] |= errors(self.query_predictions(tasks))
             for name, prediction in data.tasks.baselines(tasks).items():
-                found[name] = {LOSS: self.judge(prediction, tasks).unsqueeze(1)}
+                judged = SQUARED if self.problem.has_spread else LOSS
+                found[name] = {judged: self.judge(prediction, tasks).unsqueeze(1)}
                 found[name] |= errors(prediction.unsqueeze(1)) if has_units else {}
         self.evaluation.add(indices(loader, batch_idx), found)
 
     def measures(self, tasks: Task) -> dict[Measure, Tensor]:
-        """What is measured on a batch of tasks, the loss and for classes the accuracy: ``[tasks, eval_steps + 1]``."""
+        """What is measured on a batch of tasks, ``[tasks, eval_steps + 1]``: the loss; for classes the accuracy; of
+        predictions with a standard deviation the squared error, the likelihood and the share in the 95 % interval.
+        """
         found = {LOSS: self.query_losses(tasks)}
+        deviations = self.query_deviations(tasks)
+        if deviations is not None:
+            found |= likelihoods(tasks.query, self.query_predictions(tasks), deviations)
         if not tasks.query.y.is_floating_point():
             right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
             found |= {} if right is None else {ACCURACY: right}
@@ -183,6 +212,14 @@ class MetaLearner(AdaptingLearner):
             return problem.predict(inner, outer, task.query.x)
 
         return self._after_each_step(tasks, predicted)
+
+    def query_deviations(self, tasks: Task) -> Tensor | None:
+        """Their standard deviations, of the same shape; None where the problem knows none."""
+
+        def spread(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
+            return cast(Tensor, problem.spread(inner, outer, task.query.x))
+
+        return self._after_each_step(tasks, spread) if self.problem.has_spread else None
 
     def _after_each_step(self, tasks: Task, found: Callable[[FewShotProblem, Any, Any, Task], Tensor]) -> Tensor:
         scaled = self.scaled_problem(self.stepper.scale)

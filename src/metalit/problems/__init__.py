@@ -4,6 +4,7 @@ from metalit.problems.bayesian_head import BayesianHead
 from metalit.problems.cleaning import Cleaning
 from metalit.problems.few_shot import FewShot
 from metalit.problems.low_rank import LowRank
+from metalit.problems.neural_process import NeuralProcess
 from metalit.problems.penalised import Logistic, Ridge
 from metalit.problems.ridge_head import RidgeHead
 from metalit.problems.rows import RowsProblem
@@ -15,6 +16,7 @@ __all__ = [
     "FewShot",
     "Logistic",
     "LowRank",
+    "NeuralProcess",
     "Ridge",
     "RidgeHead",
     "RowsProblem",

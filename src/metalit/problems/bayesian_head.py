@@ -7,15 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import cholesky_ex, solve_triangular
 
-from metalit.autodiff import call
-from metalit.autodiff.blame import as_input_error
-from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.losses import gaussian_nll, mean_of_rows
 from metalit.problem import Points, Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, check_features, check_width, shifted
-
-TrainOn = Literal["query", "curve"]
+from metalit.problems.heads import (
+    QUERY_DRAW,
+    SUPPORT_DRAW,
+    Head,
+    check_positive,
+    check_width,
+    feature_count,
+    joined,
+    real_rows,
+    row_count,
+    shifted,
+)
 
 
 class BayesianHead(Head):
@@ -52,23 +58,19 @@ class BayesianHead(Head):
         outputs: int | Literal["auto"],
         degree: int = 1,
         network: nn.Module | None = None,
-        train_on: TrainOn = "query",
+        train_on: Literal["query", "curve"] = "query",
         noise: float = 0.3,
     ) -> None:
         super().__init__()
-        self.inputs, self.outputs = (
-            check_width("BayesianHead", *pair) for pair in (("inputs", inputs), ("outputs", outputs))
-        )
+        self.inputs = check_width("BayesianHead", "inputs", inputs)
+        self.outputs = check_width("BayesianHead", "outputs", outputs)
         if degree < 0:
             raise InputError(f"BayesianHead: degree={degree} must not be negative; 0 has the constant alone")
         if train_on not in ("query", "curve"):
             raise InputError(f"BayesianHead: train_on={train_on!r} must be 'query' or 'curve'")
-        if not (math.isfinite(noise) and noise > 0):
-            raise InputError(f"BayesianHead: noise={noise} must be a finite positive standard deviation, such as 0.3")
-        self.degree = degree
-        self.network = network
-        self.train_on = train_on
-        width = 1 + degree * self.inputs + (0 if network is None else _width(network, self.inputs))
+        check_positive("BayesianHead", "noise", noise, 0.3)
+        self.degree, self.network, self.train_on = degree, network, train_on
+        width = 1 + degree * self.inputs + (0 if network is None else feature_count(network, self.inputs))
         self.prior_mean = nn.Parameter(torch.zeros(width, self.outputs))
         # the lower triangle of L, with the logarithm of its diagonal
         self.prior_factor = nn.Parameter(self.written("prior_factor", math.log(noise) * torch.eye(width).double()))
@@ -83,7 +85,7 @@ class BayesianHead(Head):
         """½‖ΦW − y‖² + ½‖Lᵀ(W − W₀)‖² on the support set, divided by its rows: the mean W̄ is its minimum."""
         features = self._features(outer, task.support.x, task, step)
         squares = _squares(inner["mean"], outer, features, task.support)
-        return (0.5 * squares.sum() / _count(task.support)).to(features.dtype)
+        return (0.5 * squares.sum() / row_count(task.support)).to(features.dtype)
 
     def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
         """The negative log likelihood of the query set, or of the whole curve, each of a row."""
@@ -103,35 +105,35 @@ class BayesianHead(Head):
 
     def _of_curve(self, outer: dict[str, Tensor], task: Task) -> Tensor:
         """−log N(y; ΦW₀, σ²(I + ΦΛ₀⁻¹Φᵀ)) of all rows; its quadratic form is what W̄ of all rows minimises."""
-        points = _joined(task)
+        points = joined(task)
         features = self._features(outer, points.x, task, QUERY_DRAW)
         found = _posterior(outer, features, points)
         squares = _squares(found["mean"], outer, features, points) / (2 * outer["log_noise"].double()).exp()
         # |I + ΦΛ₀⁻¹Φᵀ| = |Λ| / |Λ₀| = |C|⁻² / |L|²
         logs = -found["root"].diagonal().log().sum() - outer["prior_factor"].double().diagonal().sum()
         each = 0.5 * math.log(2 * math.pi) + outer["log_noise"].double()
-        return (each + (logs + 0.5 * squares) / _count(points)).mean().to(outer["prior_mean"].dtype)
+        return (each + (logs + 0.5 * squares) / row_count(points)).mean().to(outer["prior_mean"].dtype)
 
     def _features(self, outer: dict[str, Tensor], x: Tensor, task: Task | None = None, draw: int = 0) -> Tensor:
         powers = [x**power for power in range(1, self.degree + 1)]
-        further = [] if self.network is None else [check_features(self.called("network", outer, x, task, draw))]
+        further = [] if self.network is None else [self.called("network", outer, x, task, draw)]
         return torch.cat([torch.ones_like(x[:, :1]), *powers, *further], 1)
 
 
 def _posterior(outer: dict[str, Tensor], features: Tensor, points: Points) -> dict[str, Tensor]:
-    phi, factor, prior = _real(features, points), _factor(outer), outer["prior_mean"].double()
+    phi, factor, prior = real_rows(features, points.mask), _factor(outer), outer["prior_mean"].double()
     whitened = solve_triangular(factor, phi.mT, upper=False)
     # I + L⁻¹ΦᵀΦL⁻ᵀ has no eigenvalue below 1, whatever was learned
     inside = cholesky_ex(shifted(whitened @ whitened.mT, phi.new_ones(())))[0]
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     root = solve_triangular(factor @ inside, identity, upper=False)
-    right = phi.mT @ (_real(points.y, points) - phi @ prior)
+    right = phi.mT @ (real_rows(points.y, points.mask) - phi @ prior)
     return {"mean": prior + root.mT @ (root @ right), "root": root}
 
 
 def _squares(mean: Tensor, outer: dict[str, Tensor], features: Tensor, points: Points) -> Tensor:
     """‖ΦW − y‖² + ‖Lᵀ(W − W₀)‖² of each output."""
-    errors = _real(features.double() @ mean.double() - points.y, points)
+    errors = real_rows(features.double() @ mean.double() - points.y, points.mask)
     offset = _factor(outer).mT @ (mean.double() - outer["prior_mean"])
     return errors.square().sum(0) + offset.square().sum(0)
 
@@ -145,31 +147,3 @@ def _factor(outer: dict[str, Tensor]) -> Tensor:
     """L, in double precision."""
     given = outer["prior_factor"].double()
     return given.tril(-1) + given.diagonal().exp().diag()
-
-
-def _real(values: Tensor, points: Points) -> Tensor:
-    """Rows in double precision, with zeros for padding."""
-    return values.double() if points.mask is None else values.double().where(points.mask.unsqueeze(1), 0.0)
-
-
-def _count(points: Points) -> Tensor | int:
-    return len(points.x) if points.mask is None else points.mask.sum().clamp(min=1)
-
-
-def _joined(task: Task) -> Points:
-    """Support and query set as one."""
-    support, query = task.support, task.query
-    x, y = torch.cat([support.x, query.x]), torch.cat([support.y, query.y])
-    if support.mask is None and query.mask is None:
-        return Points(x, y)
-    masks = [torch.ones_like(part.x[:, 0], dtype=torch.bool) if part.mask is None else part.mask for part in task[:2]]
-    return Points(x, y, torch.cat(masks))
-
-
-def _width(network: nn.Module, inputs: int) -> int:
-    """How many features a network has."""
-    check_network("network", network)
-    like = next(network.parameters(), torch.zeros(()))
-    x = torch.zeros(2, inputs, dtype=like.dtype, device=like.device)
-    with as_input_error("network", network, x), torch.no_grad():
-        return check_features(call(network, {}, x, key=torch.tensor(0))).shape[1]

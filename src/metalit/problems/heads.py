@@ -1,11 +1,14 @@
 """What problems share whose ``init`` is the whole adaptation: it reads the support set, and no step is taken."""
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metalit.autodiff import call, draws, sees_other_rows
+from metalit.autodiff.blame import as_input_error
+from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import mean_of_rows, row_losses
@@ -49,15 +52,8 @@ class Head(FewShotProblem):
             )
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in outer.items() if key.startswith(prefix)}
-        return call(network, own, x, key=fold(task.key, draw) if task is not None and draws(network) else None)
-
-
-def check_features(features: Tensor) -> Tensor:
-    """Return ``[rows, features]``; raise an :class:`InputError` for a tensor of another shape."""
-    if not isinstance(features, Tensor) or features.dim() != 2:
-        got = f"shape {list(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-        raise InputError(f"network: it returned {got}; it must return the features of each row, [rows, features]")
-    return features
+        key = fold(task.key, draw) if task is not None and draws(network) else None
+        return _checked(name, call(network, own, x, key=key))
 
 
 def check_width(owner: str, name: str, value: int | Literal["auto"]) -> int:
@@ -67,6 +63,44 @@ def check_width(owner: str, name: str, value: int | Literal["auto"]) -> int:
     if value < 1:
         raise InputError(f"{owner}: {name}={value} must be at least 1")
     return value
+
+
+def check_positive(owner: str, name: str, value: float, usual: float) -> None:
+    """Raise an :class:`InputError` unless a number is finite and positive."""
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{owner}: {name}={value} must be a finite positive number, such as {usual}")
+
+
+def feature_count(network: nn.Module, inputs: int) -> int:
+    """How many features a network has; raise an :class:`InputError` where it cannot take so many inputs."""
+    check_network("network", network)
+    like = next(network.parameters(), torch.zeros(()))
+    x = torch.zeros(2, inputs, dtype=like.dtype, device=like.device)
+    with as_input_error("network", network, x), torch.no_grad():
+        return _checked("network", call(network, {}, x, key=torch.tensor(0))).shape[1]
+
+
+# ---- rows and matrices, in double precision
+
+
+def real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows in double precision, with zeros for padding."""
+    return values.double() if mask is None else values.double().where(mask.unsqueeze(1), 0.0)
+
+
+def row_count(points: Points) -> Tensor | int:
+    """How many rows are real; 1 where none is."""
+    return len(points.x) if points.mask is None else points.mask.sum().clamp(min=1)
+
+
+def joined(task: Task) -> Points:
+    """Support and query set as one."""
+    support, query = task.support, task.query
+    x, y = torch.cat([support.x, query.x]), torch.cat([support.y, query.y])
+    if support.mask is None and query.mask is None:
+        return Points(x, y)
+    masks = [torch.ones_like(part.x[:, 0], dtype=torch.bool) if part.mask is None else part.mask for part in task[:2]]
+    return Points(x, y, torch.cat(masks))
 
 
 def shifted(gram: Tensor, shift: Tensor) -> Tensor:
@@ -79,3 +113,11 @@ def shifted(gram: Tensor, shift: Tensor) -> Tensor:
     size = gram.shape[0]
     least = size * _ROUNDING * gram.detach().diagonal().sum() + torch.finfo(gram.dtype).tiny
     return gram + torch.maximum(shift, least) * torch.eye(size, dtype=gram.dtype, device=gram.device)
+
+
+def _checked(name: str, features: Tensor) -> Tensor:
+    """Return ``[rows, features]``; raise an :class:`InputError` for a tensor of another shape."""
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        got = f"shape {list(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise InputError(f"{name}: it returned {got}; it must return the features of each row, [rows, features]")
+    return features

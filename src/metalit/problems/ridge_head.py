@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.problem import Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, check_features, shifted
+from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, real_rows, row_count, shifted
 
 _LARGEST = 80.0  # its exponential is finite in single precision
 
@@ -27,20 +27,21 @@ class RidgeHead(Head):
     Args:
         network: any module that maps ``[rows, inputs]`` to ``[rows, features]``.
         log_penalty: where log λ starts.
-        intercept: learn b, which is not penalised; else it is 0.
+        intercept: solve for b too, which is not penalised; else it is 0. A bias that ends the network is then without
+            effect, and its gradient is rounding: leave it out.
 
     Raises:
         InputError: no network, or a penalty that is not finite; later: classes as targets, and features of another
             shape.
 
     >>> from metalit.problem import Points
-    >>> head = RidgeHead(nn.Identity(), log_penalty=0.0, intercept=False)
+    >>> head = RidgeHead(nn.Identity(), log_penalty=0.0)
     >>> points = Points(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.5]]))
     >>> head.init(head.outer(), Task(points, points, torch.tensor(0)))
     {'weight': tensor([[1.]], grad_fn=<ToCopyBackward0>)}
     """
 
-    def __init__(self, network: nn.Module, log_penalty: float = 0.0, intercept: bool = True) -> None:
+    def __init__(self, network: nn.Module, log_penalty: float = 0.0, intercept: bool = False) -> None:
         super().__init__()
         check_network("network", network)
         if not -math.inf < log_penalty <= _LARGEST:
@@ -56,9 +57,10 @@ class RidgeHead(Head):
         """The solution on the support set: ``weight``, ``[features, outputs]``, and ``bias``, ``[outputs]``."""
         points = task.support
         features = self._features(outer, points.x, task, SUPPORT_DRAW)
-        phi, y = features.double(), points.y.double()
-        centre, level = (_mean(values, points.mask) if self.intercept else values.new_zeros(()) for values in (phi, y))
-        phi, y = _masked(phi - centre, points.mask), _masked(y - level, points.mask)
+        phi, y = real_rows(features, points.mask), real_rows(points.y, points.mask)
+        if self.intercept:
+            centre, level = phi.sum(0) / row_count(points), y.sum(0) / row_count(points)
+            phi, y = real_rows(phi - centre, points.mask), real_rows(y - level, points.mask)
         penalty = outer["log_penalty"].double().exp()
         if phi.shape[0] < phi.shape[1]:
             weight = phi.mT @ _solve(shifted(phi @ phi.mT, penalty), y)
@@ -71,9 +73,10 @@ class RidgeHead(Head):
         """½‖ΦW + b − y‖² + ½λ‖W‖² on the support set, divided by its rows: the solution is its minimum."""
         points = task.support
         errors = _answers(inner, self._features(outer, points.x, task, step)) - points.y
+        squares = errors.square().sum(1)
+        squares = squares if points.mask is None else squares.where(points.mask, 0.0)
         penalty = outer["log_penalty"].exp() * inner["weight"].square().sum()
-        rows = len(points.x) if points.mask is None else points.mask.sum().clamp(min=1)
-        return 0.5 * (_masked(errors, points.mask).square().sum() + penalty) / rows
+        return 0.5 * (squares.sum() + penalty) / row_count(points)
 
     def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
         """The mean squared error on the query set."""
@@ -84,19 +87,11 @@ class RidgeHead(Head):
         return _answers(inner, self._features(outer, x))
 
     def _features(self, outer: dict[str, Tensor], x: Tensor, task: Task | None = None, draw: int = 0) -> Tensor:
-        return check_features(self.called("network", outer, x, task, draw))
+        return self.called("network", outer, x, task, draw)
 
 
 def _answers(inner: dict[str, Tensor], features: Tensor) -> Tensor:
     return features @ inner["weight"] + inner.get("bias", 0.0)
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values.where(mask.unsqueeze(1), 0.0)
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values.mean(0) if mask is None else _masked(values, mask).sum(0) / mask.sum().clamp(min=1)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
