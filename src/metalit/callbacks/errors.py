@@ -44,7 +44,10 @@ def _draw_measure(axes: "Axes", heading: str, predictors: Mapping[str, Sequence[
     if highest > 0 and min(interval.mean for interval in held) >= 0:  # a likelihood may be below
         axes.set_ylim(0, 1.05 * highest)
     axes.set_title(literal(heading, 32), fontsize=10, pad=3)
-    axes.locator_params(axis="x", integer=True)
+    if len(by_step) > 1:
+        axes.locator_params(axis="x", integer=True)
+    else:
+        axes.set_xticks([0])  # without inner steps there is one place
 
 
 def _band(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
