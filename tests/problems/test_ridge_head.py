@@ -126,6 +126,17 @@ def test_in_half_precision_it_is_solved_in_double():
     assert_close(mixed["weight"].double(), expected["weight"], rtol=0.05, atol=0.02)
 
 
+def test_a_solution_whose_large_entries_cancel_holds_under_autocast():
+    x = torch.linspace(-1, 1, 6)[:, None]
+    task = Task(Points(torch.cat([x**power for power in range(6)], 1), x.sign()), None, torch.tensor(0))
+    problem = RidgeHead(torch.nn.Identity(), log_penalty=-25.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inner = problem.init(problem.outer(), task)
+        found = problem.predict(inner, problem.outer(), task.support.x)
+    assert inner["weight"].abs().max() > 5
+    assert_close(found, task.support.y, rtol=0, atol=1e-4)
+
+
 def test_dropout_follows_the_key_in_support_and_query():
     problem, task = head(network=MLP([3, 6, 4], dropout=0.5).double()), task_at(regression_tasks(3, 2), 0)
     outer = problem.outer()

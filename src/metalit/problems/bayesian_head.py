@@ -18,6 +18,7 @@ from metalit.problems.heads import (
     check_width,
     feature_count,
     joined,
+    product,
     real_rows,
     row_count,
     shifted,
@@ -92,12 +93,12 @@ class BayesianHead(Head):
         if self.train_on == "curve":
             return self._of_curve(outer, task)
         features = self._features(outer, task.query.x, task, QUERY_DRAW)
-        rows = gaussian_nll(features @ inner["mean"], _deviation(inner, outer, features), task.query.y)
+        rows = gaussian_nll(product(features, inner["mean"]), _deviation(inner, outer, features), task.query.y)
         return mean_of_rows(rows, task.query.mask)
 
     def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
         """The mean φᵀW̄ at ``x``."""
-        return self._features(outer, x) @ inner["mean"]
+        return product(self._features(outer, x), inner["mean"])
 
     def spread(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
         """The standard deviation σ√(1 + φᵀΛ⁻¹φ) of a new point at ``x``, noise included."""
@@ -139,7 +140,7 @@ def _squares(mean: Tensor, outer: dict[str, Tensor], features: Tensor, points: P
 
 
 def _deviation(inner: dict[str, Tensor], outer: dict[str, Tensor], features: Tensor) -> Tensor:
-    squares = (features @ inner["root"].mT).square().sum(1, keepdim=True)
+    squares = product(features, inner["root"].mT).square().sum(1, keepdim=True)
     return (1 + squares).sqrt() * outer["log_noise"].exp()
 
 

@@ -88,6 +88,13 @@ def real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.double() if mask is None else values.double().where(mask.unsqueeze(1), 0.0)
 
 
+def product(features: Tensor, matrix: Tensor) -> Tensor:
+    """``features @ matrix``, summed in double precision: large entries of a solution cancel, and autocast would halve
+    their digits.
+    """
+    return (features.double() @ matrix.double()).to(matrix.dtype)
+
+
 def row_count(points: Points) -> Tensor | int:
     """How many rows are real; 1 where none is."""
     return len(points.x) if points.mask is None else points.mask.sum().clamp(min=1)

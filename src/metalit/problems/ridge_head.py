@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
 from metalit.problem import Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, real_rows, row_count, shifted
+from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, product, real_rows, row_count, shifted
 
 _LARGEST = 80.0  # its exponential is finite in single precision
 
@@ -91,7 +91,7 @@ class RidgeHead(Head):
 
 
 def _answers(inner: dict[str, Tensor], features: Tensor) -> Tensor:
-    return features @ inner["weight"] + inner.get("bias", 0.0)
+    return product(features, inner["weight"]) + inner.get("bias", 0.0)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
