@@ -19,7 +19,17 @@ from metalit.autodiff import SAM, Perturbation, WeightNoise
 from metalit.callbacks import LastCheckpoint
 from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
-from metalit.hypergradients import FirstOrder, Implicit, JTg, Recomputed, Truncated, Unrolled
+from metalit.hypergradients import (
+    F2SA,
+    FiniteDifference,
+    FirstOrder,
+    Implicit,
+    JTg,
+    Recomputed,
+    Reptile,
+    Truncated,
+    Unrolled,
+)
 from metalit.inner import SGD, MetaSGD, Newton
 from metalit.linsolve import CG, Dense
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
@@ -75,6 +85,7 @@ LEARNERS = {
     "MAML": (lambda **o: meta(Unrolled(2), **o), sine),
     "MAML, recomputed": (lambda **o: meta(Recomputed(2), **o), sine),
     "MAML, truncated": (lambda **o: meta(Truncated(3, 1), **o), sine),
+    "Reptile": (lambda **o: meta(Reptile(2, batch=4), **o), sine),
     "FOMAML": (lambda **o: meta(FirstOrder(2), **o), sine),
     "Meta-SGD": (lambda **o: meta(Unrolled(2), MetaSGD(0.05), **o), sine),
     "logistic, implicit": (lambda **o: bilevel(Logistic(4, 0.0), Implicit(5, CG(5)), **o), table),
@@ -120,6 +131,15 @@ def test_the_gradient_is_scaled_and_unscaled_once_in_every_learner(tmp_path, nam
         assert error(found, full) < bound
         for tag in ("train/loss", "train/grad_norm"):
             assert logged[0][tag] == pytest.approx(told[0][tag], rel=2 * bound)
+
+
+@pytest.mark.parametrize("kind", [F2SA, FiniteDifference])
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_differences_are_not_taken_in_half_precision(kind, precision, tmp_path):
+    options = half() if precision == "16-mixed" else {"precision": precision}
+    told = rf"^hypergradient {kind.__name__} takes differences of gradients, which half precision would round away; use"
+    with pytest.raises(InputError, match=told):
+        bare(tmp_path, 1, **options).fit(bilevel(Logistic(4, 0.0), kind(3)), table())
 
 
 class Tiny(FewShot):

@@ -13,7 +13,7 @@ from metalit.hypergradients.paths import Claims, Path, check_paths
 from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.problem import Problem
-from metalit.tree import Tree, tree_map
+from metalit.tree import Tree, leaves, tree_map
 
 Progress: TypeAlias = Tensor | int
 
@@ -40,12 +40,14 @@ class Hypergradient(ABC):
         carries: the paths from the outer variable to the outer loss whose derivative it carries.
         needs: those of them that the problem must have.
         second_order: whether inner gradients are differentiated.
+        differences: whether it divides differences by what makes them small, which half precision would round away.
     """
 
     steps: int
     carries: ClassVar[frozenset[Path]]
     needs: ClassVar[frozenset[Path]] = frozenset()
     second_order: ClassVar[bool] = True
+    differences: ClassVar[bool] = False
 
     @property
     def damped_by(self) -> str:
@@ -92,9 +94,14 @@ class Hypergradient(ABC):
         Raises:
             InputError: a loss that is no scalar, or that the outer variable does not reach; an outer parameter that is
                 reached by another way than the argument; a problem or an inner optimiser for which this estimator is
-                not valid.
+                not valid; half precision where it takes differences.
         """
         start = inner_of(start)
+        if self.differences and _is_half(outer):
+            raise InputError(
+                f"hypergradient {type(self).__name__} takes differences of gradients, which half precision would round "
+                "away; use trainer.precision 32-true or 64-true, or another hypergradient"
+            )
         for begin, end in zip(self.begins, [*self.begins[1:], None], strict=True):
             form = self.at(begin)
             name = type(form).__name__ + ("" if end is None else f" (before outer step {end})")
@@ -136,6 +143,13 @@ def over_tasks(
     loss, gradient, inner, metrics, state = for_each_task(one, outer, (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
     return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics, state)
+
+
+def _is_half(outer: Outer) -> bool:
+    """Whether values are of half precision, or cast to it."""
+    values = [value for _, value in leaves(outer)]
+    types = {value.dtype for value in values} & {torch.half, torch.bfloat16}
+    return bool(types) or any(torch.is_autocast_enabled(value.device.type) for value in values)
 
 
 def problem_alone(gradient: dict[str, Tensor], outer: Outer) -> Outer:

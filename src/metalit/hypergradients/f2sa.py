@@ -27,9 +27,9 @@ class F2SA(Hypergradient):
 
     f is the outer and g the inner loss; no product with a Hessian or Jacobian is taken. Where g is strongly convex it
     tends to :class:`~metalit.hypergradients.Implicit`'s as λ grows, with an error of O(1/λ), and of rounding that grows
-    with λ. Both inner variables take ``steps`` steps from the same start on the same minibatches: what either lacks to
-    its minimum, which λ would enlarge, cancels to O(1/λ) too. Where the inner loss takes minibatches, ∇φ g are of the
-    next one. ``loss`` is that at θ*, which is the inner variable that is found.
+    with λ: half precision is refused. Both inner variables take ``steps`` steps from the same start on the same
+    minibatches: what either lacks to its minimum, which λ would enlarge, cancels to O(1/λ) too. Where the inner loss
+    takes minibatches, ∇φ g are of the next one. ``loss`` is that at θ*, which is the inner variable that is found.
 
     Args:
         steps: the number of inner steps, which are taken twice.
@@ -43,6 +43,7 @@ class F2SA(Hypergradient):
     carries: ClassVar[frozenset[Path]] = frozenset({"inner_loss", "outer_loss"})
     needs: ClassVar[frozenset[Path]] = frozenset({"inner_loss"})
     second_order: ClassVar[bool] = False
+    differences: ClassVar[bool] = True
     steps: int = 10
     weight: float = 100.0
     stationary: float = 0.01

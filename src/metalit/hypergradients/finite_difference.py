@@ -30,8 +30,7 @@ class FiniteDifference(Hypergradient):
     With one step from a constant start it is that of DARTS, where u is −ξ ∇θ outer_loss; with more,
     each step is swept back in the same way, from its iterate. The error is that of central differences, ε²/6 times a
     third derivative along the direction, and none where the inner loss is quadratic in θ. Rounding is divided by ε:
-    single precision is right to about four digits, and half precision (``precision: 16-mixed``, ``bf16-mixed``) is not
-    enough.
+    single precision is right to about four digits, and half precision is refused.
 
     Args:
         steps: the number of inner steps.
@@ -44,6 +43,7 @@ class FiniteDifference(Hypergradient):
 
     carries: ClassVar[frozenset[Path]] = ALL
     second_order: ClassVar[bool] = False
+    differences: ClassVar[bool] = True
     steps: int = 1
     epsilon: float = 0.01
 
