@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from metalit.adapt import outer_variable
 from metalit.hypergradients import Direct, Implicit, JTg, Unrolled, over_tasks
 from metalit.inner import SGD, Newton
-from metalit.linsolve import CG, Dense, Neumann
+from metalit.linsolve import CG, Dense, Neumann, NormalCG, Nystrom
 
 EXACT = Newton()
 FINE = {"inner_grad_ratio": 0.01, "inner_grad_norm": 0.2, "indefinite": 0.0, "solver_residual": 0.1}
@@ -59,6 +59,12 @@ def test_nothing_is_said_at_the_thresholds():
             "not solved",
             "Implicit: Neumann left 12.3 % of its right-hand side; give it more iterations (Neumann: a scale below "
             "2/‖H‖), or raise hypergradient.damping",
+        ),
+        (
+            Implicit(solver=Nystrom()),
+            {"solver_residual": 0.12345},
+            "not solved",
+            "Implicit: Nystrom left 12.3 % of its right-hand side; give it a higher rank, or a smaller rho",
         ),
         (
             Implicit(),
@@ -119,7 +125,7 @@ def test_flags_and_residuals_are_means_over_tasks():
         assert_close(value, torch.stack([metrics[name] for metrics in each]).mean(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("solver", [CG(30), Neumann(), Dense()])
+@pytest.mark.parametrize("solver", [CG(30), NormalCG(), Neumann(), Dense()])
 def test_where_the_outer_loss_has_no_slope_the_direct_term_is_left_and_nothing_complains(solver):
     # at θ = 0 the outer loss (θᵀθ)(φᵀφ) has none
     found = estimate(Implicit(1, solver), PROBLEMS["ThetaPhi"].problem, torch.tensor(0))

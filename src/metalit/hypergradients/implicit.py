@@ -14,7 +14,7 @@ from metalit.hypergradients.base import Estimate, Hypergradient, Progress, check
 from metalit.hypergradients.paths import Path
 from metalit.hypergradients.stationary import check_stationary, not_stationary
 from metalit.inner.base import InnerOptimizer
-from metalit.linsolve import CG, Dense, LinearSolver
+from metalit.linsolve import CG, Dense, LinearSolver, Nystrom
 from metalit.problem import Problem
 from metalit.tree import Tree, axpy, norm
 
@@ -99,9 +99,11 @@ class Implicit(Hypergradient):
                 "inner loss, or use Unrolled"
             )
         elif not metrics["solver_residual"] <= _ENOUGH:
+            more = "give it more iterations (Neumann: a scale below 2/‖H‖), or raise hypergradient.damping"
+            if isinstance(self.solver, Nystrom):
+                more = "give it a higher rank, or a smaller rho"
             found["not solved"] = (
                 f"Implicit: {type(self.solver).__name__} left {100 * metrics['solver_residual']:.3g} % of its "
-                "right-hand side; give it more iterations (Neumann: a scale below 2/‖H‖), or raise "
-                "hypergradient.damping"
+                f"right-hand side; {more}"
             )
         return found

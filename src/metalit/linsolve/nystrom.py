@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import one_hot
 
@@ -22,8 +23,8 @@ class Nystrom(LinearSolver):
 
     By Woodbury's identity x = b/ρ − C (W + CᵀC/ρ)⁻¹ Cᵀb / ρ²: as many products as columns, all at once, and no
     iteration. It is exact for A + ρI once there are as many columns as A has rank, if they are of its range; where A
-    has a few large eigenvalues, few do. ``indefinite`` says whether W lacks a Cholesky factor, which no positive
-    definite A does.
+    has a few large eigenvalues, few do. ``indefinite`` says whether W has an eigenvalue below 0, by more than √(machine
+    epsilon) of its largest entry: then A has one too. An A of low rank is right.
 
     ρ stands for the directions that are left out: the smaller it is, the larger is x there. It is added to A, so leave
     the damping of :class:`~metalit.hypergradients.Implicit` at 0.
@@ -58,9 +59,14 @@ class Nystrom(LinearSolver):
         corner, right = rows @ basis.mT.to(rows.dtype), single(flat)
         matrix = corner + rows @ rows.mT / self.rho
         # columns that depend on each other would make it singular; so much is rounding
-        size = matrix.diagonal().abs().max()
-        rounding = torch.finfo(matrix.dtype).eps * torch.where(size > 0, size, 1.0)
-        small = solve(matrix + rounding * torch.eye(len(rows), dtype=rows.dtype, device=rows.device), rows @ right)
+        eps, identity = torch.finfo(matrix.dtype).eps, torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        small = solve(matrix + eps * _size(matrix) * identity, rows @ right)
         x = (right - rows.mT @ small / self.rho) / self.rho
-        _, failed = torch.linalg.cholesky_ex(corner)
+        _, failed = torch.linalg.cholesky_ex(corner + eps**0.5 * _size(corner) * identity)
         return Solution(unflatten(x.to(flat.dtype), b), failed > 0)
+
+
+def _size(matrix: Tensor) -> Tensor:
+    """The largest entry, or 1 if all are 0."""
+    size = matrix.abs().amax()
+    return torch.where(size > 0, size, 1.0)
