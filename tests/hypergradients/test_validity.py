@@ -120,7 +120,8 @@ def test_learned_rates_need_an_estimator_that_carries_them(estimator):
         check(estimator, problem, optimizer, task)
     assert str(raised.value) == (
         "inner_optimizer MetaSGD brings outer parameters, to which hypergradient "
-        f"{type(estimator).__name__} carries no derivative: they would never learn; use SGD inside, or Unrolled outside"
+        f"{type(estimator).__name__} carries no derivative: they would never learn; use SGD with a fixed lr inside, or "
+        "Unrolled outside"
     )
     found = estimator(problem, optimizer, outer_variable(problem, optimizer, task), task)
     assert flatten(found.gradient["optimizer"]).abs().max() == 0

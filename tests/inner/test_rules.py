@@ -1,11 +1,13 @@
 """Inner optimisers that descend the gradient: their values are torch's, their derivatives those by hand."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from cases import OPTIMIZERS, Bowl, bowls, draw, regression_tasks, task_at
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.func import grad, jacrev
 from torch.linalg import matrix_power
@@ -14,8 +16,8 @@ from torch.testing import assert_close
 from metalit.adapt import Iterate, adapt, beginning, iterates, outer_variable, path
 from metalit.errors import InputError
 from metalit.hypergradients import Unrolled, over_tasks
-from metalit.inner import ALFA, SGD, Adam, AdamW, Cosine, Learned, MetaCurvature, MetaSGD, RMSprop
-from metalit.inner.rule import clipped
+from metalit.inner import ALFA, SGD, Adam, AdamW, Cosine, InnerOptimizer, Learned, MetaCurvature, MetaSGD, RMSprop
+from metalit.inner.pieces import clipped
 from metalit.problems import FewShot
 from metalit.tree import flatten, leaves, norm, tree_map
 
@@ -315,6 +317,28 @@ def test_what_has_no_meaning_is_refused(make, told):
     with pytest.raises(InputError) as raised:
         make()
     assert str(raised.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--inner=SGD", "--inner.lr=Learned", "--inner.lr.start=0.02", "--inner.lr.per=parameter and step"],
+        ["--inner", '{"class_path": "SGD", "init_args": {"lr": {"start": 0.02, "per": "parameter and step"}}}'],
+        [
+            "--inner",
+            '{"class_path": "SGD", "init_args": {"lr": {"class_path": "Learned", "init_args": '
+            '{"start": 0.02, "per": "parameter and step"}}}}',
+        ],
+    ],
+    ids=["command line", "short", "class_path"],
+)
+def test_a_config_names_what_is_learned(given):
+    parser = ArgumentParser()
+    parser.add_argument("--inner", type=InnerOptimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = parser.instantiate_classes(parser.parse_args([*given, "--inner.schedule=0.5"])).inner
+    assert found == SGD(Learned(0.02, "parameter and step"), schedule=0.5)
 
 
 # ---- curvature, and a network

@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from metalit.callbacks import BestCheckpoint, LastCheckpoint
 from metalit.data import BatchDataModule, Episodes, Sine, SplitsDataModule, TaskDataModule
 from metalit.hypergradients import Implicit, Unrolled
-from metalit.inner import SGD, Newton
+from metalit.inner import SGD, Learned, Newton
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot, Ridge
@@ -37,14 +37,14 @@ def run_of(tmp_path):
     return tmp_path / "run/version_0"
 
 
-def meta(**options):
-    learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(0.05), Unrolled(2), eval_steps=2, **options)
+def meta(lr=0.05, **options):
+    learner = MetaLearner(FewShot(MLP([1, 4, 1])), SGD(lr), Unrolled(2), eval_steps=2, **options)
     return learner, TaskDataModule(Sine(), Episodes(4, 5, 6), Episodes(4, 5, 6), Episodes(4, 5, 6))
 
 
 def test_the_first_five_are_what_runs_are_compared_by(tmp_path):
     warm = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5)  # the rate is the one that was given
-    learner, data = meta(optimizer=partial(torch.optim.AdamW, lr=0.25), scheduler=warm)
+    learner, data = meta(Learned(0.05), optimizer=partial(torch.optim.AdamW, lr=0.25), scheduler=warm)
     trainer(tmp_path, 2).fit(learner, data)
     found, metrics = shown(run_of(tmp_path))
     assert [(name, found[name]) for name in sorted(found)][:5] == [

@@ -112,7 +112,7 @@ def check_paths(
     if "inner optimiser" in found - claims.carries:
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} brings outer parameters, to which hypergradient {estimator} "
-            "carries no derivative: they would never learn; use SGD inside, or Unrolled outside"
+            "carries no derivative: they would never learn; use SGD with a fixed lr inside, or Unrolled outside"
         )
     if (own and not own & claims.carries) or claims.needs - own:
         raise InputError(

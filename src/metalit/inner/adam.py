@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metalit.inner.learned import DECAY, POSITIVE, RATE, SHARE, Domain, Number, is_off
+from metalit.inner.pieces import mixed, root, stepped
 from metalit.inner.rule import GradientRule, Numbers, State
 
 
@@ -54,7 +55,7 @@ class Adam(GradientRule):
         share1, share2 = ((1 - numbers[beta] ** steps).to(leaf.dtype) for beta in ("beta1", "beta2"))
         size = root(second / share2) + numbers["eps"]
         after = {"first": first, "second": second, "steps": steps}
-        return -lr * (first / share1 / size) + leaf, after
+        return stepped(leaf, lr, first / share1 / size), after
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,3 @@ class AdamW(Adam):
 
     decoupled: ClassVar[bool] = True
     weight_decay: Number = 0.01
-
-
-def mixed(share: float | Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """share · old + (1 − share) · new."""
-    return share * old + (1 - share) * new
-
-
-def root(square: Tensor) -> Tensor:
-    """√square, with derivative 0 where it is 0: as |g| = √g² has where g is 0, as far as g · d|g| is concerned."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)

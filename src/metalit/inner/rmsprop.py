@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metalit.inner.adam import mixed, root
 from metalit.inner.learned import DECAY, POSITIVE, RATE, SHARE, Domain, Number, is_off
+from metalit.inner.pieces import mixed, root, stepped
 from metalit.inner.rule import GradientRule, Numbers, State
 
 
@@ -48,4 +48,4 @@ class RMSprop(GradientRule):
         step, after = gradient / (root(second) + numbers["eps"]), {"second": second}
         if not is_off(self.momentum):
             step = after["velocity"] = numbers["momentum"] * state["velocity"] + step
-        return -numbers["lr"] * step + leaf, after
+        return stepped(leaf, numbers["lr"], step), after

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
 from metalit.errors import InputError
 from metalit.inner.base import GradFn, InnerOptimizer
 from metalit.inner.learned import POSITIVE, Domain, Learned, Number, check_number
+from metalit.inner.pieces import clipped
 from metalit.inner.schedules import Schedule, check_schedule, factor
-from metalit.tree import Tree, dot, leaves, tree_map
+from metalit.tree import Tree, leaves, tree_map
 
 Numbers: TypeAlias = Mapping[str, Any]  # of one leaf at one step: a number, or a tensor that its shape takes
 State: TypeAlias = dict[str, Tensor]  # of one leaf
@@ -127,19 +127,6 @@ class GradientRule(InnerOptimizer):
     @abstractmethod
     def move(self, leaf: Tensor, gradient: Tensor, state: State, numbers: Numbers) -> tuple[Tensor, State]:
         """The leaf and its state after a step."""
-
-
-def clipped(gradient: Tree, most: float | Tensor) -> Tree:
-    """min(1, most / ‖gradient‖) · gradient, whose derivative is finite where the gradient is zero too.
-
-    >>> clipped({"w": torch.tensor([3.0, 4.0])}, 1.0)
-    {'w': tensor([0.6000, 0.8000])}
-    """
-    square = dot(gradient, gradient)
-    beyond = square > most * most
-    # no square root of zero, whose derivative is infinite
-    share = torch.where(beyond, most / torch.where(beyond, square, 1.0).sqrt(), 1.0)
-    return tree_map(lambda leaf: share * leaf, gradient)
 
 
 def _like(tree: Tree, values: Sequence[Tensor]) -> Tree:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metalit.inner.learned import DECAY, RATE, SHARE, Domain, Number, is_off
+from metalit.inner.pieces import stepped
 from metalit.inner.rule import GradientRule, Numbers, State
 
 
@@ -46,13 +47,13 @@ class SGD(GradientRule):
         """At θ, or at the look-ahead."""
         if not self.nesterov or is_off(self.momentum):
             return leaf
-        return -numbers["lr"] * numbers["momentum"] * state["velocity"] + leaf
+        return stepped(leaf, numbers["lr"] * numbers["momentum"], state["velocity"])
 
     def move(self, leaf: Tensor, gradient: Tensor, state: State, numbers: Numbers) -> tuple[Tensor, State]:
         """Step against the gradient."""
         if not is_off(self.weight_decay):
             gradient = gradient + numbers["weight_decay"] * self.ask_at(leaf, state, numbers)
         if is_off(self.momentum):
-            return -numbers["lr"] * gradient + leaf, state
+            return stepped(leaf, numbers["lr"], gradient), state
         velocity = numbers["momentum"] * state["velocity"] + gradient
-        return -numbers["lr"] * velocity + leaf, {"velocity": velocity}
+        return stepped(leaf, numbers["lr"], velocity), {"velocity": velocity}

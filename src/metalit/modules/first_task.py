@@ -77,7 +77,7 @@ def check_still_fits(
     if not alike(brought(problem, optimizer, hypergradient.steps), learned.tree):
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} learns parameters for what adapts, which a callback froze or "
-            "unfroze in mid-training; do so before training, or use SGD inside"
+            "unfroze in mid-training; do so before training, or use SGD with a fixed lr inside"
         )
     begin, held = problem.init(outer["problem"], task), inner_of(first_of(start))
     if held is not None and not alike(begin, held):

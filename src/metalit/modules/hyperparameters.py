@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from metalit.inner import Learned
 from metalit.inner.none import NoSteps
 from metalit.training.optimizers import optimizer_of
 
@@ -50,7 +52,7 @@ def what_matters(module: LightningModule) -> Shown:
     train = getattr(data, "episodes", {}).get("train")
     source = getattr(data, "tasks", None) or getattr(data, "rows", None) or data
     shown = {
-        "inner lr": getattr(parts[1], "lr", None),
+        "inner lr": _start_of(getattr(parts[1], "lr", None)),
         "inner steps": getattr(hypergradient, "steps", None),
         **{name: float(rate) for name, rate in rates.items()},
         "network": None if network is None else described(network),
@@ -65,6 +67,11 @@ def what_matters(module: LightningModule) -> Shown:
         "tasks": getattr(train, "tasks", None) or getattr(data, "number", None),
     }
     return {name: value for name, value in shown.items() if isinstance(value, str | int | float)}
+
+
+def _start_of(number: Any) -> Any:
+    """A number, or where one that is learned starts."""
+    return number.start if isinstance(number, Learned) else number
 
 
 def described(network: nn.Module) -> str:
