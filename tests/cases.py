@@ -236,7 +236,7 @@ ESTIMATORS = {
     "Implicit, CG, damped": Implicit(2, CG(30, 1e-14), damping=0.3),
     "Implicit, Neumann": Implicit(3, Neumann(7, 0.2), damping=0.1),
     "Implicit, Dense": Implicit(3, Dense(), damping=0.4),
-    "Implicit, NormalCG": Implicit(3, NormalCG(60, 1e-15), damping=0.2),
+    "Implicit, NormalCG": Implicit(3, NormalCG(14, 1e-15), damping=0.2),
     "Implicit, Nystrom": Implicit(3, Nystrom(100, rho=0.3), damping=0.1),
     "F2SA": F2SA(3, weight=5.0),
     "FiniteDifference": FiniteDifference(3, epsilon=0.5),
