@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
+from metalit.cli.widths import fill_widths
+from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
 
 CURVES = Path("configs/curves_gapminder.yaml")
@@ -68,6 +71,28 @@ def test_other_widths_are_told_with_the_right_ones(mine, metalit, tmp_path):
     for fragment in ("model.problem.network.sizes=[1, 8, 1]", "2 input(s) ['day', 'dose']", "give [2, 8, 1]", "'auto'"):
         assert fragment in output
     assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(("sizes", "filled"), [(["auto", 8, 5], [2, 8, 5]), ([3, 8, 5], None)])
+def test_a_head_has_the_columns_of_the_data_and_as_many_features_as_it_likes(tmp_path, sizes, filled):
+    (tmp_path / "table.csv").write_text(PATIENTS)
+    given = {"file": str(tmp_path / "table.csv"), "task": "patient", "x": ["day", "dose"], "y": ["level", "crp"]}
+    network = Namespace(class_path="metalit.networks.MLP", init_args=Namespace(sizes=sizes))
+    head = Namespace(
+        class_path="metalit.problems.BayesianHead",
+        init_args=Namespace(inputs="auto", outputs="auto", network=network),
+    )
+    tasks = Namespace(class_path="metalit.data.Curves", init_args=Namespace(given))
+    config = Namespace(
+        model=Namespace(init_args=Namespace(problem=head)), data=Namespace(init_args=Namespace(tasks=tasks))
+    )
+    if filled is None:
+        with pytest.raises(InputError, match=r"2 input\(s\) \['day', 'dose'\].*give \[2, 8, 5\]"):
+            fill_widths(config)
+    else:
+        fill_widths(config)
+        assert (head["init_args"]["inputs"], head["init_args"]["outputs"]) == (2, 2)
+        assert network["init_args"]["sizes"] == filled
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from repository import ROOT
 from torch.testing import assert_close
 
 from metalit.callbacks import FitFigures, PredictionWriter, ReportWriter
+from metalit.callbacks.errors import draw_errors
 from metalit.callbacks.figures import draw_fits
 from metalit.callbacks.predictions import draw_predictions
 from metalit.data import Columns, Curves, Episodes, Sine, TaskDataModule
@@ -95,6 +96,19 @@ class TestArguments:
         assert str(raised.value) == message
 
 
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (BayesianHead(2, 1), "BayesianHead: inputs=2, but the data has 1 columns of inputs; set inputs to 1"),
+        (NeuralProcess(1, 3, 4), "NeuralProcess: outputs=3, but the data has 1 columns of outputs; set outputs to 1"),
+    ],
+)
+def test_data_of_other_columns_is_refused(problem, message, tmp_path):
+    with pytest.raises(InputError) as raised:
+        bare(tmp_path).fit(MetaLearner(problem), sine())
+    assert str(raised.value) == message
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_it_learns_validates_and_tests(name, tmp_path):
     module, data = learner(name), sine()
@@ -118,6 +132,8 @@ def test_it_learns_validates_and_tests(name, tmp_path):
     report = module.report("test")
     assert report.sections[0][0][0] == "0"
     assert len(report.sections[0]) == 1
+    named = draw_errors(report.chart).legends[0].get_texts()
+    assert [text.get_text() for text in named] == ["learner", "one curve for all tasks"]
     measure = "loss" if name == "ridge" else "squared error"
     assert report.after[0].startswith(f"one curve for all tasks: {measure} less the learner's, task by task:")
     assert (tmp_path / "run/version_0/figures/test.png").stat().st_size > 5_000

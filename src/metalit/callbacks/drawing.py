@@ -87,7 +87,8 @@ def labelled(figure: "Figure", places: "Sequence[Axes]", x: str, y: str, legend:
     else:
         figure.supxlabel(x, fontsize=10)
         figure.supylabel(y, fontsize=10)
-    handles, labels = places[0].get_legend_handles_labels()
+    # some panels may show more than others
+    handles, labels = max((axes.get_legend_handles_labels() for axes in places), key=lambda found: len(found[1]))
     place: Literal["outside right upper", "outside upper center"]
     place = "outside right upper" if legend == "right" else "outside upper center"
     figure.legend(handles, labels, loc=place, frameon=False, fontsize=9, handlelength=1.8, labelspacing=0.3)

@@ -27,6 +27,7 @@ from metalit.inner.base import InnerOptimizer
 from metalit.inner.none import NoSteps
 from metalit.keys import fold
 from metalit.modules.adapted import AdaptingLearner
+from metalit.modules.first_task import first_of
 from metalit.problem import FewShotProblem, Task
 
 
@@ -132,6 +133,7 @@ class MetaLearner(AdaptingLearner):
         if isinstance(data, TaskDataModule):
             tasks = self.cast(data.draw("train", torch.arange(2)))
             with self.told(tasks):
+                self.problem.check(first_of(tasks))
                 self.query_losses(tasks)
             self.check_first_task(tasks)
 

@@ -13,7 +13,7 @@ from metalit.errors import InputError
 from metalit.keys import fold
 from metalit.losses import mean_of_rows, row_losses
 from metalit.problem import FewShotProblem, Points, Task
-from metalit.problems.rows import check_task
+from metalit.problems.rows import check_size, check_task
 
 SUPPORT_DRAW, QUERY_DRAW = -2, -1  # the keys of dropout in init and in the outer loss; inner step k uses k
 _ROUNDING = 10 * torch.finfo(torch.float64).eps
@@ -25,7 +25,7 @@ class Head(FewShotProblem):
     adapts_in_init = True
 
     def check(self, task: Any) -> None:
-        """Check that a task is one, with real targets.
+        """Check that a task is one, with real targets, and of as many columns as were given.
 
         Raises:
             InputError: it is not.
@@ -37,6 +37,10 @@ class Head(FewShotProblem):
                     f"data: {type(self).__name__} predicts real numbers, [rows, outputs], and the targets are "
                     f"{list(points.y.shape)} of {points.y.dtype}; for classes there is FewShot"
                 )
+            for name, values in (("inputs", points.x), ("outputs", points.y)):
+                given = getattr(self, name, None)
+                if given is not None:
+                    check_size(type(self).__name__, name, given, values.shape[1], f"columns of {name}")
 
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
         """The mean squared error over the real rows."""

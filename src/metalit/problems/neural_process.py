@@ -57,6 +57,7 @@ class NeuralProcess(Head):
         numbers = {"inputs": inputs, "outputs": outputs, "width": width, "depth": depth}
         x, y, width, depth = (check_width("NeuralProcess", name, value) for name, value in numbers.items())
         check_positive("NeuralProcess", "least_std", least_std, 0.01)
+        self.inputs, self.outputs = x, y
         hidden = [width] * depth
         self.encoder = MLP([x + y, *hidden, width], activation)
         self.decoder = MLP([x + width, *hidden, 2 * y], activation)
