@@ -110,6 +110,18 @@ def test_no_inner_variable_is_no_trouble(name):
     assert inner == {}
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_keeps_its_type(name):
+    optimizer, types = OPTIMIZERS[name](0.1), (torch.float32, torch.float64, torch.bfloat16, torch.bfloat16)
+    inner = {str(i): draw(*(2,) * (i % 3)).to(dtype) for i, dtype in enumerate(types)}
+    if name == "Newton":  # which takes them all as one vector
+        inner = {"0": inner["1"], "1": inner["1"]}
+    outer, state = optimizer.outer(inner, 2), optimizer.init(inner)
+    for step in range(3):
+        after, state = optimizer.update(lambda inner: inner, inner, state, outer, step)
+        assert {key: leaf.dtype for key, leaf in after.items()} == {key: leaf.dtype for key, leaf in inner.items()}
+
+
 # ---- derivatives by hand
 
 

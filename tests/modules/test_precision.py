@@ -30,7 +30,7 @@ from metalit.hypergradients import (
     Truncated,
     Unrolled,
 )
-from metalit.inner import SGD, MetaSGD, Newton
+from metalit.inner import SGD, Adam, MetaSGD, Newton
 from metalit.linsolve import CG, Dense
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
@@ -88,6 +88,7 @@ LEARNERS = {
     "Reptile": (lambda **o: meta(Reptile(2, batch=4), **o), sine),
     "FOMAML": (lambda **o: meta(FirstOrder(2), **o), sine),
     "Meta-SGD": (lambda **o: meta(Unrolled(2), MetaSGD(0.05), **o), sine),
+    "Adam, clipped": (lambda **o: meta(Unrolled(2), Adam(0.05, eps=0.1, clip_norm=1.0), **o), sine),
     "logistic, implicit": (lambda **o: bilevel(Logistic(4, 0.0), Implicit(5, CG(5)), **o), table),
     "cleaning, unrolled": (lambda **o: bilevel(cleaning(), Unrolled(3), **o), table),
     "theta-phi, JTg": (lambda **o: bilevel(ThetaPhi([0.7, -1.2], [1.1, 0.4]), JTg(1), 0.01, **o), lambda: None),

@@ -60,12 +60,14 @@ class ALFA(SGD):
         gradient = self.seen(grad_fn(self.asked(inner, state, numbers)), numbers, outer)
         if not numbers:
             return inner, state
-        means = torch.stack([leaf.mean() for tree in (inner, gradient) for _, leaf in leaves(tree)])
-        rates, decays = _of_network(outer["network"], means).chunk(2)
-        for (name, of_leaf), decay in zip(numbers.items(), decays.unbind(), strict=True):
-            numbers[name] = {**of_leaf, "weight_decay": of_leaf["weight_decay"] * decay}
-        each = iter(rates.unbind())
-        return self.moved(inner, tree_map(lambda leaf: next(each) * leaf, gradient), state, numbers)
+        dtype = outer["network"]["hidden"]["bias"].dtype
+        means = torch.stack([leaf.mean().to(dtype) for tree in (inner, gradient) for _, leaf in leaves(tree)])
+        each = iter(_of_network(outer["network"], means).unbind())  # a, then b
+        gradient = tree_map(lambda leaf: next(each).to(leaf.dtype) * leaf, gradient)
+        for name, leaf in leaves(inner):
+            decay = numbers[name]["weight_decay"] * next(each).to(leaf.dtype)
+            numbers[name] = {**numbers[name], "weight_decay": decay}
+        return self.moved(inner, gradient, state, numbers)
 
 
 def _of_network(layers: dict[str, Any], means: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def clipped(gradient: Tree, most: float | Tensor) -> Tree:
     beyond = square > most * most
     # no square root of zero, whose derivative is infinite
     share = torch.where(beyond, most / torch.where(beyond, square, 1.0).sqrt(), 1.0)
-    return tree_map(lambda leaf: share * leaf, gradient)
+    return tree_map(lambda leaf: share.to(leaf.dtype) * leaf, gradient)
 
 
 def mixed(share: float | Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 from metalit.errors import InputError
@@ -84,17 +85,17 @@ class GradientRule(InnerOptimizer):
         """The hyperparameters of each leaf at a step, by its dotted name."""
         learned = {name: dict(leaves(outer[name])) for name in outer if name in self.hyperparameters()}
 
-        def of_leaf(leaf: str) -> Numbers:
+        def of_leaf(leaf: str, dtype: torch.dtype) -> Numbers:
             found: dict[str, Any] = {}
             for name, (number, domain) in self.hyperparameters().items():
                 found[name] = number
                 if isinstance(number, Learned):
-                    found[name] = number.at(domain, learned[name], leaf, step)
+                    found[name] = number.at(domain, learned[name], leaf, step).to(dtype)
             if self.schedule is not None:
                 found["lr"] = found["lr"] * factor(self.schedule, step)
             return found
 
-        return {name: of_leaf(name) for name, _ in leaves(inner)}
+        return {name: of_leaf(name, leaf.dtype) for name, leaf in leaves(inner)}
 
     def asked(self, inner: Tree, state: dict[str, State], numbers: dict[str, Numbers]) -> Tree:
         """Where the gradient is taken."""
