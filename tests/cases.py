@@ -1,8 +1,8 @@
 """The table of cases: every problem, inner optimiser and hypergradient, in float64, beside its answer by hand.
 
 A new algorithm adds an entry to ``PROBLEMS``, ``ESTIMATORS`` or ``OPTIMIZERS``; a problem its derivatives by hand to
-``derivatives.py``, an estimator or inner optimiser its linear algebra to ``references.py``. The rows of ``CASES`` are
-the pairs of them that are valid. Which ones are not is said here too, by hand.
+``derivatives.py``, an estimator its linear algebra to ``references.py``, an inner optimiser its step to ``rules.py``.
+The rows of ``CASES`` are the pairs of them that are valid. Which ones are not is said here too, by hand.
 """
 
 from dataclasses import dataclass

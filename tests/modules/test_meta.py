@@ -14,8 +14,8 @@ from metalit.callbacks import LastCheckpoint
 from metalit.data import Curves, Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.evaluation.interval import mean_with_interval
-from metalit.hypergradients import FirstOrder, Unrolled, over_tasks
-from metalit.inner import SGD, MetaSGD
+from metalit.hypergradients import Direct, FirstOrder, Truncated, Unrolled, over_tasks
+from metalit.inner import SGD, Learned, MetaSGD
 from metalit.modules import MetaLearner
 from metalit.networks import MLP
 from metalit.problems import FewShot
@@ -66,6 +66,12 @@ def test_learned_step_sizes_are_trained_and_saved(tmp_path):
         assert not torch.equal(before[name], after[name]), name
     saved = torch.load(tmp_path / "run/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["learned.lr.out.bias"], after["optimizer.lr.out.bias"])
+
+
+@pytest.mark.parametrize(("hypergradient", "steps"), [(Unrolled(3), 3), (Truncated(3, 2), 3), (Direct(), 1)])
+def test_there_are_as_many_rates_as_steps_are_trained(hypergradient, steps):
+    module = learner(inner=SGD(Learned(0.05, "parameter and step")), hypergradient=hypergradient)
+    assert {tuple(rates.shape) for _, rates in leaves(module.learned.tree)} == {(steps,)}
 
 
 def test_a_buffer_may_hold_infinities(tmp_path):
