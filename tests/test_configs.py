@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-
+TEMPLATE = Path(__file__).parent.parent / "configs" / "curves.yaml"  # has no file of its own
+CONFIGS = sorted({*TEMPLATE.parent.glob("*.yaml")} - {TEMPLATE})
 
 # those that go through every subcommand in the quick run, too; all others only begin to train there
 WHOLE = ("curves_gapminder", "bilevel_ridge", "sam_digits")
@@ -112,7 +112,20 @@ def _check_scores(config, metalit, run):
     assert "predict" in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_curves_of_gapminder_are_learned_as_the_template_learns_all_curves(metalit):
+    template, gapminder = (
+        yaml.safe_load(path.read_text()) for path in (TEMPLATE, Path("configs/curves_gapminder.yaml"))
+    )
+    for config in (template, gapminder):
+        del config["data"]["init_args"]["tasks"]["init_args"]
+    assert template == gapminder
+    status, output = metalit("fit", str(TEMPLATE))
+    assert status == 2
+    assert "data.tasks.file='curves.csv'" in output
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
 def test_is_on_one_screen_and_in_the_readme(config):
     text = config.read_text()
     assert len(text.splitlines()) <= 40

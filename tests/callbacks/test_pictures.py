@@ -321,7 +321,7 @@ class TestTensorBoard:
         picture = found.Images("pictures/fits_val")[0]
         assert picture.width > 1.5 * picture.height
         text = found.Tensors("errors/test/text_summary")[0].tensor_proto.string_val[0].decode()
-        assert "| inner steps | loss | \\|error\\| in lifeExp |" in text
+        assert "| in 95 % interval | \\|error\\| in lifeExp |" in text
         assert "| a polynomial for each support set |" in text
 
     def test_names_in_its_tables_are_no_markdown(self, tmp_path):

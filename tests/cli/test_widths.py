@@ -11,8 +11,8 @@ from metalit.cli.widths import fill_widths
 from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
 
-CURVES = Path("configs/curves_gapminder.yaml")
-FILE = "{file: data/gapminder.csv, task: country, x: [year], y: [lifeExp], test: 0.3}"
+CURVES = Path("configs/curves.yaml")
+FILE = "{file: curves.csv, task: curve, x: [x], y: [y], skip_short: true}"
 PATIENTS = "patient;day;dose;sex;level;crp\n" + "".join(
     f"p{task};{day},5;{10 * (1 + (task + day) % 3)};{'fm'[task % 2]};{100 + task + day};{task},25\n"
     for task in range(10)
@@ -29,7 +29,7 @@ def mine(tmp_path):
         text = CURVES.read_text()
         assert FILE in text
         own = f"{{file: {tmp_path / 'table.csv'}, task: patient, x: {x}, y: {y}{more}}}"
-        (tmp_path / "mine.yaml").write_text(text.replace(FILE, own).replace("compile: true", "compile: false"))
+        (tmp_path / "mine.yaml").write_text(text.replace(FILE, own))
         return str(tmp_path / "mine.yaml")
 
     return made
@@ -42,8 +42,8 @@ def sizes_in(config):
 @pytest.mark.parametrize(
     ("x", "y", "more", "sizes"),
     [
-        ("[day, dose]", "[level, crp]", "", [2, 40, 40, 2]),
-        ("[day, sex]", "[level]", ", categories: {sex: [f, m]}", [3, 40, 40, 1]),
+        ("[day, dose]", "[level, crp]", "", [2, 10, 4]),
+        ("[day, sex]", "[level]", ", categories: {sex: [f, m]}", [3, 10, 4]),
     ],
 )
 def test_a_table_of_ones_own_needs_but_its_file_and_columns(mine, metalit, tmp_path, x, y, more, sizes):
@@ -55,6 +55,7 @@ def test_a_table_of_ones_own_needs_but_its_file_and_columns(mine, metalit, tmp_p
     learner = MetaLearner.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert learner.problem.network.hidden1.in_features == sizes[0]
     assert learner.problem.network.out.out_features == sizes[-1]
+    assert learner.problem.prior_mean.shape == (1 + sizes[0] + sizes[-1], len(yaml.safe_load(y)))
     points = tmp_path / "points.csv"
     points.write_text("patient;day;dose;sex;level;crp\na;1,5;10;f;104;2,5\na;2,5;20;f;106;2\na;4;20;f;;\n")
     status, output = metalit("predict", config, f"--data.predict_file={points}")

@@ -142,6 +142,7 @@ TWO_LEVEL = [
     path
     for path in sorted((ROOT / "configs").glob("*.yaml"))
     if yaml.safe_load(path.read_text())["model"]["class_path"] != "SupervisedLearner"
+    and path.stem != "curves"  # a template
 ]
 SMALL = {
     "bilevel_cleaning": ("--model.hypergradient.init_args.steps=3",),
@@ -149,7 +150,6 @@ SMALL = {
         "--model.hypergradient.init_args.steps=3",
         "--model.hypergradient.init_args.solver.init_args.iterations=4",
     ),
-    "curves_gapminder": ("--model.hypergradient.init_args.steps=2",),
 }
 
 
@@ -170,7 +170,9 @@ def check_fits(metalit, tmp_path, config, *options):
     plain, said = fitted(metalit, tmp_path, config, "plain")
     assert "metalit: compil" not in said
     found, output = fitted(metalit, tmp_path, config, "compiled", "--model.compile=true", *options)
-    for what in ("the outer step", "what is logged of it"):
+    own = yaml.safe_load(config.read_text())["model"]["init_args"]
+    logged = ["what is logged of it"] if "inner_optimizer" in own else []  # of the inner steps
+    for what in ("the outer step", *logged):
         assert output.count(f"metalit: compiling {what}; once done, ") == 1
         assert output.count(f"metalit: compiled {what} in ") == 1
     assert "is not compiled" not in output
