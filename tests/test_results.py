@@ -27,6 +27,17 @@ def test_precisions_are_compared(shell):
     assert float(rows["64-true"][3]) == 0 < single < 1e-6 < half < 5e-3 < brain < 5e-2
 
 
+def test_curves_are_compared_with_every_bar(shell, tmp_path):
+    short = "--trainer.max_steps=10", f"--trainer.default_root_dir={tmp_path}"
+    run = shell("scripts/compare_curves.py", "data/gapminder.csv:country:year:lifeExp", *short)
+    assert run.returncode == 0, run.stderr
+    (row,) = (line.split("│")[1:-1] for line in run.stdout.splitlines() if line.startswith("│ gapminder"))
+    tasks, learner, of_all, of_each, empirical_bayes, inside = (float(cell.split()[0]) for cell in row[1:7])
+    assert tasks == 28
+    assert empirical_bayes < learner < of_each < of_all
+    assert 0 < inside <= 1
+
+
 def test_sine_maml_is_at_least_as_good_as_published(metalit, tmp_path):
     rows, _ = errors(metalit, tmp_path, "sine_maml")
     assert rows[0]["tasks"] == "600"
