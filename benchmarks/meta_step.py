@@ -34,6 +34,7 @@ from benchmarks.harness import (
     say,
     section,
 )
+from benchmarks.jax_step import arrays, initial, outer_step
 from metalit.cli.command_line import MetalitCLI
 from metalit.compiling.compiled import Compiled
 from metalit.hypergradients import Unrolled
@@ -41,6 +42,7 @@ from metalit.hypergradients.base import over_tasks
 from metalit.inner import SGD
 from metalit.problem import Task
 from metalit.problems import FewShot
+from metalit.tree import leaves
 
 INNER_STEPS = (1, 5)
 BATCHES = 100  # different batches of tasks; the contenders go round them
@@ -236,31 +238,17 @@ class Jax(Learner):
                 weights = [w - LR * slope for w, slope in zip(weights, jax.grad(loss)(weights, x, y), strict=True)]
             return loss(weights, query_x, query_y)
 
-        def mean_loss(weights: list[Any], tasks: Sequence[Any]) -> Any:
+        def mean_loss(weights: list[Any], tasks: Sequence[Any], number: Any) -> Any:
             return np.mean(jax.vmap(task_loss, (None, 0, 0, 0, 0))(weights, *tasks))
-
-        def adam(weight: Any, first: Any, second: Any, number: Any, slope: Any) -> tuple[Any, Any, Any]:
-            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
-            change = first / (1 - 0.9**number) / (np.sqrt(second / (1 - 0.999**number)) + 1e-8)
-            return weight - META_LR * change, first, second
-
-        def step(state: tuple[Any, ...], tasks: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
-            *parts, number = state
-            value, slopes = jax.value_and_grad(mean_loss)(parts[0], tasks)
-            leaves = zip(*parts, slopes, strict=True)
-            moved = zip(*(adam(*part, number + 1, slope) for *part, slope in leaves), strict=True)
-            return (*map(list, moved), number + 1), value
 
         weights = [
             np.array(value.detach().mT.numpy() if value.dim() == 2 else value.detach().numpy())
             for value in self.parameters.values()
         ]
-        zeros = [np.zeros_like(value) for value in weights]
-        self.state = (weights, zeros, zeros, np.zeros(()))
-        self.batches = [
-            tuple(np.array(part.numpy()) for part in (*tasks.support[:2], *tasks.query[:2])) for tasks in work.batches
-        ]
-        self.jax, self.plain, self.step = jax, step, jax.jit(step)
+        self.state = initial(jax, weights)
+        self.batches = [arrays(jax, (*tasks.support[:2], *tasks.query[:2])) for tasks in work.batches]
+        self.jax, self.plain = jax, outer_step(jax, mean_loss, [META_LR] * len(weights))
+        self.step = jax.jit(self.plain)
 
     def differentiate(self, tasks: Task) -> None:
         raise NotImplementedError("the compiled function does it, and steps too")
@@ -311,7 +299,7 @@ class Reference:
     """Adam's first moments after any number of steps, by the loop over tasks in double precision."""
 
     def __init__(self, work: Work) -> None:
-        batches = [_cast(tasks, torch.float64) for tasks in work.batches]
+        batches = [cast(tasks, torch.float64) for tasks in work.batches]
         self.learner = Loop(Work(deepcopy(work.network).double(), batches, work.inner_steps))
         self.found: list[Tensor] = []
 
@@ -368,12 +356,15 @@ class Windows(Callback):
         self.validations: list[float] = []
         self.race: Race | None = None
 
+    def batches(self, trainer: Trainer) -> list[Task]:
+        """The tasks of the first steps, in single precision."""
+        size = trainer.datamodule.episodes["train"].tasks
+        drawn = cast(trainer.datamodule.draw("train", torch.arange(BATCHES * size)), torch.float32)
+        return [part(drawn, slice(first, first + size)) for first in range(0, BATCHES * size, size)]
+
     def on_train_start(self, trainer: Trainer, learner: LightningModule) -> None:
         """Get everybody ready, from the fit's own weights and tasks."""
-        size = trainer.datamodule.episodes["train"].tasks
-        drawn = _cast(trainer.datamodule.draw("train", torch.arange(BATCHES * size)), torch.float32)
-        batches = [_part(drawn, slice(first, first + size)) for first in range(0, BATCHES * size, size)]
-        work = Work(learner.problem.network, batches, self.inner_steps)
+        work = Work(learner.problem.network, self.batches(trainer), self.inner_steps)
         self.reference = Reference(work)
         self.checked = max(CHECKED[-1], getattr(learner, "fused_steps", 1))
         self.until = WARM_UP * trainer.log_every_n_steps
@@ -383,7 +374,8 @@ class Windows(Callback):
         """Check the first steps, choose the length of a window, then time windows."""
         step, every = trainer.global_step, trainer.log_every_n_steps
         if step <= min(BATCHES, self.checked):
-            own = first_moments(learner.optimizers(use_pl_optimizer=False), learner.problem.outer().values())
+            trained = [value for _, value in leaves(learner.outer())]
+            own = first_moments(learner.optimizers(use_pl_optimizer=False), trained)
             check_same(self.name, own, self.reference.after(step), 1e-4 if step <= CHECKED[-1] else DRIFT)
         if step < self.until:
             return
@@ -439,13 +431,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def fit(windows: Windows, options: Sequence[str]) -> Race:
+def fit(windows: Windows, config: Path, options: Sequence[str]) -> Race:
     """Run ``metalit fit`` with everything on as shipped, in a folder that is thrown away."""
-    config = Path(__file__).with_suffix(".yaml")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(Terminal()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-        steps = f"--model.hypergradient.steps={windows.inner_steps}"
-        WindowedCLI(["fit", f"--config={config}", steps, *options, f"--trainer.default_root_dir={folder}"], windows)
+        WindowedCLI(["fit", f"--config={config}", *options, f"--trainer.default_root_dir={folder}"], windows)
     assert windows.race is not None
     return windows.race
 
@@ -459,7 +449,8 @@ def run(quick: bool) -> str:
         for name, kinds, options in ((FIT, LEARNERS, []), (FUSED, BARS, ["--model.fused_steps=100"])):
             say(f"{inner_steps} inner step(s): {name}")
             windows = Windows(name, inner_steps, kinds, rounds(quick), seconds=0.1 if quick else 0.5)
-            race = fit(windows, options)
+            steps = f"--model.hypergradient.steps={inner_steps}"
+            race = fit(windows, Path(__file__).with_suffix(".yaml"), [steps, *options])
             asked += [[name, *cells] for cells in _asked(race, name)]
             names = [name, *(contender.name for contender in windows.others)]
             heads = {"÷ fit": name, "÷ JAX, jitted": JAX, "÷ compiled alone": COMPILED}
@@ -497,11 +488,13 @@ def _validation(windows: Windows) -> str:
     )
 
 
-def _cast(tasks: Task, dtype: torch.dtype) -> Task:
+def cast(tasks: Task, dtype: torch.dtype) -> Task:
+    """Tasks of another type."""
     return tree_map(
         lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tasks
     )
 
 
-def _part(tasks: Task, which: slice) -> Task:
+def part(tasks: Task, which: slice) -> Task:
+    """Some of the tasks."""
     return tree_map(lambda leaf: leaf[which].contiguous() if isinstance(leaf, Tensor) else leaf, tasks)
