@@ -401,3 +401,8 @@ CASES = [
 ]
 # one of each kind of problem, inner optimiser, estimator and solver
 KINDS = list({case.kinds: case for case in CASES}.values())
+# so few of them that each problem, inner optimiser, estimator and solver is in one: for what takes a compiler
+FEW: list[Case] = []
+for _case in KINDS:
+    if not {*_case.kinds} <= {kind for case in FEW for kind in case.kinds}:
+        FEW.append(_case)
