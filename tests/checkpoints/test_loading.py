@@ -211,7 +211,7 @@ def test_other_ways_of_lightnings_are_refused(saved, tmp_path):
 def test_a_learner_that_python_built_needs_its_arguments(saved, tmp_path):
     checkpoint = {name: value for name, value in saved("sine_metasgd").items() if name != "hyper_parameters"}
     torch.save(checkpoint, tmp_path / "it.ckpt")
-    with pytest.raises(InputError, match=r"keeps no 'problem'.*give problem=..., inner_optimizer=..., hypergradient"):
+    with pytest.raises(InputError, match=r"keeps no 'problem'.*give problem=..., and all else that it was given"):
         MetaLearner.load_from_checkpoint(tmp_path / "it.ckpt")
 
 

@@ -159,9 +159,8 @@ def test_without_a_config_the_runs_own_is_taken_wherever_it_lies(points, tmp_pat
     assert f"metalit: with the configuration of the run, {moved / 'config.yaml'}" in output
     assert "was trained with" not in output
     assert len((moved / "test_tasks.csv").read_text().splitlines()) == 3 + 1
-    assert yaml.safe_load((moved / "config_test.yaml").read_text())["model"]["init_args"]["inner_optimizer"][
-        "init_args"
-    ] == {"lr": 0.02}
+    written = yaml.safe_load((moved / "config_test.yaml").read_text())
+    assert written["model"]["init_args"]["inner_optimizer"]["init_args"]["lr"] == 0.02
     assert main(["predict", f"--ckpt_path={best}", points]) == 0
     assert main(["validate", "--ckpt_path", str(best), "--data.val.tasks=4", "--model.inner_optimizer.lr=0.03"]) == 0
     output = capfd.readouterr().out
