@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fits import bare, trainer
+from fits import bare, scalars, trainer
 from repository import ROOT
 from torch.testing import assert_close
 
@@ -159,6 +159,14 @@ def test_compiled_steps_are_those_without_the_compiler(name, tmp_path):
         assert module.is_compiled == compile
         found.append(module.problem.state_dict())
     assert_close(dict(found[1]), dict(found[0]), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_optimizer": SGD(0.1), "hypergradient": Unrolled(1)}])
+def test_what_is_solved_in_init_has_no_gradient_left(options, tmp_path):
+    trainer(tmp_path, 2, precision="64-true", log_every_n_steps=1, callbacks=[]).fit(
+        learner("ridge", **options), sine()
+    )
+    assert all(value < 1e-12 for _, value in scalars(tmp_path)["train/inner_grad_ratio"])
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

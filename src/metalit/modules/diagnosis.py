@@ -15,7 +15,7 @@ from metalit.problem import Problem
 from metalit.scaled import Scaled
 from metalit.training.batches import Batches, StepResult
 from metalit.training.context import StepContext
-from metalit.tree import Tree, leaves, norm, unflatten
+from metalit.tree import Tree, leaves, norm, tree_map, unflatten
 
 
 class Means(NamedTuple):
@@ -35,7 +35,7 @@ class Diagnosis:
     """Finds the norms of the variables and of the inner gradient, and what the problem watches, of outer steps.
 
     ``inner_grad_norm`` is ‖∇θ inner_loss‖ at the inner variable that was found, and ``inner_grad_ratio`` its share of
-    what it is at ``init``.
+    what it is at ``init``; at θ = 0 where ``init`` is the whole adaptation.
 
     Attributes:
         batches: evaluates it.
@@ -114,17 +114,21 @@ class Diagnosis:
         outer, own, step = context.outer, context.outer["problem"], self.owner.hypergradient.steps
         scaled = self.owner.problem if context.scale is None else Scaled(self.owner.problem, context.scale)
 
+        in_init = getattr(self.owner.problem, "adapts_in_init", False)
+
         def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
             task, inner, start = given
             init = self.owner.problem.init(own, task)
             inner_grad = partial(scaled.inner_grad, outer=own, task=task, step=step)
             values = dict(self.owner.problem.watch(init if start is None else start, inner, own, gradient, task))
             if next(leaves(inner), None) is not None:
-                left, at_init = norm(inner_grad(inner)), norm(inner_grad(init))
+                # init may solve the inner problem: two gradients of rounding alone have no ratio
+                before = tree_map(torch.zeros_like, init) if in_init else init
+                left, at_first = norm(inner_grad(inner)), norm(inner_grad(before))
                 values |= {
                     "inner_norm": norm(inner),
                     "inner_grad_norm": left,
-                    "inner_grad_ratio": left / torch.where(at_init > 0, at_init, 1.0),
+                    "inner_grad_ratio": left / torch.where(at_first > 0, at_first, 1.0),
                 }
             return values
 

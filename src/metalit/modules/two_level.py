@@ -33,8 +33,9 @@ class TwoLevelLearner(OuterLearner):
     """Descends the mean hypergradient over a batch of tasks: φ ← outer optimiser(φ, 1/T Σ d outer_loss(θ(φ)) / dφ).
 
     Where a log is due it tells of the inner level too: ``inner_grad_norm``, ‖∇θ inner_loss‖ at the inner variable that
-    was found, and ``inner_grad_ratio``, its share of what it is at ``init``: is the inner problem solved? Beside them
-    the norms of both variables, what the estimator noticed, and what the problem watches.
+    was found, and ``inner_grad_ratio``, its share of what it is at ``init``, or at 0 where ``init`` adapts: is the
+    inner problem solved? Beside them the norms of both variables, what the estimator noticed, and what the problem
+    watches.
 
     Args:
         problem, inner_optimizer, hypergradient: what is learned, how the inner variable moves, and how the outer one
