@@ -9,7 +9,7 @@ import torch
 from cases import OPTIMIZERS, Bowl, bowls, draw, regression_tasks, task_at
 from jsonargparse import ArgumentParser
 from torch import nn
-from torch.func import grad, jacrev
+from torch.func import grad, jacrev, vmap
 from torch.linalg import matrix_power
 from torch.testing import assert_close
 
@@ -401,3 +401,17 @@ def test_a_start_with_a_state_goes_on_as_if_it_had_never_stopped(name):
     assert norm(tree_map(torch.sub, anew, whole.inner)) > 1e-4
     slope = grad(lambda own: beginning(problem, optimizer, own, task, Iterate(own, half.state)).inner["theta"].sum())
     assert slope(outer["problem"])["theta"].abs().max() == 0
+
+
+def test_curvature_in_mixed_precision_is_that_of_the_gradient_as_it_is():
+    optimizer, generator = MetaCurvature(0.1), torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, 4, generator=generator)
+    curvature = optimizer.outer({"w": weight[0]}, 1)["curvature"]
+    learned = {"curvature": tree_map(lambda leaf: leaf + 0.3 * torch.randn(leaf.shape, generator=generator), curvature)}
+
+    def stepped(leaf):
+        return optimizer.update(lambda inner: inner, {"w": leaf}, {"w": {}}, learned, 0)[0]["w"]
+
+    expected = vmap(stepped)(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vmap(stepped)(weight), expected)

@@ -1,6 +1,7 @@
 """Gradient descent with a learned curvature: each parameter's gradient is multiplied by a matrix for each dimension."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 
@@ -39,7 +40,10 @@ class MetaCurvature(SGD):
     def seen(self, gradient: Tree, numbers: dict[str, Numbers], outer: dict[str, Tree]) -> Tree:
         """The gradient, clipped and curved."""
         matrices = (matrix for _, matrix in leaves(outer["curvature"]))  # leaf by leaf, dimension by dimension
-        return tree_map(lambda leaf: _curved(leaf, matrices), super().seen(gradient, numbers, outer))
+        first = next((leaf for _, leaf in leaves(gradient)), None)
+        # mixed precision is of the losses; a gradient stays as it is, and torch's batched product takes but one type
+        with nullcontext() if first is None else torch.autocast(first.device.type, enabled=False):
+            return tree_map(lambda leaf: _curved(leaf, matrices), super().seen(gradient, numbers, outer))
 
 
 def _sizes(leaf: Tensor) -> list[int]:
