@@ -277,7 +277,7 @@ class TestFits:
 
     def test_a_constant_truth_that_is_met_has_room(self):
         axes = fitted(0.0)
-        axes.set_ylim(*_limits(torch.full((3,), 5e8), {}))
+        axes.set_ylim(*_limits(torch.full((3,), 5e8), None, []))
         assert axes.get_ylim()[0] < 5e8 < axes.get_ylim()[1]
 
     def test_the_true_values_have_limits_of_their_own(self):

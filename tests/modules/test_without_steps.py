@@ -62,7 +62,8 @@ class TestArguments:
         assert learner("ridge", inner_optimizer=SGD(0.1), eval_steps=3).eval_steps == 3
 
     def test_what_takes_steps_has_ten_of_them(self):
-        assert MetaLearner(FewShot(MLP([1, 1])), SGD(0.1), Unrolled(1)).eval_steps == 10
+        for trained, evaluated in ((1, 10), (12, 12)):
+            assert MetaLearner(FewShot(MLP([1, 1])), SGD(0.1), Unrolled(trained)).eval_steps == evaluated
 
     @pytest.mark.parametrize(
         ("make", "message"),
@@ -132,7 +133,14 @@ def test_it_learns_validates_and_tests(name, tmp_path):
     report = module.report("test")
     assert report.sections[0][0][0] == "0"
     assert len(report.sections[0]) == 1
-    named = draw_errors(report.chart).legends[0].get_texts()
+    # a likelihood is drawn once
+    assert ("loss" in report.chart) == (name == "ridge")
+    figure = draw_errors(report.chart)
+    for axes, (curve, *baselines) in zip(figure.axes, map(list, map(dict.values, report.chart.values())), strict=False):
+        (bar,) = axes.collections[0].get_segments()
+        assert bar[1, 1] - bar[0, 1] == pytest.approx(2 * curve[0].half_width)
+        assert len(axes.patches) == len(baselines)
+    named = figure.legends[0].get_texts()
     assert [text.get_text() for text in named] == ["learner", "one curve for all tasks"]
     measure = "loss" if name == "ridge" else "squared error"
     assert report.after[0].startswith(f"one curve for all tasks: {measure} less the learner's, task by task:")
@@ -262,6 +270,18 @@ class TestBands:
         assert "before adapting" not in labels
         assert len(figure.axes[0].collections) == bands
         assert ("95 % interval" in labels) == bool(bands)
+
+    def test_a_band_is_seen_where_it_is_not_far_wider_than_the_truth(self, tmp_path):
+        module, data = learner("bayes"), sine()
+        bare(tmp_path, 1).fit(module, data)
+        figure = draw_fits(module, data.pictured("val", 4), data.tasks, (0,))
+        for axes in figure.axes:
+            truth = np.concatenate([line.get_ydata() for line in axes.lines])
+            band = axes.collections[0].get_paths()[0].vertices[:, 1]
+            low, high = axes.get_ylim()
+            room = 0.5 * (truth.max() - truth.min())
+            assert low <= max(band.min(), truth.min() - room)
+            assert high >= min(band.max(), truth.max() + room)
 
     def test_several_inputs_have_bars(self, tmp_path):
         torch.manual_seed(0)

@@ -35,10 +35,13 @@ def _draw_measure(axes: "Axes", heading: str, predictors: Mapping[str, Sequence[
     (learner, by_step), *baselines = predictors.items()
     colours = cycle(COLOURS)
     axes.plot([each.mean for each in by_step], marker="o", color=(colour := next(colours)), label=learner, zorder=3)
-    axes.fill_between(range(len(by_step)), *_band(by_step), color=colour, alpha=0.2, linewidth=0)
+    if len(by_step) > 1:
+        axes.fill_between(range(len(by_step)), *_band(by_step), color=colour, alpha=0.2, linewidth=0)
+    else:
+        axes.vlines(0, *_band(by_step), color=colour, alpha=0.4, linewidth=4)
     for (name, (interval,)), colour, dashes in zip(baselines, colours, cycle(("--", "-.", ":")), strict=False):
         axes.axhline(interval.mean, color=colour, linestyle=dashes, label=literal(name))
-        axes.fill_between([0, len(by_step) - 1], *_band([interval] * 2), color=colour, alpha=0.1, linewidth=0)
+        axes.axhspan(*(end for (end,) in _band([interval])), color=colour, alpha=0.1, linewidth=0)
     held = [*by_step[:1], *(interval for _, (interval,) in baselines)]
     highest = max((high for _, high in zip(*_band(held), strict=True) if isfinite(high)), default=0.0)
     if highest > 0 and min(interval.mean for interval in held) >= 0:  # a likelihood may be below

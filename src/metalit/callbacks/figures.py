@@ -180,7 +180,7 @@ def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
     order = x[:, 0].argsort()
     axes.plot(x[order, 0], y[order], truth, color="0.75", linewidth=3.5, label="truth")
     curves = {step: torch.cat([fits.at_support[step], fit]) for step, fit in fits.predicted.items()}
-    styles = _styles(fits)
+    styles, drawn = _styles(fits), [*curves.values()]
     for number, ((step, fit), style) in enumerate(zip(curves.items(), styles, strict=True)):
         # earlier fits above later ones, whose plain line shows between their dashes
         label = _label(step, fits.in_init)
@@ -189,20 +189,22 @@ def _draw_curves(axes: "Axes", fits: _Fits, truth: str) -> None:
         last, margin = [*curves.values()][-1][order], torch.cat([fits.margin_at_support, fits.margin])[order]
         band = {"color": styles[-1]["color"], "alpha": 0.2, "linewidth": 0, "zorder": 1.5}
         axes.fill_between(x[order, 0], last - margin, last + margin, label=_BAND, **band)
+        drawn += [last - margin, last + margin]
     axes.plot(fits.support[0][:, 0], fits.support[1], "^", color="crimson", markersize=6, label="support", zorder=3)
-    axes.set_ylim(_limits(y, curves))
+    axes.set_ylim(_limits(y, curves.get(0), drawn))
 
 
 def _draw_predicted(axes: "Axes", fits: _Fits) -> None:
-    truth = fits.query[1]
+    truth, drawn = fits.query[1], [*fits.predicted.values()]
     for number, ((step, fit), style) in enumerate(zip(fits.predicted.items(), _styles(fits), strict=True)):
         mark = _MARKS[number % len(_MARKS)]
         axes.plot(truth, fit, mark, color=style["color"], markersize=5, label=_label(step, fits.in_init))
     if fits.margin is not None:
         last, colour = [*fits.predicted.values()][-1], _styles(fits)[-1]["color"]
         axes.vlines(truth, last - fits.margin, last + fits.margin, color=colour, alpha=0.3, label=_BAND)
-    axes.set_xlim(_limits(truth, {}))
-    axes.set_ylim(_limits(truth, fits.predicted))
+        drawn += [last - fits.margin, last + fits.margin]
+    axes.set_xlim(_limits(truth, None, []))
+    axes.set_ylim(_limits(truth, fits.predicted.get(0), drawn))
     middle = float(truth.mean())
     axes.axline((middle, middle), slope=1, color="0.75", label="truth", zorder=0)
 
@@ -215,13 +217,13 @@ def _styles(fits: _Fits) -> list[dict[str, Any]]:
     return last_first[::-1]
 
 
-def _limits(truth: Tensor, predicted: dict[int, Tensor]) -> tuple[float, float]:
-    """Room for the truth and the fit before adapting; for later ones half as much again, lest a divergence squeeze."""
-    held = torch.cat([truth, predicted.get(0, truth[:0])])
+def _limits(truth: Tensor, before: Tensor | None, drawn: Sequence[Tensor]) -> tuple[float, float]:
+    """Room for the truth and the fit before adapting; for all else half as much again, lest a divergence squeeze."""
+    held = truth if before is None else torch.cat([truth, before])
     held = held[held.isfinite()]
     low, high = float(held.min()), float(held.max())
     room = 0.5 * max(high - low, 1e-6 * max(abs(low), abs(high), 1.0))
-    later = torch.cat([truth, *predicted.values()]).nan_to_num(low, high, low).clamp(low - room, high + room)
+    later = torch.cat([truth, *drawn]).nan_to_num(low, high, low).clamp(low - room, high + room)
     low, high = min(low, float(later.min())), max(high, float(later.max()))
     margin = 0.05 * (high - low) or room
     return low - margin, high + margin

@@ -10,7 +10,7 @@ from torch import Tensor
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
 from metalit.evaluation.interval import mean_with_interval, means_of_tasks
-from metalit.evaluation.judged import LEARNER, LOSS, SQUARED, Judged, Measure
+from metalit.evaluation.judged import LEARNER, LOSS, NLL, SQUARED, Judged, Measure
 from metalit.evaluation.report import Chart, Report
 
 
@@ -41,12 +41,16 @@ def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | N
 
 
 def chart_of(judged: Sequence[Judged]) -> Chart:
-    """The learner's curve over inner steps and the values of baselines, for each measure of the learner."""
+    """The learner's curve over inner steps and the values of baselines, for each measure of the learner.
+
+    A loss that is a likelihood is drawn once.
+    """
     return {
         measure.heading: {
             predictor.name: predictor.intervals(measure) for predictor in judged if measure in predictor.values
         }
         for measure in judged[0].values
+        if not (measure == LOSS and NLL in judged[0].values)
     }
 
 
