@@ -141,6 +141,8 @@ def test_differences_are_not_taken_in_half_precision(kind, precision, tmp_path):
     told = rf"^hypergradient {kind.__name__} takes differences of gradients, which half precision would round away; use"
     with pytest.raises(InputError, match=told):
         bare(tmp_path, 1, **options).fit(bilevel(Logistic(4, 0.0), kind(3)), table())
+    with pytest.raises(InputError, match=told):  # a meta-learner tries its first tasks before it trains
+        bare(tmp_path, 1, **options).fit(meta(kind(3), problem=partial(FewShot, proximal=1.0)), sine())
 
 
 class Tiny(FewShot):

@@ -52,7 +52,7 @@ class MetaLearner(AdaptingLearner):
         hypergradient: how the outer variable learns from it, and in how many inner steps; if not given,
             :class:`~metalit.hypergradients.direct.Direct` where ``init`` is the adaptation.
         eval_steps: the inner steps taken in validation, test and prediction; may exceed the trained ones. ``auto`` is
-            10, and the trained ones where ``init`` is the adaptation.
+            10, or the trained ones where these are more, or ``init`` is the adaptation.
         compile, fused_steps, tasks_per_chunk, compile_seconds: see
             :class:`~metalit.modules.two_level.TwoLevelLearner`.
         optimizer, scheduler, lr_by_name, clip_norm: see :class:`~metalit.modules.base.OuterLearner`.
@@ -101,7 +101,7 @@ class MetaLearner(AdaptingLearner):
             compile_seconds=compile_seconds,
         )
         if eval_steps == "auto":
-            eval_steps = hypergradient.steps if in_init else 10
+            eval_steps = hypergradient.steps if in_init or hypergradient.steps > 10 else 10
         if eval_steps < hypergradient.steps:
             raise InputError(
                 f"model.eval_steps={eval_steps} must be at least the {hypergradient.steps} inner step(s) that are "
@@ -132,10 +132,12 @@ class MetaLearner(AdaptingLearner):
         data = self.trainer.datamodule
         if isinstance(data, TaskDataModule):
             tasks = self.cast(data.draw("train", torch.arange(2)))
-            with self.told(tasks):
-                self.problem.check(first_of(tasks))
-                self.query_losses(tasks)
-            self.check_first_task(tasks)
+            # in the precision of training, of which an estimator may not be valid
+            with self.trainer.precision_plugin.train_step_context():
+                with self.told(tasks):
+                    self.problem.check(first_of(tasks))
+                    self.query_losses(tasks)
+                self.check_first_task(tasks)
 
     def told(self, tasks: Task) -> AbstractContextManager[None]:
         """Tell in one line what is wrong with the user's network, which is tried on tasks."""
