@@ -46,6 +46,8 @@ OPTIONS = [
     (MAML, ["--trainer.callbacks+=EarlyStopping"], ["trainer.callbacks: ", "required: monitor"]),
     (MAML, ["--trainer.logger=WandbLogger"], ["WandbLogger", "wandb"]),
     (MAML, ["--trainer.logger=Nope"], ["trainer.logger: there is no class 'Nope'"]),
+    (MAML, ["--model.inner_optimizer.lr=Learnd"], ["lr: expected a number or a class", "did you mean 'Learned'?"]),
+    (MAML, ["--model.eval_steps=few"], ["model.eval_steps: 'few' is none of 'auto', a whole number"]),
     (MAML, ["--model=null"], ["there is no learner", "--config"]),
     (RIDGE, ["--data=TaskDataModule", "--data.tasks=Sine"], ["data.val=0.4", "TaskDataModule takes a group"]),
     (MAML, ["--config=" + "a" * 5000], ["config: File does not exist", "…"]),
@@ -56,7 +58,7 @@ OPTIONS = [
 LONG = {
     *("--trainer=-5", "--last_checkpoint=[1]", "--trainer.devices=null", "--trainer.devices=[0,0]", "--threads=0"),
     *("--trainer.devices=4000", "--seed_everything=4294967296", "--seed_everything=many", "--trainer.logger=Nope"),
-    *("--model.eval_steps=99999999999999999999", "--model.optimizer.differentiable=null"),
+    *("--model.eval_steps=99999999999999999999", "--model.eval_steps=few", "--model.optimizer.differentiable=null"),
     *("--model.inner_optimizer.lr=null", "--ckpt_path=" + "a" * 5000, "--model.scheduler.T_max=many"),
 }
 

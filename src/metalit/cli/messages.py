@@ -33,6 +33,7 @@ _NOISE = re.compile(
     r"(Does not validate against|Subtypes:|Errors|Expected a <class 'NoneType'>|Given value|Expected a path but"
     r"|Subclass types expect one of|a class path \(str\)|a dict with(out)? )"
 )
+_WORDS = {"int": "a whole number", "float": "a number", "Sequence": "a list"}
 _LONGEST = 400  # characters of an explanation
 
 
@@ -81,7 +82,9 @@ def explain(message: str, keys: Iterable[str], classes: Iterable[str]) -> Explan
         reason = f"a config may not name {denied['name']!r}, which can run or change anything; name a class of your own"
     no_class = _NO_CLASS.search(reason)
     if no_class:
-        reason = f"there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
+        kinds = [kind["type"] for kind in map(_TYPE.match, lines) if kind]
+        other = f"expected {' or '.join([*_words(kinds), 'a class'])}, and " if _words(kinds) else ""
+        reason = f"{other}there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
     return Explanation(where, reason)
 
 
@@ -121,9 +124,14 @@ def _reason(lines: Sequence[str], value: str | None) -> str:
     if others:
         return " ".join(others)
     if choices:
-        return f"{value!r} is none of {', '.join(choices)}"
+        return f"{value!r} is none of {', '.join([*choices, *_words(types)])}"
     got = "" if value is None or value.startswith("Namespace(") else f". Got value: {value}"
     return f"expected a value of type {' or '.join(dict.fromkeys(types or families))}{got}"
+
+
+def _words(types: Iterable[str]) -> list[str]:
+    """What may stand beside a class or a choice."""
+    return [_WORDS[kind] for kind in dict.fromkeys(types) if kind in _WORDS]
 
 
 def _required(names: str) -> str:

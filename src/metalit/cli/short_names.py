@@ -1,6 +1,7 @@
 """The classes that a configuration may name without their module."""
 
 from collections.abc import Iterator
+from inspect import isabstract
 
 from lightning.pytorch import LightningDataModule
 
@@ -15,7 +16,8 @@ from metalit.data import (
     TaskDistribution,
 )
 from metalit.hypergradients import Hypergradient
-from metalit.inner import InnerOptimizer
+from metalit.hypergradients.weights import Annealed
+from metalit.inner import Cosine, InnerOptimizer, Learned
 from metalit.linsolve import LinearSolver
 from metalit.modules import BilevelLearner, MetaLearner, SupervisedLearner
 from metalit.modules.base import OuterLearner
@@ -41,13 +43,13 @@ SHORT_NAMES = (
 )
 _FAMILIES: tuple[type, ...] = (
     *(OuterLearner, LightningDataModule, TaskDistribution, RowSource),
-    *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation),
+    *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation, Learned, Cosine, Annealed),
 )
 
 
 def class_names() -> set[str]:
     """The last names of all classes that are known now, those of the user's own modules included."""
-    return {member.__name__ for family in _FAMILIES for member in _and_below(family)}
+    return {member.__name__ for family in _FAMILIES for member in _and_below(family) if not isabstract(member)}
 
 
 def _and_below(family: type) -> Iterator[type]:
