@@ -108,9 +108,12 @@ def test_frozen_rows_count_and_do_not_learn():
         ),
         (
             {"per_step": ["bias"], "adapt": ["bias"]},
-            "adapt: the pattern 'bias' matches no trainable parameter; there are ['weight']",
+            "adapt: the pattern 'bias' matches no trainable parameter beside per_step=['bias']; there are ['weight']",
         ),
-        ({"per_step": ["*"]}, "adapt: the pattern '*' matches no trainable parameter; there are []"),
+        (
+            {"per_step": ["*"]},
+            "adapt: the pattern '*' matches no trainable parameter beside per_step=['weight', 'bias']; there are []",
+        ),
     ],
 )
 def test_patterns_that_cannot_be_are_told(options, told):

@@ -138,7 +138,9 @@ class FewShot(FewShotProblem):
         """Those of the names that match a pattern of ``adapt``."""
         if not (names := list(names)):
             raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
-        return matching([name for name in names if name not in self.copies.names], self.patterns, "adapt")
+        own = self.copies.names
+        beside = f"trainable parameter beside per_step={list(own)}" if own else "trainable parameter"
+        return matching([name for name in names if name not in own], self.patterns, "adapt", beside)
 
     def _mean_loss(self, parameters: dict[str, Tensor], points: Points, key: Tensor, draw: int) -> Tensor:
         if points.mask is not None and sees_other_rows(self.network):
