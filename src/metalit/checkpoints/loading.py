@@ -120,8 +120,8 @@ def _check_arguments(target: Any, built: dict[str, Any], owner: str) -> None:
     if lacking:
         raise InputError(
             f"{owner}: the checkpoint keeps no {lacking[0]!r}, as it does where the command line has built the "
-            f"{target.__name__}; give {', '.join(f'{name}=...' for name in lacking)}, and all else that it was given in "
-            "Python"
+            f"{target.__name__}; give {', '.join(f'{name}=...' for name in lacking)}, and all else that it was given "
+            "in Python"
         )
 
 
