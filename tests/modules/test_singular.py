@@ -5,12 +5,14 @@ import torch
 from fits import bare
 from torch import nn
 
+from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.errors import InputError, NonFiniteError
 from metalit.hypergradients import Direct, Implicit, Unrolled
 from metalit.inner import SGD, Newton
 from metalit.linsolve import CG, Dense
-from metalit.modules import BilevelLearner
+from metalit.modules import BilevelLearner, MetaLearner
 from metalit.problem import Problem
+from metalit.problems import BayesianHead
 
 
 class Valley(Problem):
@@ -55,6 +57,20 @@ def test_a_dense_solve_of_a_singular_hessian_is_told_before_training(tmp_path):
         bare(tmp_path).fit(learner(Valley(1.0), SGD(0.2), Implicit(200, Dense())))
     bare(tmp_path).fit(learner(Valley(1.0), SGD(0.2), Implicit(200, Dense(), damping=1e-2)))
     bare(tmp_path).fit(learner(Valley(1.0), SGD(0.2), Implicit(200, CG())))
+
+
+def test_what_the_inner_loss_does_not_see_needs_damping(tmp_path):
+    """The posterior's spread is adapted in init, and no inner loss has it."""
+
+    def fit(solver, damping):
+        torch.manual_seed(0)
+        module = MetaLearner(BayesianHead(1, 1), SGD(0.1), Implicit(2, solver, damping=damping))
+        bare(tmp_path, 2).fit(module, TaskDataModule(Sine(), *[Episodes(4, 5, 6)] * 3))
+
+    for solver in (CG(), Dense()):
+        with pytest.raises(InputError, match=r"^model: .* not finite from the start\..* raise hypergradient\.damping"):
+            fit(solver, 0.0)
+        fit(solver, 1e-2)
 
 
 @pytest.mark.parametrize(

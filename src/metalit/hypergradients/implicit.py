@@ -57,8 +57,8 @@ class Implicit(Hypergradient):
 
     @property
     def damped_by(self) -> str:
-        """Its damping, where the solver inverts."""
-        return "hypergradient.damping" if isinstance(self.solver, Dense) else ""
+        """Its damping, where the solver is exact: of a singular H there is no solution, and CG's steps grow."""
+        return "hypergradient.damping" if isinstance(self.solver, Dense | CG) else ""
 
     def __call__(
         self,
