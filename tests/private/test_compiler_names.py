@@ -117,3 +117,16 @@ def test_quiet_hides_logs_of_the_compiler(caplog):
     with compiler.quiet():
         logging.getLogger("torch._inductor").warning("noise")
     assert caplog.records == []
+
+
+def test_views_in_a_loop_that_writes_are_no_calls_of_torch():
+    """Where ``functionalize`` makes other copies of views in loops: give them to the table in ``compiler.trace``."""
+
+    def writes(count, x):
+        return [repeated(lambda k, x, _: (x[0] + x[1:].sin().relu_()).repeat(2)[:3].clone(), count, x, ())]
+
+    given = torch.tensor(2), torch.tensor([0.5, 1.0, -2.0])
+    graph = traced(writes, *given)
+    copies = {target for target in operations(graph) if "_copy" in str(target)}
+    assert copies == set()
+    assert torch.equal(graph(*given)[0], writes(*given)[0])

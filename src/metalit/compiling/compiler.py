@@ -96,6 +96,10 @@ def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.f
     known = import_module("torch._inductor.decomposition").select_decomp_table()
     # a singular matrix gives what is not finite, which stops the run; the check that raises would order the calls
     known = {**known, torch.ops.aten._linalg_check_errors.default: lambda *_, **__: None}
+    # what functionalize makes of views in loops; these two are not in the table, and would be calls of torch
+    aten: Any = torch.ops.aten
+    known[aten.select_copy.int] = lambda *given: aten.select.int(*given).clone()
+    known[aten.slice_copy.Tensor] = lambda *given: aten.slice.Tensor(*given).clone()
 
     def traced(fn: Callable[..., Any]) -> torch.fx.GraphModule:
         return make_fx(fn, known, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)

@@ -123,7 +123,8 @@ def shifted(gram: Tensor, shift: Tensor) -> Tensor:
     """
     size = gram.shape[0]
     least = size * _ROUNDING * gram.detach().diagonal().sum() + torch.finfo(gram.dtype).tiny
-    return gram + torch.maximum(shift, least) * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    # not maximum, whose derivative writes to tensors: a program would be traced twice
+    return gram + torch.where(shift < least, least, shift) * torch.eye(size, dtype=gram.dtype, device=gram.device)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:
