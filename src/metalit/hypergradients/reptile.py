@@ -1,5 +1,6 @@
 """Reptile: the outer variable moves towards the adapted one."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,7 +76,9 @@ class Reptile(Hypergradient):
         Raises:
             InputError: it is not; or what :meth:`Hypergradient.check` raises.
         """
-        super().check(problem, optimizer, outer, task, start)
+        with warnings.catch_warnings():  # what init does not hand over is an error below
+            warnings.filterwarnings("ignore", message="hypergradient Reptile carries no derivative")
+            super().check(problem, optimizer, outer, task, start)
         name, own = type(problem).__name__, dict(leaves(outer["problem"]))
         begun = dict(leaves(problem.init(outer["problem"], task)))
         other = [key for key in {**own, **begun} if not _same(own.get(key), begun.get(key))]
