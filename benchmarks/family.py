@@ -201,9 +201,10 @@ def run(quick: bool) -> str:
         )
     about = (
         "Outer steps as the configs have them, fused and compiled, with logging, checkpoints and progress bar as "
-        "shipped, but for the schedule of the rate, and for MAML++ of second order from the first step. JAX takes the same steps by one jitted function, from the same "
-        "initial values and with the same tasks. Adam's first moments of all are those of metalit in double "
-        "precision, to 1e-2 of the largest, after 1 and 5 steps (fused, after the first call)."
+        "shipped, but for the schedule of the rate, and for MAML++ of second order from the first step. JAX takes the "
+        "same steps by one jitted function, from the same initial values and with the same tasks. Adam's first moments "
+        "of all are those of metalit in double precision, to 1e-2 of the largest, after 1 and 5 steps (fused, after "
+        "the first call)."
     )
     return section(
         "family: outer steps of other algorithms",
