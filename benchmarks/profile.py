@@ -33,7 +33,7 @@ PARTS = {
     "the learner between its steps: slicing the tasks, counting, the schedule": (MetaLearner, "training_step"),
     "reading and writing parameters and Adam's state, Adam's numbers": (FusedLoop, "__call__"),
     "the compiled step: hypergradient and Adam": (CompiledProgram, "__call__"),
-    "what is logged: norms of the inner and outer variable": (Diagnosis, "__call__"),
+    "what is logged: norms of the inner and outer variable, found in the program": (Diagnosis, "__call__"),
     "`self.log`": (OuterLearner, "log"),
     "TensorBoard": (OuterLearner, "write_scalars"),
 }
