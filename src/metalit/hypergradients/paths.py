@@ -115,9 +115,11 @@ def check_paths(
             "carries no derivative: they would never learn; use SGD with a fixed lr inside, or Unrolled outside"
         )
     if (own and not own & claims.carries) or claims.needs - own:
+        other = ", or FewShot with a positive proximal=" if hasattr(problem, "proximal") and claims.needs - own else ""
         raise InputError(
             f"hypergradient {estimator} learns through {_words(claims.needs or claims.carries)}, but the outer "
-            f"variable of {name} enters through {_words(own)} alone: its gradient would be zero or wrong; use Unrolled"
+            f"variable of {name} enters through {_words(own)} alone: its gradient would be zero or wrong; use "
+            f"Unrolled{other}"
         )
     moved = set().union(*(names for path, names in entries.items() if path in claims.carries))
     still = sorted(set().union(*entries.values()) - moved)
