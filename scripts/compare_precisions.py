@@ -56,7 +56,7 @@ def fitted(precision: str, steps: int, accelerator: str) -> tuple[MetaLearner, t
     data = TaskDataModule(Sine(), Episodes(50, 5, 20), Episodes(2, 5, 5), Episodes(600, 5, 100))
     trainer.fit(learner, data)
     trainer.test(learner, data, verbose=False)
-    scale = 1.0 if learner.scale is None else float(learner.scale)
+    scale = 1.0 if learner.stepper.scale is None else float(learner.stepper.scale)
     return learner, learner.task_losses.double().cpu(), scale
 
 
