@@ -30,6 +30,8 @@ from metalit.modules.adapted import AdaptingLearner
 from metalit.modules.first_task import first_of
 from metalit.problem import FewShotProblem, Task
 
+_Asked = Callable[[FewShotProblem, Any, Any, Task], Tensor]  # of the problem, the inner and outer variable, the task
+
 
 class MetaLearner(AdaptingLearner):
     """Learns to learn: each outer step draws a batch of tasks and descends the mean hypergradient over them.
@@ -173,12 +175,15 @@ class MetaLearner(AdaptingLearner):
         """What is measured on a batch of tasks, ``[tasks, eval_steps + 1]``: the loss; for classes the accuracy; of
         predictions with a standard deviation the squared error, the likelihood and the share in the 95 % interval.
         """
-        found = {LOSS: self.query_losses(tasks)}
-        deviations = self.query_deviations(tasks)
-        if deviations is not None:
-            found |= likelihoods(tasks.query, self.query_predictions(tasks), deviations)
-        if not tasks.query.y.is_floating_point():
-            right = accuracies(getattr(self.problem, "loss", None), self.query_predictions(tasks), tasks.query)
+        classes, spread = not tasks.query.y.is_floating_point(), self.problem.has_spread
+        asked = [_loss, *([_prediction] if classes or spread else []), *([_deviation] if spread else [])]
+        losses, *answers = self._after_each_step(tasks, *asked)
+        found = {LOSS: losses}
+        if spread:
+            predictions, deviations = answers
+            found |= likelihoods(tasks.query, predictions, deviations)
+        if classes:
+            right = accuracies(getattr(self.problem, "loss", None), answers[0], tasks.query)
             found |= {} if right is None else {ACCURACY: right}
         return found
 
@@ -207,32 +212,29 @@ class MetaLearner(AdaptingLearner):
 
     def query_losses(self, tasks: Task) -> Tensor:
         """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
-        return self._after_each_step(tasks, lambda problem, *given: problem.outer_loss(*given))
+        (losses,) = self._after_each_step(tasks, _loss)
+        return losses
 
     def query_predictions(self, tasks: Task) -> Tensor:
         """Normalised predictions after 0 … ``eval_steps`` steps, ``[tasks, eval_steps + 1, queries, outputs]``."""
-
-        def predicted(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
-            return problem.predict(inner, outer, task.query.x)
-
-        return self._after_each_step(tasks, predicted)
+        (predictions,) = self._after_each_step(tasks, _prediction)
+        return predictions
 
     def query_deviations(self, tasks: Task) -> Tensor | None:
         """Their standard deviations, of the same shape; None where the problem knows none."""
+        return self._after_each_step(tasks, _deviation)[0] if self.problem.has_spread else None
 
-        def spread(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
-            return cast(Tensor, problem.spread(inner, outer, task.query.x))
-
-        return self._after_each_step(tasks, spread) if self.problem.has_spread else None
-
-    def _after_each_step(self, tasks: Task, found: Callable[[FewShotProblem, Any, Any, Task], Tensor]) -> Tensor:
+    def _after_each_step(self, tasks: Task, *asked: _Asked) -> tuple[Tensor, ...]:
+        """What is asked of each task after 0 … ``eval_steps`` steps; all of it of one adaptation."""
         scaled = self.scaled_problem(self.stepper.scale)
 
-        def one(outer: Outer, task: Task) -> Tensor:
+        def one(outer: Outer, task: Task) -> tuple[Tensor, ...]:
             path = iterates(scaled, self.inner_optimizer, outer, task, self.eval_steps)
-            return torch.stack(
-                [found(self.problem.after(steps), inner, outer["problem"], task) for steps, inner in enumerate(path)]
-            )
+            each = [
+                [find(self.problem.after(steps), inner, outer["problem"], task) for find in asked]
+                for steps, inner in enumerate(path)
+            ]
+            return tuple(torch.stack(values) for values in zip(*each, strict=True))
 
         return for_each_task(one, self.constants(), self.cast(tasks), self.problem)
 
@@ -253,3 +255,15 @@ class MetaLearner(AdaptingLearner):
         if isinstance(self.trainer.datamodule, TaskDataModule):
             return batch
         return tasks_of(batch, fold(torch.tensor(0, device=self.device), number, self.global_rank))
+
+
+def _loss(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
+    return problem.outer_loss(inner, outer, task)
+
+
+def _prediction(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
+    return problem.predict(inner, outer, task.query.x)
+
+
+def _deviation(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
+    return cast(Tensor, problem.spread(inner, outer, task.query.x))
