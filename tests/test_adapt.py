@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import jacrev
 from torch.testing import assert_close
 
-from metalit.adapt import adapt, iterates, outer_variable
+from metalit.adapt import adapt, iterates, outer_variable, path
 from metalit.inner import SGD, InnerOptimizer, MetaSGD
 from metalit.problem import Problem
 from metalit.problems import FewShot, ThetaPhi
@@ -47,7 +47,7 @@ def test_jacobians_of_the_adapted_are_the_closed_forms(steps):
 def test_first_order_iterates_have_the_same_values_and_constant_gradients():
     def last(theta, phi, first_order):
         outer = {"problem": {"phi": phi}, "optimizer": {}}
-        *_, inner = iterates(THETA_PHI, SGD(LR), outer, theta, 3, first_order=first_order)
+        *_, (inner, _) = path(THETA_PHI, SGD(LR), outer, theta, 3, first_order=first_order)
         return inner
 
     assert_close(last(THETA, PHI, True), last(THETA, PHI, False), rtol=0, atol=0)
@@ -59,15 +59,15 @@ def test_first_order_iterates_have_the_same_values_and_constant_gradients():
 
 @pytest.mark.parametrize("dropped", [0, 1, 2, 3, 4])
 def test_dropped_steps_are_the_identity_in_the_inner_variable_and_a_constant_in_the_outer_one(dropped):
-    def path(theta, phi):
+    def along(theta, phi):
         outer = {"problem": {"phi": phi}, "optimizer": {}}
-        return torch.stack(list(iterates(THETA_PHI, SGD(LR), outer, theta, 4, dropped=dropped)))
+        return torch.stack([at.inner for at in path(THETA_PHI, SGD(LR), outer, theta, 4, dropped=dropped)])
 
     r = 1 - 2 * LR * S
     expected = torch.stack([r**step * THETA for step in range(5)])
-    assert_close(path(THETA, PHI), expected, rtol=1e-13, atol=0)
+    assert_close(along(THETA, PHI), expected, rtol=1e-13, atol=0)
     kept = (torch.arange(5, dtype=torch.float64) - dropped).clamp(min=0)
-    by_theta, by_phi = jacrev(path, argnums=(0, 1))(THETA, PHI)
+    by_theta, by_phi = jacrev(along, argnums=(0, 1))(THETA, PHI)
     identity = torch.eye(3, dtype=torch.float64)
     assert_close(by_theta, r ** kept[:, None, None] * identity, rtol=1e-12, atol=1e-14)
     # d(r^kept)/dφ · θ at the last dropped step, which is a constant
@@ -78,7 +78,7 @@ def test_dropped_steps_are_the_identity_in_the_inner_variable_and_a_constant_in_
 def test_dropped_steps_drop_the_derivative_of_the_optimizers_state_too():
     def last(drag, dropped):
         outer = {"problem": {}, "optimizer": {"drag": drag}}
-        *_, inner = iterates(Ramp(), HeavyBall(), outer, torch.tensor(0.0), 3, dropped=dropped)
+        *_, (inner, _) = path(Ramp(), HeavyBall(), outer, torch.tensor(0.0), 3, dropped=dropped)
         return inner
 
     drag = torch.tensor(0.5)
@@ -98,7 +98,7 @@ def test_a_state_that_starts_from_the_inner_variable_is_a_constant_after_a_dropp
             return 0.5 * (inner + state), state
 
     def last(theta, dropped):
-        *_, inner = iterates(Ramp(), Anchored(), {"problem": {}, "optimizer": {}}, theta, 2, dropped=dropped)
+        *_, (inner, _) = path(Ramp(), Anchored(), {"problem": {}, "optimizer": {}}, theta, 2, dropped=dropped)
         return inner
 
     theta = torch.tensor(3.0)
@@ -108,8 +108,8 @@ def test_a_state_that_starts_from_the_inner_variable_is_a_constant_after_a_dropp
 
 def test_iterates_yield_the_start_and_every_step():
     outer = {"problem": {"phi": PHI}, "optimizer": {}}
-    path = list(iterates(THETA_PHI, SGD(LR), outer, THETA, 4))
-    assert_close(path, [(1 - 2 * LR * S) ** step * THETA for step in range(5)], rtol=1e-13, atol=0)
+    each = list(iterates(THETA_PHI, SGD(LR), outer, THETA, 4))
+    assert_close(each, [(1 - 2 * LR * S) ** step * THETA for step in range(5)], rtol=1e-13, atol=0)
 
 
 def test_a_start_replaces_the_initial_value_and_is_a_constant():
@@ -168,8 +168,8 @@ class HeavyBall(InnerOptimizer):
 def test_the_optimizer_is_given_its_state_its_outer_parameters_and_the_step():
     outer = outer_variable(Ramp(), HeavyBall(), torch.tensor(0.0))
     assert outer == {"problem": {}, "optimizer": {"drag": torch.tensor(0.5)}}
-    path = [value.item() for value in iterates(Ramp(), HeavyBall(), outer, torch.tensor(0.0), 3)]
-    assert path == [0, -1.5, -1.5 - 47.5, -1.5 - 47.5 - 1137.5]
+    each = [value.item() for value in iterates(Ramp(), HeavyBall(), outer, torch.tensor(0.0), 3)]
+    assert each == [0, -1.5, -1.5 - 47.5, -1.5 - 47.5 - 1137.5]
 
 
 def test_the_gradient_function_can_be_asked_anywhere():

@@ -112,17 +112,10 @@ def _identity(moved: Tensor, before: Tensor) -> Tensor:
 
 
 def iterates(
-    problem: Problem,
-    optimizer: InnerOptimizer,
-    outer: Outer,
-    task: Any,
-    steps: int,
-    start: Start = None,
-    first_order: bool = False,
-    dropped: int = 0,
+    problem: Problem, optimizer: InnerOptimizer, outer: Outer, task: Any, steps: int, start: Start = None
 ) -> Iterator[Tree]:
     """Yield the inner variable before the first inner step and after each; the arguments are those of :func:`path`."""
-    for at in path(problem, optimizer, outer, task, steps, start, first_order, dropped):
+    for at in path(problem, optimizer, outer, task, steps, start):
         yield at.inner
 
 
