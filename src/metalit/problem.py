@@ -96,10 +96,16 @@ class Problem(Unrounded, ABC):
     Attributes:
         vectorised: whether many tasks are evaluated at once; found out on the first ones, unless it is set.
         reads_data: whether its losses read ``tensor.data``; found out likewise.
+        adapts_in_init: whether ``init`` reads the support set, and is the whole adaptation: no inner step is needed.
+        of_each_step: the outer parameters of which each trained inner step has its own, one row for each.
+        inner_term: the argument with which the inner loss depends on the outer variable, if one adds that.
     """
 
     vectorised: bool | None = None
     reads_data: bool | None = None
+    adapts_in_init: ClassVar[bool] = False
+    of_each_step: Sequence[str] = ()
+    inner_term: ClassVar[str] = ""
 
     def outer(self) -> dict[str, Tensor]:
         """The outer parameters that the problem brings, with their present values: its trainable parameters."""
@@ -164,13 +170,7 @@ class Problem(Unrounded, ABC):
 
 
 class FewShotProblem(Problem):
-    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs.
-
-    Attributes:
-        adapts_in_init: whether ``init`` reads the support set, and is the whole adaptation: no inner step is needed.
-    """
-
-    adapts_in_init: ClassVar[bool] = False
+    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
 
     def after(self, steps: int) -> "FewShotProblem":
         """Return that of :meth:`Problem.after`, which predicts too."""

@@ -100,7 +100,7 @@ def test_a_path_that_is_missing_is_named_with_the_estimator_and_the_problem(name
         check(estimator, problem, SGD(lr), task_at(tasks, 0))
     (there,) = enters(name)
     has_term = type(problem).__name__ == "FewShot" and kind in {"Implicit", "F2SA"}
-    other = ", or FewShot with a positive proximal=" if has_term else ""
+    other = ", or give FewShot a positive proximal=" if has_term else ""
     assert str(raised.value) == (
         f"hypergradient {kind} learns through {CARRIES[kind]}, but the outer variable of {type(problem).__name__} "
         f"enters through {there} alone: its gradient would be zero or wrong; use Unrolled{other}"

@@ -1,5 +1,7 @@
 """Parameters of which each inner step has its own: which row is used where, learned, saved and compiled."""
 
+import warnings
+
 import pytest
 import torch
 from cases import draw, linear, regression_tasks, task_at
@@ -11,7 +13,7 @@ from torch.testing import assert_close
 from metalit.adapt import adapt, outer_variable
 from metalit.data import Episodes, Sine, TaskDataModule
 from metalit.errors import InputError
-from metalit.hypergradients import Direct, Recomputed, Truncated, Unrolled
+from metalit.hypergradients import Direct, FirstOrder, Recomputed, Truncated, Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
 from metalit.networks import MLP
@@ -231,3 +233,16 @@ def test_a_compiled_step_is_the_plain_one(tmp_path):
     assert not same(plain, learner(counted=counted).double())
     for (name, value), (_, other) in zip(leaves(parameters(plain)), leaves(parameters(compiled)), strict=True):
         assert_close(value, other, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("hypergradient", "still"), [(FirstOrder(3), "0, 1"), (Truncated(3, kept=2), "0"), (Unrolled(3), "")]
+)
+def test_rows_that_would_not_move_are_told(hypergradient, still, tmp_path):
+    learner = MetaLearner(FewShot(MLP([1, 6, 1], norm="LayerNorm"), per_step=["norm*"]), SGD(0.05), hypergradient)
+    data = TaskDataModule(Sine(), *[Episodes(2, 4, 5)] * 3)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 1, limit_val_batches=0, logger=False, callbacks=None).fit(learner, data)
+    told = [str(each.message) for each in heard if "they will not move" in str(each.message)]
+    assert [text.split("to the rows ")[1].split(" of norm")[0] for text in told] == ([still] if still else [])

@@ -115,7 +115,7 @@ def check_paths(
             "carries no derivative: they would never learn; use SGD with a fixed lr inside, or Unrolled outside"
         )
     if (own and not own & claims.carries) or claims.needs - own:
-        other = ", or FewShot with a positive proximal=" if hasattr(problem, "proximal") and claims.needs - own else ""
+        other = f", or give {name} {problem.inner_term}" if problem.inner_term and claims.needs - own else ""
         raise InputError(
             f"hypergradient {estimator} learns through {_words(claims.needs or claims.carries)}, but the outer "
             f"variable of {name} enters through {_words(own)} alone: its gradient would be zero or wrong; use "

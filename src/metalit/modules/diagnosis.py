@@ -114,7 +114,7 @@ class Diagnosis:
         outer, own, step = context.outer, context.outer["problem"], self.owner.hypergradient.steps
         scaled = self.owner.problem if context.scale is None else Scaled(self.owner.problem, context.scale)
 
-        in_init = getattr(self.owner.problem, "adapts_in_init", False)
+        in_init = self.owner.problem.adapts_in_init
 
         def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
             task, inner, start = given

@@ -1,5 +1,6 @@
 """What is checked on the first tasks that come: what only a whole outer step shows."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from metalit.errors import InputError
 from metalit.hypergradients.base import Hypergradient, over_tasks
 from metalit.inner.base import InnerOptimizer
 from metalit.modules.learned import alike, brought
+from metalit.notices import warn
 from metalit.private_torch import pytree_map
 from metalit.problem import Problem
 from metalit.training.context import StepContext
@@ -55,9 +57,22 @@ def check_first_task(
             "model.problem: it, or its network, draws from the generators of Python or numpy, so nothing could be "
             "resumed or repeated; draw by metalit.keys from the task's key"
         )
+    _warn_of_still_rows(type(hypergradient).__name__, problem, [found.gradient["problem"] for found in each])
     damping = damping_of(hypergradient, optimizer)
     if damping and any(bool(OuterGradient.of(found.loss, found.gradient).not_finite) for found in each):
         raise InputError(f"model: the outer loss or its gradient is not finite from the start. {if_singular(damping)}")
+
+
+def _warn_of_still_rows(estimator: str, problem: Problem, gradients: Sequence[Mapping[str, Tensor]]) -> None:
+    """Warn of inner steps whose own parameters get no gradient in any form, and so will not move."""
+    each = [one[name] for one in gradients for name in problem.of_each_step if name in one]
+    moving = [{row for row, part in enumerate(value) if bool(part.any())} for value in each]
+    still = sorted(set(range(max(map(len, each), default=0))) - set().union(*moving))
+    if still:
+        warn(
+            f"hypergradient {estimator} carries no derivative to the rows {', '.join(map(str, still))} of "
+            f"{', '.join(problem.of_each_step)}, of which each inner step has its own: they will not move; use Unrolled"
+        )
 
 
 def check_still_fits(

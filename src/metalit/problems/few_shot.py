@@ -36,11 +36,9 @@ class FewShot(FewShotProblem):
     Args:
         network: any module that maps ``[rows, inputs]`` to ``[rows, outputs]``. Tied weights, unused and frozen
             parameters are fine. BatchNorm uses the statistics of the set before it, in both levels.
-        loss: any criterion of ``torch.nn`` with ``reduction="none"``, or a module of your own that returns one value
-            for each row (trailing dimensions are averaged). If not given, the squared error for real targets, and the
-            cross-entropy for classes.
-        adapt: shell-style patterns of the names of the parameters that are adapted, of those that are trainable when
-            training starts.
+        loss: any criterion of ``torch.nn`` with ``reduction="none"``, or a module that returns one value for each row
+            (trailing dimensions are averaged); else the squared error of real targets, the cross-entropy of classes.
+        adapt: shell-style patterns of the parameters that are adapted, of those that train when training starts.
         proximal: λ of iMAML (Rajeswaran et al. 2019, eq. 3), with which the hypergradient ``Implicit`` is valid.
         reset: patterns of adapted parameters that start at 0 in every task, such as CAVIA's context (Zintgraf et al.
             2019); nothing of them is learned over tasks.
@@ -49,11 +47,12 @@ class FewShot(FewShotProblem):
             trained steps the last stay. Without a learner, :meth:`trained_for` makes them.
 
     Raises:
-        InputError: a pattern that matches no parameter, a network without any, or whose parameters cannot be replaced
-            (``DataParallel``, scripted or lazy modules), a loss with some, a negative ``proximal``; when training
-            starts: a pattern that matches no trainable parameter; later: predictions and real-valued targets of
-            different shapes, a loss that does not return a value for each row.
+        InputError: a pattern that matches no parameter, or when training starts no trainable one; a network without
+            any, or whose parameters cannot be replaced; a loss with some; a negative ``proximal``; later: predictions
+            and real targets of different shapes, a loss without a value for each row.
     """
+
+    inner_term = "a positive proximal="
 
     def __init__(
         self,
@@ -74,6 +73,7 @@ class FewShot(FewShotProblem):
         self.proximal = proximal
         names = [name for name, _ in network.named_parameters()]
         self.copies = StepCopies(matching(names, per_step, "per_step", "parameter") if per_step else ())
+        self.of_each_step = self.copies.names
         # which of them are trainable is asked when training starts
         adapted = self._adapted(names)
         self.reset = matching(adapted, reset, "reset", "adapted parameter") if reset else []
@@ -121,9 +121,8 @@ class FewShot(FewShotProblem):
 
     def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
         """The mean loss on the query set."""
-        return self._mean_loss(
-            {**self.copies.at(outer, self.steps_taken - 1), **inner}, task.query, task.key, _OUTER_DRAW
-        )
+        given = {**self.copies.at(outer, self.steps_taken - 1), **inner}
+        return self._mean_loss(given, task.query, task.key, _OUTER_DRAW)
 
     def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
         """The adapted network's outputs at ``x``."""
@@ -131,14 +130,13 @@ class FewShot(FewShotProblem):
 
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
         """The mean of the row losses over the real rows: no padding, nor what the criterion ignores."""
-        rows = row_losses(self.loss, prediction, points.y)
-        return mean_of_rows(rows, real_rows(self.loss, points.y, points.mask))
+        return mean_of_rows(row_losses(self.loss, prediction, points.y), real_rows(self.loss, points.y, points.mask))
 
     def _adapted(self, names: Iterable[str]) -> list[str]:
         """Those of the names that match a pattern of ``adapt``."""
         if not (names := list(names)):
             raise InputError("network: it has no trainable parameter; unfreeze one with requires_grad_()")
-        own = self.copies.names
+        own = self.of_each_step
         beside = f"trainable parameter beside per_step={list(own)}" if own else "trainable parameter"
         return matching([name for name in names if name not in own], self.patterns, "adapt", beside)
 
