@@ -52,12 +52,26 @@ collate_by(Points, collate_points)
 class Task(NamedTuple):
     """One few-shot task: adapt to ``support``, be judged on ``query``; ``key`` seeds every draw (:mod:`metalit.keys`).
 
-    A batch of tasks is the same tuple with a leading task dimension on every tensor.
+    ``classes`` of shape ``[ways]`` is there where targets are classes whose number is known: ``y`` counts from 0 to
+    ``ways − 1``, and ``classes[y]`` is which class of the data that is. A batch of tasks is the same tuple with a
+    leading task dimension on every tensor.
     """
 
     support: Points
     query: Points
     key: Tensor
+    classes: Tensor | None = None
+
+
+def collate_tasks(each: Sequence[Task], *, collate_fn_map: Any = None) -> Task:
+    """Stack tasks to a batch, for a ``DataLoader``; sets of points as :func:`collate_points` does."""
+    support, query = (collate_points(points) for points in zip(*(task[:2] for task in each), strict=True))
+    key = torch.stack([torch.as_tensor(task.key) for task in each])
+    classes = [task.classes for task in each if task.classes is not None]
+    return Task(support, query, key, torch.stack(classes) if len(classes) == len(each) else None)
+
+
+collate_by(Task, collate_tasks)
 
 
 class Splits(NamedTuple):

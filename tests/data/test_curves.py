@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
-from metalit.data import Curves, Scaling, Sine
+from metalit.data import Curves, Episodes, Scaling, Sine
 from metalit.problem import Points, Task
 from metalit.problems import FewShot
 
@@ -321,9 +321,9 @@ def test_padding_is_no_part_of_a_masked_loss(tmp_path):
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_curve_with_no_row_left_is_told(tmp_path, split, shots):
     curves = curves_of(tmp_path, ragged_rows([4] * 10))
-    curves.check(split, 3, None)
+    curves.check(split, Episodes(shots=3))
     told(
-        lambda: curves.check(split, shots, None),
+        lambda: curves.check(split, Episodes(shots=shots)),
         f"data.{split}.shots={shots}",
         repr(curves.file),
         "only 4 row(s)",
@@ -336,10 +336,12 @@ def test_the_check_names_the_shortest_curve_of_that_split_alone(tmp_path):
     rows = ragged_rows([6] * 10)
     short = names_of(curves_of(tmp_path, rows))["val"][1]
     curves = curves_of(tmp_path, [row for row in rows if row[0] != short or row[1] % 100 < 2])
-    curves.check("train", 5, None)
-    curves.check("test", 5, None)
-    curves.check("val", 1, None)
-    told(lambda: curves.check("val", 2, None), "data.val.shots=2", repr(short), "only 2 row(s)", "3 are needed")
+    curves.check("train", Episodes(shots=5))
+    curves.check("test", Episodes(shots=5))
+    curves.check("val", Episodes(shots=1))
+    told(
+        lambda: curves.check("val", Episodes(shots=2)), "data.val.shots=2", repr(short), "only 2 row(s)", "3 are needed"
+    )
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------

@@ -442,7 +442,7 @@ def short_and_long(folder, **options):
 def test_short_tasks_are_told_with_their_number_and_the_way_out(tmp_path):
     tasks = short_and_long(tmp_path, val=["t0"], test=["t1"])
     told(
-        lambda: tasks.check("train", 2, None),
+        lambda: tasks.check("train", Episodes(shots=2)),
         "data.train.shots=2",
         "3 such task(s) of 11",
         "data.tasks.skip_short=true",

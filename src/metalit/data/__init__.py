@@ -1,10 +1,10 @@
 """Tasks, tables and matrices, on which problems are posed, and the DataModules that draw from them."""
 
-from metalit.data.base import Split, TaskDistribution
+from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.batches import BatchDataModule
 from metalit.data.curves import Curves
 from metalit.data.matrix import MatrixDataModule
-from metalit.data.module import Episodes, TaskDataModule
+from metalit.data.module import TaskDataModule
 from metalit.data.rows import CsvRows, Rows, RowSource, SklearnTable
 from metalit.data.scaling import Scaling
 from metalit.data.sine import Sine

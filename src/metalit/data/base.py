@@ -1,8 +1,9 @@
 """The protocol of a task distribution: tasks are a pure function of (seed, split, index)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +13,34 @@ from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import fold
+from metalit.private_torch import pytree_map
 from metalit.problem import Task
 
 Split = Literal["train", "val", "test"]
+Count = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The tasks of one split.
+
+    Args:
+        tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``"all"`` stands for
+            each task once, where they are finitely many.
+        shots: rows to adapt to; of each class, where tasks are of classes.
+        queries: rows to be judged on, likewise, as far as a curve has so many; ``"all"`` for all the others.
+        ways: the classes of a task, where tasks are of classes; 5 if not given.
+    """
+
+    tasks: Count = "all"
+    shots: int = 5
+    queries: Count = "all"
+    ways: int | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """The queries as a number; None for all that there are."""
+        return None if self.queries == "all" else self.queries
 
 
 def task_keys(seed: int, split: Split, index: Tensor) -> Tensor:
@@ -59,15 +85,28 @@ class TaskDistribution(ABC):
         """Whether y scatters about its curve, so that pictures show it as dots."""
         return False
 
-    def needs(self, rows: Mapping[Split, int]) -> None:  # noqa: B027  (most tasks have as many rows as are asked for)
-        """Called before :meth:`prepare` with the number of rows that a task of each split must have."""
+    def of_size(self, split: Split, index: Tensor, key: Tensor, size: Episodes) -> Task:
+        """Return tasks of this size, as :meth:`sample` draws them."""
+        return self.sample(split, index, key, size.shots, size.rows)
+
+    def load(self, tasks: Task, device: torch.device) -> Task:
+        """Bring what :meth:`sample` drew to a device, as a network takes it.
+
+        What is drawn may stand for what is large, as numbers of images do for their pixels: many are drawn ahead, and
+        loaded when their outer step is due.
+        """
+        return _moved(tasks, device)
+
+    def needs(self, sizes: Mapping[Split, Episodes]) -> None:  # noqa: B027  (most tasks have as many rows as are asked)
+        """Called before :meth:`prepare` with the size of the tasks of each split."""
 
     def prepare(self) -> None:  # noqa: B027  (most distributions are made from nothing)
         """Read and check what the tasks are made from; called once, before anything is drawn."""
 
-    def check(self, split: Split, shots: int, queries: int | None) -> None:
+    def check(self, split: Split, size: Episodes) -> None:
         """Raise an :class:`InputError` if tasks of this size cannot be drawn."""
-        if queries is None:
+        check_no_ways(self, split, size)
+        if size.rows is None:
             raise InputError(f"data.{split}.queries='all': {type(self).__name__} has no last row, so give a number")
 
     def count(self, split: Split) -> int | None:
@@ -83,6 +122,17 @@ class TaskDistribution(ABC):
         """How the user calls the task with this global index, or None where it has no name."""
         return None
 
+    def input_shape(self) -> Sequence[int]:
+        """The shape of one row of x: ``[inputs]``, or ``[channels, height, width]`` of images."""
+        return [len(self.inputs)]
+
+    def class_names(self, split: Split) -> Sequence[str] | None:
+        """The name of each class that tasks of this split may hold; ``Task.classes`` are positions in it.
+
+        None where tasks are not of classes.
+        """
+        return None
+
     def scaling(self) -> Scaling:
         """How the user's units were normalised."""
         columns = self.columns
@@ -91,3 +141,14 @@ class TaskDistribution(ABC):
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """Predictions without meta-learning at the query points: ``[tasks, queries, outputs]`` by name."""
         return {}
+
+
+def check_no_ways(tasks: TaskDistribution, split: Split, size: Episodes) -> None:
+    """Raise an :class:`InputError` if classes are asked for of tasks that have none."""
+    if size.ways is not None:
+        name = type(tasks).__name__
+        raise InputError(f"data.{split}.ways={size.ways}: tasks of {name} have no classes; leave it out")
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    return pytree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

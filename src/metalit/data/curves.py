@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.base import Episodes, Split, TaskDistribution, check_no_ways, task_keys
 from metalit.data.cells import Categories, inputs, numbers
 from metalit.data.curve_baselines import Polynomials
 from metalit.data.held_out import HeldOut, Partition
@@ -94,10 +94,11 @@ class Curves(TaskDistribution):
         """Those of ``categories``, as texts."""
         return {name: [str(level) for level in levels] for name, levels in self.categories.items()}
 
-    def needs(self, rows: Mapping[Split, int]) -> None:
-        """Leave out shorter tasks, with ``skip_short``."""
+    def needs(self, sizes: Mapping[Split, Episodes]) -> None:
+        """Leave out shorter tasks, with ``skip_short``: each needs a row beside its shots, to be judged on."""
+        rows = {split: size.shots + 1 for split, size in sizes.items()}
         if self.skip_short and self.__dict__.get("_least") != rows:
-            self.__dict__.update(_least=dict(rows))
+            self.__dict__.update(_least=rows)
             for found in ("_raw", "_scaling", "splits", "_polynomials"):
                 self.__dict__.pop(found, None)
 
@@ -105,8 +106,10 @@ class Curves(TaskDistribution):
         """Read the table."""
         self.splits  # noqa: B018
 
-    def check(self, split: Split, shots: int, queries: int | None) -> None:
+    def check(self, split: Split, size: Episodes) -> None:
         """Every curve needs ``shots`` rows and one to be judged on."""
+        check_no_ways(self, split, size)
+        shots = size.shots
         curves = self.splits[split]
         if not curves.names:
             return

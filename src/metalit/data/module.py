@@ -1,39 +1,22 @@
 """The DataModule: draws the tasks of every split, and reads the user's points for prediction."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from metalit.data.base import Split, TaskDistribution, task_keys
+from metalit.data.base import Episodes, Split, TaskDistribution, task_keys
 from metalit.data.draws import StreamDataModule
-from metalit.data.stream import EvalStream
+from metalit.data.stream import EvalStream, Fused
 from metalit.data.table import Asked, read_asked
 from metalit.errors import InputError
 from metalit.notices import warn
 from metalit.problem import Task
 
 _PICTURED_QUERIES = 200
-Count = int | Literal["all"]
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """The tasks of one split.
-
-    Args:
-        tasks: how many: in each outer step for train, in all for val and test; over all ranks. ``"all"`` stands for
-            each task once, where they are finitely many.
-        shots: rows to adapt to.
-        queries: rows to be judged on, as far as a curve has so many; ``"all"`` for all the others.
-    """
-
-    tasks: Count = "all"
-    shots: int = 5
-    queries: Count = "all"
 
 
 class TaskDataModule(StreamDataModule):
@@ -70,9 +53,10 @@ class TaskDataModule(StreamDataModule):
         self.predict_file = predict_file
         self.predict_one_task = predict_one_task
         for split, episodes in self.episodes.items():
-            for name in ("tasks", "shots", "queries"):
+            for name in ("tasks", "shots", "queries", "ways"):
                 value = getattr(episodes, name)
-                if not (isinstance(value, int) and value >= 1) and (value != "all" or name == "shots"):
+                other = {"shots": (), "ways": (None,)}.get(name, ("all",))
+                if not (isinstance(value, int) and value >= 1) and value not in other:
                     raise InputError(f"data.{split}.{name}={value!r} must be a whole number, at least 1")
 
     def setup(self, stage: str) -> None:
@@ -84,11 +68,11 @@ class TaskDataModule(StreamDataModule):
                 self.predict_file, self.tasks.columns, self.tasks.levels, self.predict_one_task
             )
             return
-        self.tasks.needs({split: episodes.shots + 1 for split, episodes in self.episodes.items()})
+        self.tasks.needs(self.episodes)
         self.tasks.prepare()
         self._check_wanted(stage)
         for split, episodes in self.episodes.items():
-            self.tasks.check(split, episodes.shots, _rows(episodes))
+            self.tasks.check(split, episodes)
             if episodes.tasks == "all" and self.tasks.count(split) is None:
                 raise InputError(
                     f"data.{split}.tasks='all': {type(self.tasks).__name__} has no last task, so give a number"
@@ -119,10 +103,20 @@ class TaskDataModule(StreamDataModule):
             )
 
     def draw(self, split: Split, index: Tensor) -> Task:
-        """Return the tasks with these global indices, normalised, in ``float64``."""
-        episodes = self.episodes[split]
-        key = task_keys(self.seed, split, index)
-        return self.tasks.sample(split, index, key, episodes.shots, _rows(episodes))
+        """Return the tasks with these global indices, still to be loaded."""
+        return self.tasks.of_size(split, index, task_keys(self.seed, split, index), self.episodes[split])
+
+    def loaded(self, split: Split, index: Tensor) -> Task:
+        """Return the same tasks as a network takes them, normalised, on the CPU."""
+        return self.tasks.load(self.draw(split, index), torch.device("cpu"))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Load the tasks of an outer step now that it is due."""
+        if isinstance(batch, Fused):
+            return batch._replace(tasks=self.tasks.load(batch.tasks, device))
+        if isinstance(batch, Task):
+            return self.tasks.load(batch, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def eval_stream(self, split: Split) -> EvalStream | list[Task]:
         """This rank's share of the split's tasks: the same ones every time."""
@@ -136,18 +130,17 @@ class TaskDataModule(StreamDataModule):
     def pictured(self, split: Split, count: int) -> Task:
         """The first tasks of a split, with enough query points to draw the truth by."""
         index = torch.arange(count)
-        queries = _PICTURED_QUERIES if self.tasks.count(split) is None else None
-        return self.tasks.sample(split, index, task_keys(self.seed, split, index), self.episodes[split].shots, queries)
+        size = self.episodes[split]
+        if self.tasks.class_names(split) is None:
+            size = replace(size, queries=_PICTURED_QUERIES if self.tasks.count(split) is None else "all")
+        tasks = self.tasks.of_size(split, index, task_keys(self.seed, split, index), size)
+        return self.tasks.load(tasks, torch.device("cpu"))
 
     def _count(self, split: Split) -> int:
         tasks, there_are = self.episodes[split].tasks, self.tasks.count(split)
         if there_are == 0:
             return 0
         return cast(int, there_are) if tasks == "all" else tasks  # which has an end: see TaskDistribution.check
-
-
-def _rows(episodes: Episodes) -> int | None:
-    return None if episodes.queries == "all" else episodes.queries
 
 
 class UserTask(NamedTuple):

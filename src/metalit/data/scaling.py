@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ _MARGIN = 0.1  # of the range, beyond which is far
 class Scaling:
     """Each column's mean and standard deviation: ``normalised = (value − mean) / std``, in ``float64``.
 
-    ``x_min`` … ``y_max`` are the range of the training data, where it is known; they scale nothing.
+    Of images, ``x_shape`` is ``[channels, height, width]``, and a column of x is a channel. ``x_min`` … ``y_max`` are
+    the range of the training data, where it is known; they scale nothing.
 
     >>> scaling = Scaling(x_mean=[10.0], x_std=[2.0], y_mean=[0.0], y_std=[1.0])
     >>> scaling.normalise_x(torch.tensor([[14.0]]))
@@ -28,6 +30,7 @@ class Scaling:
     x_max: Sequence[float] = field(default=(), compare=False)
     y_min: Sequence[float] = field(default=(), compare=False)
     y_max: Sequence[float] = field(default=(), compare=False)
+    x_shape: Sequence[int] = ()
 
     @classmethod
     def identity(cls, inputs: int, outputs: int) -> "Scaling":
@@ -59,7 +62,7 @@ class Scaling:
         ranges = (values.tolist() for side in (x, y) for values in (side.amin(0), side.amax(0)))
         return cls(x_mean.tolist(), x_std.tolist(), y.mean(0).tolist(), spread(y).tolist(), *ranges)
 
-    def agrees(self, state: dict[str, list[float]]) -> bool:
+    def agrees(self, state: dict[str, Any]) -> bool:
         """Whether another scaling's :meth:`state` is this one, but for the rounding errors of other machines."""
 
         kept = Scaling(**state)
@@ -70,19 +73,19 @@ class Scaling:
 
         sides = ((self.x_mean, kept.x_mean, self.x_std), (self.y_mean, kept.y_mean, self.y_std))
         stds = ((self.x_std, kept.x_std, self.x_std), (self.y_std, kept.y_std, self.y_std))
-        return all(near(*side) for side in (*sides, *stds))
+        return list(self.x_shape) == list(kept.x_shape) and all(near(*side) for side in (*sides, *stds))
 
     def normalise_x(self, x: Tensor) -> Tensor:
-        """From the user's units, ``[..., inputs]``."""
-        return (x.double() - _like(x, self.x_mean)) / _like(x, self.x_std)
+        """From the user's units, ``[..., inputs]`` or ``[..., channels, height, width]``."""
+        return (x.double() - self._of_x(x, self.x_mean)) / self._of_x(x, self.x_std)
 
     def normalise_y(self, y: Tensor) -> Tensor:
         """From the user's units, ``[..., outputs]``."""
         return (y.double() - _like(y, self.y_mean)) / _like(y, self.y_std)
 
     def restore_x(self, x: Tensor) -> Tensor:
-        """To the user's units, ``[..., inputs]``."""
-        return x.double() * _like(x, self.x_std) + _like(x, self.x_mean)
+        """To the user's units, likewise."""
+        return x.double() * self._of_x(x, self.x_std) + self._of_x(x, self.x_mean)
 
     def restore_y(self, y: Tensor) -> Tensor:
         """To the user's units, ``[..., outputs]``."""
@@ -112,9 +115,14 @@ class Scaling:
                     found.append(f"{name!r} {spread}, trained on {low:.4g} to {high:.4g}")
         return "; ".join(found) or None
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, list[float] | list[int]]:
         """Plain lists of numbers, safe to keep in a checkpoint; ``Scaling(**state)`` is the way back."""
-        return {name: [float(value) for value in values] for name, values in asdict(self).items()}
+        kept = {name: [*values] for name, values in asdict(self).items()}
+        shape = kept.pop("x_shape")
+        return {**kept, "x_shape": shape} if shape else kept
+
+    def _of_x(self, x: Tensor, numbers: Sequence[float]) -> Tensor:
+        return _like(x, numbers).reshape(-1, *[1] * (len(self.x_shape) - 1))
 
 
 def _like(values: Tensor, numbers: Sequence[float]) -> Tensor:

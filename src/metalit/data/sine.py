@@ -72,8 +72,7 @@ class Sine(TaskDistribution):
     def scaling(self) -> Scaling:
         """Nothing is normalised; the range of x, and that of the amplitude for y."""
         (low, high), most = self.x, max(map(abs, self.amplitude))
-        ranges = {"x_min": [low], "x_max": [high], "y_min": [-most], "y_max": [most]}
-        return replace(super().scaling(), **ranges)
+        return replace(super().scaling(), x_min=[low], x_max=[high], y_min=[-most], y_max=[most])
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """The best predictor that knows no task."""

@@ -133,7 +133,7 @@ class MetaLearner(AdaptingLearner):
         super().on_fit_start()
         data = self.trainer.datamodule
         if isinstance(data, TaskDataModule):
-            tasks = self.cast(data.draw("train", torch.arange(2)))
+            tasks = self.cast(data.loaded("train", torch.arange(2)))
             # in the precision of training, of which an estimator may not be valid
             with self.trainer.precision_plugin.train_step_context():
                 with self.told(tasks):
