@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import Namespace
 
 from metalit.cli.widths import fill_widths
+from metalit.data import Sine
 from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
 
@@ -94,6 +95,55 @@ def test_a_head_has_the_columns_of_the_data_and_as_many_features_as_it_likes(tmp
         fill_widths(config)
         assert (head["init_args"]["inputs"], head["init_args"]["outputs"]) == (2, 2)
         assert network["init_args"]["sizes"] == filled
+
+
+class Pictures(Sine):
+    """Stands for a source of classes: images of 2 channels."""
+
+    def input_shape(self):
+        return [2, 20, 30]
+
+    def class_names(self, split):
+        return ["a", "b"]
+
+
+def of_pictures(network, problem="Prototypes", tasks="Pictures", **ways):
+    """A config of a network, its numbers left out, on tasks of classes."""
+    network = Namespace(class_path=f"metalit.networks.{network[0]}", init_args=Namespace(network[1]))
+    problem = Namespace(class_path=f"metalit.problems.{problem}", init_args=Namespace(network=network))
+    where = "metalit.data.Sine" if tasks == "Sine" else f"{__name__}.{tasks}"
+    data = Namespace(tasks=Namespace(class_path=where), **{k: Namespace(ways=v) for k, v in ways.items()})
+    config = Namespace(model=Namespace(init_args=Namespace(problem=problem)), data=Namespace(init_args=data))
+    fill_widths(config)
+    return vars(network["init_args"])
+
+
+CONV4 = ("Conv4", {"channels": "auto", "size": "auto", "ways": "auto"})
+
+
+def test_a_network_of_images_has_their_channels_and_size_and_the_classes_of_a_task():
+    assert of_pictures(CONV4) == {"channels": 2, "size": [20, 30], "ways": 5}
+    same = {"train": 7, "val": 7, "test": 7}
+    assert of_pictures(CONV4, "FewShot", **same) == {"channels": 2, "size": [20, 30], "ways": 7}
+    assert of_pictures(("MLP", {"sizes": ["auto", 9, "auto"]}), "FewShot") == {"sizes": [1200, 9, 5]}
+
+
+def test_an_output_for_each_class_takes_one_number_of_them():
+    features = ("Conv4", {"channels": "auto", "size": "auto", "ways": None})
+    assert of_pictures(features, train=20, val=5)["ways"] is None
+    told = r"data.train.ways=20, data.val.ways=5, data.test.ways=5: the network has one output for .* as Prototypes"
+    for network, problem in ((CONV4, "Prototypes"), (features, "FewShot")):
+        with pytest.raises(InputError, match=told):
+            of_pictures(network, problem, train=20)
+
+
+def test_tasks_without_images_or_classes_are_told():
+    with pytest.raises(
+        InputError, match=r"network.channels: 'auto' follows the images of data.tasks, and there are no"
+    ):
+        of_pictures(CONV4, tasks="Sine")
+    with pytest.raises(InputError, match=r"network.ways: 'auto' follows the classes of data.tasks, and there are none"):
+        of_pictures(("Conv4", {"ways": "auto"}), tasks="Sine")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from metalit.problem import Task
 
 Split = Literal["train", "val", "test"]
 Count = int | Literal["all"]
+WAYS = 5  # the classes of a task where a split does not say
 
 
 @dataclass(frozen=True)
