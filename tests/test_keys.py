@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 from torch.testing import assert_close
 
-from metalit.keys import fold, normal, permutation, uniform
+from metalit.keys import distinct, fold, normal, permutation, uniform
 
 WORD = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -271,3 +271,27 @@ def test_a_draw_can_go_on_where_another_ended(dtype):
     key = torch.tensor([3, 5])
     whole = uniform(key, 4, 3, dtype=dtype)
     assert torch.equal(uniform(key, 2, 3, dtype=dtype, first=6), whole[:, 2:])
+
+
+@given(st.integers(0, 2**40), st.integers(1, 12), st.integers(0, 30))
+def test_distinct_numbers_are_distinct_and_below(key, count, more):
+    drawn = distinct(torch.tensor(key), count, count + more).tolist()
+    assert len({*drawn}) == count
+    assert {*drawn} <= {*range(count + more)}
+
+
+def test_every_sequence_of_distinct_numbers_is_equally_likely_within_5_sigma():
+    draws = 120_000
+    drawn = distinct(torch.arange(draws), 3, 5)
+    sequences = list(permutations(range(5), 3))
+    found = (drawn * torch.tensor([25, 5, 1])).sum(1).bincount(minlength=125)
+    counts = torch.tensor([found[25 * a + 5 * b + c] for a, b, c in sequences], dtype=torch.float64)
+    chance = 1 / len(sequences)
+    assert counts.sum() == draws
+    assert ((counts - draws * chance).abs() <= 5 * math.sqrt(draws * chance * (1 - chance))).all()
+
+
+def test_a_batch_draws_distinct_numbers_each_below_its_own_bound():
+    keys, below = torch.arange(6).reshape(2, 3), torch.tensor([[3, 4, 5], [3, 100, 10**6]])
+    each = [distinct(key, 3, int(most)) for key, most in zip(keys.flatten(), below.flatten(), strict=True)]
+    assert torch.equal(distinct(keys, 3, below), torch.stack(each).reshape(2, 3, 3))

@@ -1,9 +1,9 @@
 """Random numbers as a pure function of a key: no state, so the order and place of a draw change nothing.
 
-A key is an ``int64`` tensor of any shape. :func:`fold` derives a key from a key and integers; :func:`uniform` and
-:func:`permutation` draw from a key. The numbers are those of SplitMix64, the finaliser of a counter
-(Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", fig. 15); in-range integer arithmetic only,
-so they are the same on every device, under ``vmap`` and in compiled code.
+A key is an ``int64`` tensor of any shape. :func:`fold` derives a key from a key and integers; :func:`uniform`,
+:func:`permutation` and :func:`distinct` draw from a key. The numbers are those of SplitMix64, the finaliser of a
+counter (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", fig. 15); in-range integer
+arithmetic only, so they are the same on every device, under ``vmap`` and in compiled code.
 
 >>> import torch
 >>> key = fold(torch.tensor(7), 1)
@@ -104,3 +104,24 @@ def permutation(key: Tensor, count: int, allowed: Tensor | None = None) -> Tenso
     if allowed is not None:
         rank = rank + (~allowed).to(rank.dtype)
     return rank.argsort(dim=-1, stable=True)
+
+
+def distinct(key: Tensor, count: int, below: int | Tensor) -> Tensor:
+    """Draw ``count`` different whole numbers from 0 to ``below − 1`` in random order, whatever their number costs.
+
+    Args:
+        key: ``[*batch]`` keys.
+        count: how many, at most the least of ``below``.
+        below: how many there are to draw from, a number or ``[*batch]``.
+
+    Returns:
+        ``[*batch, count]`` numbers; every such sequence is as likely.
+    """
+    chance = uniform(key, count)
+    drawn = key.new_empty((*key.shape, 0))
+    for position in range(count):
+        # the n-th of those that are left: it lies beyond each taken one whose own place among them is no later
+        rank = (chance[..., position] * (below - position)).long().unsqueeze(-1)
+        places = drawn.sort(-1).values - torch.arange(position, device=key.device)
+        drawn = torch.cat([drawn, rank + (places <= rank).sum(-1, keepdim=True)], -1)
+    return drawn

@@ -9,8 +9,8 @@ from metalit.autodiff import Perturbation
 from metalit.callbacks import SampleGradientNorms
 from metalit.data import (
     BatchDataModule,
+    ClassSource,
     MatrixDataModule,
-    RowSource,
     SplitsDataModule,
     TaskDataModule,
     TaskDistribution,
@@ -42,7 +42,7 @@ SHORT_NAMES = (
     SampleGradientNorms,
 )
 _FAMILIES: tuple[type, ...] = (
-    *(OuterLearner, LightningDataModule, TaskDistribution, RowSource),
+    *(OuterLearner, LightningDataModule, TaskDistribution, ClassSource),
     *(Problem, InnerOptimizer, Hypergradient, LinearSolver, Perturbation, Learned, Cosine, Annealed),
 )
 

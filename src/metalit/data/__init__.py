@@ -2,7 +2,10 @@
 
 from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.batches import BatchDataModule
+from metalit.data.class_tasks import ClassTasks
+from metalit.data.classes import Classes, ClassSource
 from metalit.data.curves import Curves
+from metalit.data.glyphs import Glyphs
 from metalit.data.matrix import MatrixDataModule
 from metalit.data.module import TaskDataModule
 from metalit.data.rows import CsvRows, Rows, RowSource, SklearnTable
@@ -13,10 +16,14 @@ from metalit.data.table import Columns
 
 __all__ = [
     "BatchDataModule",
+    "ClassSource",
+    "ClassTasks",
+    "Classes",
     "Columns",
     "CsvRows",
     "Curves",
     "Episodes",
+    "Glyphs",
     "MatrixDataModule",
     "RowSource",
     "Rows",

@@ -1,8 +1,8 @@
 """Sources of rows: a table of inputs and of one target, real or a class."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.cells import MISSING, line_of, numbers
+from metalit.data.classes import Classes, ClassSource
 from metalit.data.table import check_columns, read_table
 from metalit.errors import InputError
 
@@ -29,8 +30,8 @@ class Rows(NamedTuple):
     classes: Sequence[str]
 
 
-class RowSource(ABC):
-    """Where rows come from."""
+class RowSource(ClassSource):
+    """Where rows come from; those of a class are its examples."""
 
     @abstractmethod
     def read(self) -> Rows:
@@ -39,6 +40,19 @@ class RowSource(ABC):
         Raises:
             InputError: it cannot be used.
         """
+
+    def read_classes(self) -> Classes:
+        """Read the table, whose target must be a class.
+
+        Raises:
+            InputError: it is not.
+        """
+        rows = self.read()
+        if not rows.classes:
+            raise InputError(
+                f"data.tasks.source: {rows.target!r} is a real number; name a table whose target is a class"
+            )
+        return Classes.of(rows.classes, rows.y, rows.x.numpy(), columns=rows.columns)
 
 
 SklearnName = Literal["diabetes", "breast_cancer", "digits"]
@@ -81,6 +95,14 @@ class SklearnTable(RowSource):
         x = torch.tensor(table.data, dtype=torch.float64)
         columns = [str(name) for name in table.feature_names]
         return Rows(x, y if classes else y.unsqueeze(-1), columns, _TARGETS[self.name], classes)
+
+    def read_classes(self) -> Classes:
+        """Read the table; digits as images ``[1, 8, 8]``."""
+        classes = super().read_classes()
+        if self.name != "digits":
+            return classes
+        values = classes.values.reshape(-1, 1, 8, 8).astype(np.uint8)
+        return classes._replace(values=values, columns=["grey"])
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,10 @@ class CsvRows(RowSource):
             return Rows(x, y, columns, self.y, names)
         hint = ", or set data.rows.classes=true if the target is a class"
         return Rows(x, torch.tensor(_numbers(frame, [self.y], owner, hint)), columns, self.y, [])
+
+    def read_classes(self) -> Classes:
+        """Read the file; ``y`` is the column of the class, whatever ``classes`` says."""
+        return super(CsvRows, replace(self, classes=True)).read_classes()
 
 
 def _numbers(frame: pd.DataFrame, names: Sequence[str], owner: str, hint: str) -> np.ndarray:

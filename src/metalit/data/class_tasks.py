@@ -1,0 +1,188 @@
+"""Tasks of classes: N-way K-shot episodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metalit.data.base import Episodes, Split, TaskDistribution
+from metalit.data.class_scaling import class_scaling
+from metalit.data.classes import Classes, ClassSource
+from metalit.data.held_out import HeldOut, Partition
+from metalit.data.scaling import Scaling
+from metalit.data.table import Columns
+from metalit.errors import InputError
+from metalit.keys import distinct, fold
+from metalit.problem import Points, Task
+
+_WAYS = 5
+_TURNS = 4  # of a quarter each
+
+
+class _Read(NamedTuple):
+    classes: Classes
+    splits: dict[Split, Tensor]  # the numbers of the classes of each
+    scaling: Scaling
+
+
+@dataclass(frozen=True)
+class ClassTasks(TaskDistribution):
+    """Each task is of a few classes: few examples of each are support, others are query (Vinyals et al. 2016).
+
+    Classes are split into train, val and test, never examples; where they come in groups, as characters do in
+    alphabets, whole groups are. Means and standard deviations of the inputs come from the training classes alone. A
+    task draws its classes, their order, which is their labels, and examples of each, no example twice. What is drawn
+    are the numbers of examples; their values are gathered when the task is due (:meth:`load`).
+
+    Args:
+        source: where the classes come from.
+        val, test: what is held out for validation and test: a fraction of the classes, or of their groups (0 for
+            none), a list of names of classes and groups, or a text file of names, one a line.
+        split_seed: the seed of the split.
+        rotations: whether quarter turns of a class are classes of their own, in the same split (Santoro et al. 2016).
+
+    Raises:
+        InputError: from :meth:`prepare` and :meth:`check`, with the way out: what the source raises; a class in two
+            splits; fewer classes than ways; a class with too few examples.
+    """
+
+    source: ClassSource
+    val: HeldOut = 0.2
+    test: HeldOut = 0.2
+    split_seed: int = 0
+    rotations: bool = False
+
+    def __post_init__(self) -> None:
+        self._partition.check()
+
+    @property
+    def _partition(self) -> Partition:
+        return Partition(self.val, self.test, self.split_seed, None, 0)
+
+    @property
+    def columns(self) -> Columns:
+        """The inputs, which are the channels of images, and the class."""
+        return Columns("task", self._read.classes.columns, ["class"])
+
+    def prepare(self) -> None:
+        """Read the source."""
+        self._read  # noqa: B018
+
+    def check(self, split: Split, size: Episodes) -> None:
+        """There are enough classes, and enough examples of each."""
+        numbers = self._read.splits[split]
+        ways, there_are = size.ways or _WAYS, len(numbers) * self._turns
+        if not there_are:
+            return
+        if ways > there_are:
+            raise InputError(
+                f"data.{split}.ways={ways}: only {there_are} class(es) are held out for {split}; lower the ways or "
+                f"change data.tasks.{'val and data.tasks.test' if split == 'train' else split}"
+            )
+        counts = self._read.classes.counts[numbers]
+        fewest = int(counts.argmin())
+        least = int(counts[fewest])
+        if size.rows is None:
+            raise InputError(
+                f"data.{split}.queries='all': classes may have different numbers of examples, so give a number for "
+                f"each class, at most {max(least - size.shots, 1)}"
+            )
+        needed = size.shots + size.rows
+        short = int((counts < needed).sum())
+        if short:
+            raise InputError(
+                f"data.{split}: the class {self._read.classes.names[int(numbers[fewest])]!r} has only {least} "
+                f"example(s), and shots={size.shots} and queries={size.rows} need {needed} ({short} such class(es) of "
+                f"{len(counts)}): lower them or leave the class out"
+            )
+
+    def count(self, split: Split) -> int | None:
+        """None, since tasks are drawn without an end, or 0 where no class is held out."""
+        return None if len(self._read.splits[split]) else 0
+
+    def input_shape(self) -> Sequence[int]:
+        """That of the source."""
+        return self.source.shape()
+
+    def class_names(self, split: Split) -> Sequence[str]:
+        """The names of the classes of a split, those that are turned after all that are not."""
+        names = [self._read.classes.names[number] for number in self._read.splits[split].tolist()]
+        return [*names, *(f"{name} {90 * turn}°" for turn in range(1, self._turns) for name in names)]
+
+    def scaling(self) -> Scaling:
+        """The scaling of the training classes."""
+        return self._read.scaling
+
+    def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
+        """Return 5-way tasks of this size; see :meth:`of_size`."""
+        return self.of_size(split, index, key, Episodes(shots=shots, queries="all" if queries is None else queries))
+
+    def of_size(self, split: Split, index: Tensor, key: Tensor, size: Episodes) -> Task:
+        """Draw classes, and examples of each: x are ``[tasks, rows]`` numbers of examples, class by class."""
+        assert size.rows is not None
+        ways, shots, each = size.ways or _WAYS, size.shots, size.shots + size.rows
+        classes, numbers = self._read.classes, self._read.splits[split]
+        chosen = distinct(fold(key, 0), ways, len(numbers) * self._turns)
+        which = numbers[chosen % len(numbers)]
+        keys = fold(fold(key, 1).unsqueeze(-1), torch.arange(ways))
+        drawn = distinct(keys, each, classes.counts[which])
+        # a turned example has a number beyond those of all upright ones
+        x = classes.rows[classes.start[which].unsqueeze(-1) + drawn]
+        x = x + (chosen // len(numbers) * len(classes.values)).unsqueeze(-1)
+        y = torch.arange(ways).unsqueeze(-1).expand_as(x)
+        support, query = (
+            Points(x[..., part].flatten(1), y[..., part].flatten(1)) for part in (slice(shots), slice(shots, each))
+        )
+        return Task(support, query, fold(key, 2), chosen)
+
+    def load(self, tasks: Task, device: torch.device) -> Task:
+        """Gather the values of examples, move them as they are, and normalise them there."""
+        support, query = (
+            Points(self.scaling().normalise_x(self.values(points.x).to(device)), points.y.to(device))
+            for points in (tasks.support, tasks.query)
+        )
+        assert tasks.classes is not None
+        return Task(support, query, tasks.key.to(device), tasks.classes.to(device))
+
+    def values(self, x: Tensor) -> Tensor:
+        """The ``[tasks, rows, *shape]`` values of ``[tasks, rows]`` numbers of examples, in the user's units."""
+        values = self._read.classes.values
+        turn, row = x.numpy() // len(values), x.numpy() % len(values)
+        gathered = np.ascontiguousarray(values[row])
+        for quarter in range(1, self._turns):
+            gathered[turn == quarter] = np.rot90(gathered[turn == quarter], quarter, (-2, -1))
+        return torch.from_numpy(gathered)
+
+    @property
+    def _turns(self) -> int:
+        return _TURNS if self.rotations else 1
+
+    @cached_property
+    def _read(self) -> _Read:
+        classes = self.source.read_classes()
+        shape = classes.values.shape[1:]
+        if self.rotations and (len(shape) != 3 or shape[1] != shape[2]):
+            raise InputError(f"data.tasks.rotations=true: examples are {list(shape)}, and only square images can turn")
+        splits = _split(classes, self._partition)
+        return _Read(classes, splits, class_scaling(classes, splits["train"]))
+
+
+def _split(classes: Classes, partition: Partition) -> dict[Split, Tensor]:
+    """The numbers of the classes of each split: by group where there are groups."""
+    owner = "data.tasks.source"
+    if classes.groups is None:
+        chosen = partition.of(classes.names, owner)
+        member = {name: [number] for number, name in enumerate(classes.names)}
+    else:
+        chosen = partition.of(sorted(set(classes.groups)), owner)
+        member = {}
+        for number, group in enumerate(classes.groups):
+            member.setdefault(group, []).append(number)
+    return {
+        split: torch.tensor(sorted(number for name in names for number in member[name]), dtype=torch.int64)
+        for split, names in chosen.items()
+    }
