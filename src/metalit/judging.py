@@ -48,7 +48,7 @@ def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
     if target.is_floating_point() or target.is_complex() or prediction.dim() == 0 or len(prediction) != len(target):
         return None
     skipped = ignored(loss, target)
-    if prediction.dim() == 1 or prediction.shape[1:].numel() == 1:
+    if _is_one_column(prediction):
         answers, target, classes = _of_two(loss, prediction, target), target.flatten(), 2
         if answers is None or len(target) != len(answers):
             return None
@@ -66,6 +66,22 @@ def right_rows(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Te
     )
     count = (~skipped).reshape(right.shape).sum(1).clamp(min=1)
     return right.sum(1) / count
+
+
+def chosen(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor | None:
+    """The class that each row of ``[rows, classes]``, or of one column, answers, ``[rows]``; None where unknown.
+
+    Args:
+        loss, prediction, target: as for :func:`right_rows`; of the target the shape and the type count alone.
+
+    >>> chosen(None, torch.tensor([[1.0, 3.0], [2.0, 1.0]]), torch.tensor([0, 0]))
+    tensor([1, 0])
+    """
+    return _of_two(loss, prediction, target) if _is_one_column(prediction) else prediction.argmax(1)
+
+
+def _is_one_column(prediction: Tensor) -> bool:
+    return prediction.dim() == 1 or prediction.shape[1:].numel() == 1
 
 
 def _of_two(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor | None:

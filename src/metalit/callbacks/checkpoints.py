@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,15 +13,21 @@ from metalit.callbacks.atomic import AtomicCheckpointIO
 from metalit.callbacks.learner import learner_of
 from metalit.checkpoints import CheckedCheckpointIO
 from metalit.checks.monitors import Mode, mode_of
+from metalit.data.module import TaskDataModule
 from metalit.errors import InputError
 from metalit.private_lightning import forget_saved_step, save_unless_saved, validation_is_due
+
+_LOSS, _ACCURACY = "val/loss", "val/accuracy"
 
 
 class BestCheckpoint(ModelCheckpoint):
     """``best.ckpt``: the learner with the best value of a validation metric.
 
+    Of equal values the first one stays.
+
     Args:
-        monitor: the metric.
+        monitor: the metric; if neither it nor ``mode`` is given, ``val/accuracy`` where the data is of few-shot tasks
+            of classes; else ``val/loss``.
         mode: whether its lowest or its highest value is the best one; if not given, its name tells: the lowest loss or
             error, the highest accuracy, R², F1 or AUROC.
 
@@ -28,14 +35,25 @@ class BestCheckpoint(ModelCheckpoint):
         InputError: a metric whose name does not tell, without a ``mode``.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: Mode | None = None) -> None:
+    def __init__(self, monitor: str | None = None, mode: Mode | None = None) -> None:
+        self._by_data = monitor is None and mode is None
         super().__init__(
             filename="best",
-            monitor=monitor,
-            mode=mode_of(monitor, mode, "best_checkpoint"),
+            monitor=monitor or _LOSS,
+            mode=mode_of(monitor or _LOSS, mode, "best_checkpoint"),
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the metric by the data, where none was given."""
+        data = trainer.datamodule
+        if self._by_data and stage != "predict" and isinstance(data, TaskDataModule):
+            monitor = _LOSS if data.tasks.class_names("val") is None else _ACCURACY
+            if monitor != self.monitor:
+                self.monitor, self.mode = monitor, mode_of(monitor, None, "best_checkpoint")
+                self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Recall the best score, also where the folder of the run was moved in the meantime.

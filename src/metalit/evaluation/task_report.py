@@ -5,22 +5,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
+from metalit.evaluation.confusion import Confusion
 from metalit.evaluation.interval import mean_with_interval, means_of_tasks
 from metalit.evaluation.judged import LEARNER, LOSS, NLL, SQUARED, Judged, Measure
 from metalit.evaluation.report import Chart, Report
 
 
-def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | None) -> Report:
+def task_report(
+    judged: Sequence[Judged], split: Split, data: TaskDataModule | None, confusion: Confusion | None = None
+) -> Report:
     """Means with 95 % intervals, for each measure of each predictor.
 
     Args:
         judged: the learner, then the baselines.
         split: whose tasks they are.
         data: where the tasks come from, if that is known.
+        confusion: which classes were taken for which, if that was counted.
     """
     learner, *baselines = judged
     source = None if data is None else data.tasks
@@ -31,10 +36,11 @@ def task_report(judged: Sequence[Judged], split: Split, data: TaskDataModule | N
         ["inner steps", *(measure.heading for measure in learner.values)],
         [rows[0], [row for part in rows[1:] for row in part]],
         [_protocol(data, learner.tasks, split)],
-        [_comparison(learner, baseline) for baseline in baselines],
+        [*(_comparison(learner, baseline) for baseline in baselines), *(confusion.lines() if confusion else [])],
         {
             split: means_frame(judged),
             f"{split}_tasks": tasks_frame(judged, source, split),
+            **({f"{split}_confusion": confusion.frame()} if confusion else {}),
         },
         chart=chart_of(judged),
     )
@@ -111,7 +117,12 @@ def _protocol(data: TaskDataModule | None, tasks: Tensor, split: Split) -> str:
     count, draws = draws_of(tasks)
     over = "over tasks, of which each counts once" if draws else "over tasks"
     sizes = ""
-    if data is not None:
+    if data is not None and data.tasks.class_names(split) is not None:
+        episodes, classes = data.episodes[split], data.draw(split, torch.arange(1)).classes
+        ways = "" if classes is None else f" {classes.shape[-1]}-way"
+        queries = "all others" if episodes.queries == "all" else episodes.queries
+        sizes = f",{ways} {episodes.shots}-shot, judged on {queries} queries of each class"
+    elif data is not None:
         episodes = data.episodes[split]
         queries = "all other rows" if episodes.queries == "all" else f"{episodes.queries} points"
         sizes = f", adapted to {episodes.shots} points each and judged on {queries}"

@@ -1,7 +1,7 @@
 """The meta-learner: learns, over tasks, an outer variable from which a few inner steps fit a new task."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ from metalit.data.given import tasks_of
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import Fused
 from metalit.errors import InputError
+from metalit.evaluation.confusion import Confusion, Confusions
 from metalit.evaluation.judged import ACCURACY, LEARNER, LOSS, SQUARED, Measure
 from metalit.evaluation.report import Report
 from metalit.evaluation.task_report import task_report
@@ -39,10 +40,10 @@ class MetaLearner(AdaptingLearner):
     φ ← outer optimiser(φ, 1/T Σ_tasks d outer_loss(θ_k(φ)) / dφ)
 
     Validation and test adapt to every task and log ``loss_step_k``, the mean query loss after k inner steps, for every
-    k from 0 (``init`` alone) to ``eval_steps``, for classes ``accuracy_step_k`` too; ``val/loss`` is the loss after as
-    many steps as are trained. Where predictions have a standard deviation, ``squared_error_step_k``, ``nll_step_k`` and
-    ``inside_95_step_k`` follow, the share of points in the 95 % interval. Where a task is drawn several times, its mean
-    over the draws counts once.
+    k from 0 (``init`` alone) to ``eval_steps``, for classes ``accuracy_step_k`` too; ``val/loss`` and ``val/accuracy``
+    are those after as many steps as are trained. Where predictions have a standard deviation, ``squared_error_step_k``,
+    ``nll_step_k`` and ``inside_95_step_k`` follow, the share of points in the 95 % interval. Where a task is drawn
+    several times, its mean over the draws counts once.
 
     Attributes:
         evaluation: what the last evaluation found (:class:`~metalit.evaluation.task_scores.TaskScores`).
@@ -64,6 +65,7 @@ class MetaLearner(AdaptingLearner):
             hypergradient for a problem that inner steps adapt.
     """
 
+    shown = ("loss", "accuracy")
     takes = "a TaskDataModule, or loaders of batches of metalit.problem.Task"
 
     def __init__(
@@ -117,6 +119,8 @@ class MetaLearner(AdaptingLearner):
         self.save_given()
         self.eval_steps = eval_steps
         self.evaluation = TaskScores(eval_steps)
+        self._confusions: Confusions | None = None  # in a test of classes that have names
+        self._confusion: Confusion | None = None
 
     # ---- training
 
@@ -150,6 +154,9 @@ class MetaLearner(AdaptingLearner):
     def start_evaluation(self) -> None:
         """Collect anew."""
         self.evaluation.start()
+        names = None if self.trainer.state.fn == "fit" else self._class_names("test" if self.trainer.testing else "val")
+        self._confusions = Confusions.of(names, min(self.prediction_steps, self.eval_steps))
+        self._confusions = self._confusions and self._confusions.to(self.device)
 
     def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
         """Adapt, and collect what is measured; beside baselines only where it is none of the validations of a fit.
@@ -166,6 +173,10 @@ class MetaLearner(AdaptingLearner):
             if has_units:
                 found[LEARNER] |= errors(self.query_predictions(tasks))
             for name, prediction in data.tasks.baselines(tasks).items():
+                if tasks.classes is not None:
+                    right = accuracies(None, prediction.unsqueeze(1), tasks.query)
+                    found |= {} if right is None else {name: {ACCURACY: right}}
+                    continue
                 judged = SQUARED if self.problem.has_spread else LOSS
                 found[name] = {judged: self.judge(prediction, tasks).unsqueeze(1)}
                 found[name] |= errors(prediction.unsqueeze(1)) if has_units else {}
@@ -183,21 +194,31 @@ class MetaLearner(AdaptingLearner):
             predictions, deviations = answers
             found |= likelihoods(tasks.query, predictions, deviations)
         if classes:
-            right = accuracies(getattr(self.problem, "loss", None), answers[0], tasks.query)
+            criterion, outputs = getattr(self.problem, "loss", None), answers[0]
+            if tasks.classes is not None:
+                # a head may have more outputs than the task has classes
+                outputs = outputs[..., : tasks.classes.shape[-1]]
+                if self._confusions is not None:
+                    self._confusions.add(criterion, outputs, tasks)
+            right = accuracies(criterion, outputs, tasks.query)
             found |= {} if right is None else {ACCURACY: right}
         return found
 
     def evaluated(self, split: Split) -> dict[str, float]:
-        """The means after every inner step; of a validation the loss after as many as are trained, of a test intervals.
+        """The means after every inner step; of a validation those after as many as are trained, of a test intervals.
 
-        A validation of training remembers after how many steps the loss is lowest.
+        A validation of training remembers after how many steps it is best: the accuracy highest where the data names
+        classes, of equal ones the loss lowest; else the loss lowest.
         """
         learner = self.evaluation.finish(self.trainer.datamodule, split)
+        self._confusion = None if self._confusions is None else self._confusions.finish()
         found = {measure.name: learner.intervals(measure) for measure in learner.values if measure.logged}
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            right = found.get("accuracy") if self._class_names(split) is not None else None
             losses = {k: interval.mean for k, interval in enumerate(found["loss"]) if math.isfinite(interval.mean)}
-            self.best_steps = min(losses, key=lambda k: losses[k], default=None)
-        metrics = {"loss": found["loss"][self.hypergradient.steps].mean} if split == "val" else {}
+            self.best_steps = min(losses, key=lambda k: (-right[k].mean if right else 0.0, losses[k]), default=None)
+        trained = self.hypergradient.steps if split == "val" else None
+        metrics = {} if trained is None else {name: found[name][trained].mean for name in self.shown if name in found}
         for name, intervals in found.items():
             for k, interval in enumerate(intervals):
                 metrics[f"{name}_step_{k}"] = interval.mean
@@ -208,7 +229,8 @@ class MetaLearner(AdaptingLearner):
     def report(self, split: Split) -> Report:
         """The errors after each number of inner steps, beside baselines."""
         data = self.trainer.datamodule
-        return task_report(self.evaluation.judged, split, data if isinstance(data, TaskDataModule) else None)
+        data = data if isinstance(data, TaskDataModule) else None
+        return task_report(self.evaluation.judged, split, data, self._confusion)
 
     def query_losses(self, tasks: Task) -> Tensor:
         """The query loss of each task after 0 … ``eval_steps`` inner steps, ``[tasks, eval_steps + 1]``."""
@@ -249,6 +271,10 @@ class MetaLearner(AdaptingLearner):
     def task_losses(self) -> Tensor:
         """The query losses of all draws of the last evaluation, ``[draws, eval_steps + 1]``."""
         return self.evaluation.losses
+
+    def _class_names(self, split: Split) -> Sequence[str] | None:
+        data = self.trainer.datamodule
+        return data.tasks.class_names(split) if isinstance(data, TaskDataModule) else None
 
     def _tasks_of(self, batch: Any, number: int) -> Task:
         """A batch as tasks; those of loaders of the user's draw from a key of (batch, rank)."""
