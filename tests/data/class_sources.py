@@ -28,7 +28,8 @@ class Told(ClassSource):
         values = np.broadcast_to(values.reshape(-1, *[1] * len(self.size)), (len(pairs), *self.size)).copy()
         if len(self.size) == 3:
             values[..., 0, 0] = 0
-        names = [f"c{number}" for number in range(len(self.counts))]
+        groups = self.groups or ("",) * len(self.counts)
+        names = [f"{group}/c{number}".lstrip("/") for number, group in enumerate(groups)]
         return Classes.of(names, torch.tensor([number for number, _ in pairs]), values, self.groups)
 
 

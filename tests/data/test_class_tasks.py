@@ -70,20 +70,6 @@ def test_five_classes_unless_told_otherwise():
     assert episodes(tasks, "train", [0], Episodes(shots=1, queries=1)).classes.shape == (1, 5)
 
 
-def test_splits_have_their_own_classes():
-    tasks = prepared(val=["c7", "c1"], test=0.3)
-    names = {split: tasks.class_names(split) for split in ("train", "val", "test")}
-    assert [len(each) for each in names.values()] == [5, 2, 3]
-    assert names["val"] == ["c1", "c7"]
-    assert sorted(name for each in names.values() for name in each) == [f"c{number}" for number in range(10)]
-
-
-def test_groups_are_split_whole():
-    tasks = prepared(Told(groups=tuple("abcab" * 2)), val=["a"], test=0.3)
-    assert tasks.class_names("val") == ["c0", "c3", "c5", "c8"]
-    assert tasks.class_names("test") in (["c1", "c4", "c6", "c9"], ["c2", "c7"])
-
-
 # --- how it is loaded -----------------------------------------------------------------------------------------------
 
 

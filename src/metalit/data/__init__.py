@@ -1,11 +1,14 @@
 """Tasks, tables and matrices, on which problems are posed, and the DataModules that draw from them."""
 
+from metalit.data.arrays import Arrays
 from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.batches import BatchDataModule
 from metalit.data.class_tasks import ClassTasks
 from metalit.data.classes import Classes, ClassSource
 from metalit.data.curves import Curves
 from metalit.data.glyphs import Glyphs
+from metalit.data.image_folder import ImageFolder
+from metalit.data.images import read_image
 from metalit.data.matrix import MatrixDataModule
 from metalit.data.module import TaskDataModule
 from metalit.data.rows import CsvRows, Rows, RowSource, SklearnTable
@@ -15,6 +18,7 @@ from metalit.data.splits import SplitsDataModule
 from metalit.data.table import Columns
 
 __all__ = [
+    "Arrays",
     "BatchDataModule",
     "ClassSource",
     "ClassTasks",
@@ -24,6 +28,7 @@ __all__ = [
     "Curves",
     "Episodes",
     "Glyphs",
+    "ImageFolder",
     "MatrixDataModule",
     "RowSource",
     "Rows",
@@ -34,4 +39,5 @@ __all__ = [
     "SplitsDataModule",
     "TaskDataModule",
     "TaskDistribution",
+    "read_image",
 ]

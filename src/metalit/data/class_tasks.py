@@ -11,8 +11,9 @@ from torch import Tensor
 
 from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.class_scaling import class_scaling
+from metalit.data.class_splits import ClassPartition
 from metalit.data.classes import Classes, ClassSource
-from metalit.data.held_out import HeldOut, Partition
+from metalit.data.held_out import HeldOut
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
@@ -41,7 +42,9 @@ class ClassTasks(TaskDistribution):
     Args:
         source: where the classes come from.
         val, test: what is held out for validation and test: a fraction of the classes, or of their groups (0 for
-            none), a list of names of classes and groups, or a text file of names, one a line.
+            none), a list of names of classes and groups, or a file of names, one a line, or in a column ``label`` or
+            ``class`` of a CSV file.
+        train: such a list or file of what is trained on; all that is left if not given.
         split_seed: the seed of the split.
         rotations: whether quarter turns of a class are classes of their own, in the same split (Santoro et al. 2016).
 
@@ -53,6 +56,7 @@ class ClassTasks(TaskDistribution):
     source: ClassSource
     val: HeldOut = 0.2
     test: HeldOut = 0.2
+    train: str | Sequence[str | int] | None = None
     split_seed: int = 0
     rotations: bool = False
 
@@ -60,8 +64,8 @@ class ClassTasks(TaskDistribution):
         self._partition.check()
 
     @property
-    def _partition(self) -> Partition:
-        return Partition(self.val, self.test, self.split_seed, None, 0)
+    def _partition(self) -> ClassPartition:
+        return ClassPartition(self.train, self.val, self.test, self.split_seed)
 
     @property
     def columns(self) -> Columns:
@@ -167,22 +171,5 @@ class ClassTasks(TaskDistribution):
         shape = classes.values.shape[1:]
         if self.rotations and (len(shape) != 3 or shape[1] != shape[2]):
             raise InputError(f"data.tasks.rotations=true: examples are {list(shape)}, and only square images can turn")
-        splits = _split(classes, self._partition)
+        splits = self._partition.of(classes)
         return _Read(classes, splits, class_scaling(classes, splits["train"]))
-
-
-def _split(classes: Classes, partition: Partition) -> dict[Split, Tensor]:
-    """The numbers of the classes of each split: by group where there are groups."""
-    owner = "data.tasks.source"
-    if classes.groups is None:
-        chosen = partition.of(classes.names, owner)
-        member = {name: [number] for number, name in enumerate(classes.names)}
-    else:
-        chosen = partition.of(sorted(set(classes.groups)), owner)
-        member = {}
-        for number, group in enumerate(classes.groups):
-            member.setdefault(group, []).append(number)
-    return {
-        split: torch.tensor(sorted(number for name in names for number in member[name]), dtype=torch.int64)
-        for split, names in chosen.items()
-    }

@@ -19,7 +19,8 @@ class Classes(NamedTuple):
         start: ``[classes + 1]``
         rows: ``[examples]``
         values: ``[rows, channels, height, width]`` of images or ``[rows, inputs]`` of numbers; it may be a memory map.
-        groups: what each class is one of, as a character is of an alphabet; None where there are no such groups.
+        groups: what each class is one of, as a character is of an alphabet; its name is ``group/class`` then. None
+            where there are no such groups.
         columns: the names of the inputs, or of the channels.
     """
 
@@ -71,7 +72,7 @@ def _channels(count: int) -> list[str]:
     return known.get(count, [f"channel {number}" for number in range(count)])
 
 
-def class_numbers(labels: Sequence[str]) -> tuple[list[str], Tensor]:
+def class_numbers(labels: Sequence[str] | np.ndarray) -> tuple[list[str], Tensor]:
     """The different labels, sorted, and the number of each one's among them."""
     names, numbers = np.unique(np.asarray(labels), return_inverse=True)
     return [str(name) for name in names], torch.from_numpy(numbers.astype(np.int64))

@@ -1,7 +1,7 @@
 """Which tasks of a table are for training, validation and test."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -15,6 +15,27 @@ from metalit.keys import fold as folded
 from metalit.keys import permutation
 
 HeldOut = float | str | Sequence[str | int]
+
+
+def given_names(held: str | Sequence[str | int], owner: str, names: Container[str], kind: str) -> tuple[list[str], str]:
+    """The names that a list or a file of names holds, and what to call it in messages.
+
+    Args:
+        held: the list, or the file.
+        owner: the argument.
+        names: all that there are.
+        kind: what they are names of.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not isinstance(held, str):
+        return [str(name).strip() for name in held], owner
+    if held in names and not Path(held).exists():
+        raise InputError(f"{owner}={held!r} is no file of names; for a single {kind}, give a list: [{held}]")
+    check_file(held, owner)
+    lines = [line.strip() for line in read_text(held, owner).splitlines()]
+    return [line for line in lines if line], f"{owner}={held!r}"
 
 
 class Partition(NamedTuple):
@@ -91,14 +112,7 @@ class Partition(NamedTuple):
         held = getattr(self, split)
         if isinstance(held, int | float):
             return None
-        owner, given = f"data.tasks.{split}", held
-        if isinstance(held, str):
-            if held in names and not Path(held).exists():
-                raise InputError(f"{owner}={held!r} is no file of names; for a single task, give a list: [{held}]")
-            check_file(held, owner)
-            given = [line.strip() for line in read_text(held, owner).splitlines() if line.strip()]
-            owner = f"{owner}={held!r}"
-        given = [str(name).strip() for name in given]
+        given, owner = given_names(held, f"data.tasks.{split}", names, "task")
         unknown = [name for name in given if name not in set(names)]
         if unknown:
             near = nearest(unknown[0], names)
