@@ -19,12 +19,19 @@ and predict take the best one if none is named.
        metalit test --ckpt_path lightning_logs/sine_maml/version_0/checkpoints/best.ckpt    with that run's own config
        tensorboard --logdir lightning_logs                                watch
 
+Repeated:
+
+       metalit fit --config configs/sine_maml.yaml --seeds 5          five seeds, and the mean of their test scores
+       metalit reproduce lightning_logs/sine_maml/version_0           the same run again: are its weights the same bits?
+
        metalit fit --help        every option of a subcommand
+       --traceback               print the whole traceback of an error that nothing has foreseen
        metalit --version
 """
 
 import errno
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +43,13 @@ from metalit.cli.parent import end_with_first
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    2 for input that cannot be used, 1 for a loss that is NaN and for what the file system refuses, 130 for Ctrl-C, 143
-    where a signal stopped training, which is then saved.
+    2 for input that cannot be used, 1 for a loss that is NaN and for what the file system refuses, 3 for an error that
+    nothing has foreseen, 130 for Ctrl-C, 143 where a signal stopped training, which is then saved. ``reproduce`` ends
+    with 1 where the weights differ.
     """
     args = list(sys.argv[1:] if args is None else args)
+    whole = "--traceback" in args
+    args = [arg for arg in args if arg != "--traceback"]
     if not args or args[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if args else 2
@@ -55,9 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     status = 0
     try:
-        from metalit.cli.command_line import run
-
-        run(args)
+        status = _run(args)
     except InputError as error:
         status = _failed(f"error: {error}", 2)
     except NonFiniteError as error:
@@ -69,7 +77,30 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _failed(f"error: {explain(error)}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     except KeyboardInterrupt:
         status = _failed("interrupted", 130)
+    except Exception as error:  # nothing has foreseen it
+        from metalit.cli.unexpected import explain as explain_unexpected
+
+        if whole:
+            traceback.print_exc()
+        status = _failed(f"error: {explain_unexpected(error, args)}", 3)
     return status
+
+
+def _run(args: Sequence[str]) -> int:
+    from metalit.cli.command_line import run
+
+    if args[0] == "reproduce":
+        from metalit.cli.reproduce import reproduce
+
+        return 0 if reproduce(args[1:], run) else 1
+    from metalit.cli.seeds import fit_seeds, taken_out
+
+    seeds, args = taken_out(args)
+    if seeds is None:
+        run(args)
+    else:
+        fit_seeds(args, seeds, run)
+    return 0
 
 
 def _failed(line: str, status: int) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from metalit.errors import InputError
@@ -19,6 +18,7 @@ from metalit.locks import FolderLock
 from metalit.notices import show, warn
 
 _STARTED = "training has begun"
+_WHERE = "_metalit_where"
 
 
 def version_folder(checkpoint: Path, experiment: Path) -> str | None:
@@ -108,6 +108,12 @@ def run_folder(trainer: Trainer) -> Path | None:
     return folder
 
 
+def where_it_failed(error: BaseException) -> tuple[str, Path | None]:
+    """What was being done when an error was raised, in words, and in which run; nothing where no run was opened."""
+    found: tuple[str, Path | None] = vars(error).get(_WHERE, ("", None))
+    return found
+
+
 class RunFolder(Callback):
     """The folder of a run of the command line, ``<experiment>/version_N``: its own, and the same on all ranks.
 
@@ -156,8 +162,11 @@ class RunFolder(Callback):
             try:
                 yield
                 failed = False
-            except OSError as error:
-                error.filename = error.filename or str(folder)
+            except Exception as error:
+                if isinstance(error, OSError):
+                    error.filename = error.filename or str(folder)
+                doing = getattr(trainer.state.fn, "value", "the start")
+                vars(error)[_WHERE] = (f"in {doing} at outer step {trainer.global_step}", folder)
                 raise
             finally:
                 if is_new and not self.trained and (failed or trains):
@@ -265,36 +274,3 @@ class RunLogger(TensorBoardLogger):
         curves = {name: value for name, value in metrics.items() if not name.startswith("test/")}
         first = {f"loss/{split}": metrics[f"{split}/loss"] for split in ("train", "val") if f"{split}/loss" in metrics}
         super().log_metrics(curves | first, step)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes the configuration into the folder of the run, once its start is not refused any more."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write ``config.yaml``."""
-        self.save_config(trainer, pl_module, "fit")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``config_validate.yaml``."""
-        if trainer.state.fn == "validate" and self.config_filename == "config_validate.yaml":
-            self.save_config(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``config_test.yaml``."""
-        self.save_config(trainer, pl_module, "test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``config_predict.yaml``."""
-        self.save_config(trainer, pl_module, "predict")
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, once and on rank 0."""
-        folder = run_folder(trainer)
-        if trainer.is_global_zero and folder and not self.already_saved:
-            self.parser.save(
-                self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False
-            )
-        self.already_saved = True

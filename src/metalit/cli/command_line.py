@@ -17,12 +17,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
+from metalit.callbacks.record import RunRecord, SaveConfig
 from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
 from metalit.cli.arguments import check_values, origin, prepared
 from metalit.cli.factories import check_factories
 from metalit.cli.messages import explain, failed_constructor
 from metalit.cli.provenance import Stage, named_configs, on_purpose, with_own_config
+from metalit.cli.seeds import set_seeds
 from metalit.cli.short_names import class_names
 from metalit.cli.starting_point import compare, find_start
 from metalit.cli.trainer_parts import trainer_arguments, wants
@@ -33,7 +35,6 @@ from metalit.modules import MetaLearner
 from metalit.modules.base import OuterLearner
 from metalit.notices import say, show
 from metalit.private_lightning import fill_config_dump, parser_of, subcommand_parsers
-from metalit.runs import SaveConfig
 
 
 class MetalitCLI(LightningCLI):
@@ -43,7 +44,8 @@ class MetalitCLI(LightningCLI):
     LightningCLI's, a checkpoint's hyperparameters never override it.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], seed: int | None = None) -> None:
+        self._seed = seed
         self._args = with_own_config(args)
         if len(self._args) > len(args):
             say(f"with the configuration of the run, {named_configs(self._args)[0]}")
@@ -110,7 +112,10 @@ class MetalitCLI(LightningCLI):
             known = {key for sub in subcommand_parsers(self).values() for key in sub.get_defaults().keys()}  # noqa: SIM118
             explanation = explain(str(cause), known, class_names())
             raise InputError(f"{explanation}{origin(explanation.key, given) if explanation.key else ''}") from None
-        check_values(self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        check_values(config)
+        if self._seed is not None:
+            set_seeds(config, self._seed)
 
     @property
     def stage(self) -> Stage:
@@ -156,7 +161,7 @@ class MetalitCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         name = "config.yaml" if self.subcommand == "fit" else f"config_{self.subcommand}.yaml"
         self.save_config_kwargs["config_filename"] = name
-        kwargs |= trainer_arguments(config, self.start.run)
+        kwargs |= trainer_arguments(config, self.start.run, RunRecord(self._args, self.config_dump))
         keys = parser_of(self, self.stage).callback_keys
         keys[:] = [key for key in keys if wants(key, config)]
         if config.barebones:
@@ -170,7 +175,16 @@ class MetalitCLI(LightningCLI):
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, and say where everything is."""
+        """Train, and say where everything is.
+
+        Raises:
+            InputError: several seeds in several processes.
+        """
+        if self._seed is not None and self.trainer.world_size > 1:
+            raise InputError(
+                f"seeds: {self.trainer.world_size} processes would start each run; use one with "
+                "--trainer.devices=1, or run the seeds one by one with --seed_everything and --data.seed"
+            )
         train(self.trainer, self.start, **kwargs)
 
     def validate(self, **kwargs: Any) -> None:
@@ -203,8 +217,12 @@ class MetalitCLI(LightningCLI):
             self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
 
-def run(args: Sequence[str]) -> None:
-    """Run the command line with settings that suit a terminal.
+def run(args: Sequence[str], seed: int | None = None) -> Path | None:
+    """Run the command line with settings that suit a terminal; returns the folder of the run, if it has one.
+
+    Args:
+        args: the arguments.
+        seed: takes the place of every seed in the configuration.
 
     Raises:
         InputError: something that the user gave cannot be used.
@@ -228,7 +246,7 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            MetalitCLI(args)
+            return MetalitCLI(args, seed).start.run.folder
         except InputError:
             raise
         except MisconfigurationException as error:

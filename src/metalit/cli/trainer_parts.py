@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 
 from metalit.callbacks import Ending, PredictionWriter, Progress, ReportWriter, SignsOfLife, StopOnSignal
+from metalit.callbacks.record import RunRecord
 from metalit.runs import RunFolder, RunLogger
 
 _NOT_IN_BAREBONES = (
@@ -16,12 +17,13 @@ _NOT_IN_BAREBONES = (
 )
 
 
-def trainer_arguments(config: Namespace, run: RunFolder) -> dict[str, Any]:
+def trainer_arguments(config: Namespace, run: RunFolder, record: RunRecord) -> dict[str, Any]:
     """The Trainer's arguments beside what the configuration says; ``barebones`` leaves all of ours out.
 
     Args:
         config: the section ``trainer`` of the configuration.
         run: the folder of the run.
+        record: of the run.
     """
     if config.barebones:
         return dict.fromkeys(_NOT_IN_BAREBONES)
@@ -30,7 +32,7 @@ def trainer_arguments(config: Namespace, run: RunFolder) -> dict[str, Any]:
         found["logger"] = RunLogger(run)
     own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
     own = [callback for callback in own if callback is not None]
-    callbacks: list[Callback] = [ReportWriter(), PredictionWriter(), Ending()]
+    callbacks: list[Callback] = [ReportWriter(), PredictionWriter(), Ending(), record]
     if config.enable_checkpointing is not False:
         callbacks.append(StopOnSignal())
     if any(isinstance(callback, ProgressBar) for callback in own):
