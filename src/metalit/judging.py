@@ -80,6 +80,23 @@ def chosen(loss: nn.Module | None, prediction: Tensor, target: Tensor) -> Tensor
     return _of_two(loss, prediction, target) if _is_one_column(prediction) else prediction.argmax(1)
 
 
+def probabilities(loss: nn.Module | None, prediction: Tensor) -> Tensor | None:
+    """The probability of each class, ``[rows, classes]``; None where the criterion is not known to give any.
+
+    Args:
+        loss: the criterion; the cross-entropy if None. Log-probabilities of fewer classes than were trained count
+            among themselves.
+        prediction: ``[rows, classes]``, or one column of logits, of the second of two classes.
+
+    >>> probabilities(nn.BCEWithLogitsLoss(), torch.tensor([[0.0]]))
+    tensor([[0.5000, 0.5000]])
+    """
+    if isinstance(loss, nn.BCEWithLogitsLoss) and _is_one_column(prediction):
+        second = prediction.reshape(-1, 1).sigmoid()
+        return torch.cat([1 - second, second], 1)
+    return prediction.softmax(1) if loss is None or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else None
+
+
 def _is_one_column(prediction: Tensor) -> bool:
     return prediction.dim() == 1 or prediction.shape[1:].numel() == 1
 

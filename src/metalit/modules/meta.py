@@ -27,7 +27,7 @@ from metalit.hypergradients.tasks import for_each_task
 from metalit.inner.base import InnerOptimizer
 from metalit.inner.none import NoSteps
 from metalit.keys import fold
-from metalit.modules.adapted import AdaptingLearner
+from metalit.modules.adapting import AdaptingLearner
 from metalit.modules.first_task import first_of
 from metalit.problem import FewShotProblem, Task
 
