@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.base import Episodes, Split, TaskDistribution
+from metalit.data.class_baselines import class_baselines
 from metalit.data.class_scaling import class_scaling
 from metalit.data.class_splits import ClassPartition
 from metalit.data.classes import Classes, ClassSource
@@ -151,6 +152,10 @@ class ClassTasks(TaskDistribution):
         )
         assert tasks.classes is not None
         return Task(support, query, tasks.key.to(device), tasks.classes.to(device))
+
+    def baselines(self, tasks: Task) -> dict[str, Tensor]:
+        """Nearest neighbour, nearest class mean and logistic regression (:mod:`metalit.data.class_baselines`)."""
+        return class_baselines(tasks)
 
     def values(self, x: Tensor) -> Tensor:
         """The ``[tasks, rows, *shape]`` values of ``[tasks, rows]`` numbers of examples, in the user's units."""
