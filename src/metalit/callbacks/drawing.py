@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # a card of TensorBoard shows some 400 × 210 pixels: letters of 10 points are 10 pixels high there
-_WIDTH, _HEIGHT, _ROW, _DPI = 5.5, 3.0, 1.35, 160
+WIDTH, HEIGHT = 5.5, 3.0  # inches
+_ROW, _DPI = 1.35, 160
 _LONGEST = 40  # letters of a name
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # of Okabe and Ito: apart for the colour-blind too
 
@@ -73,7 +74,7 @@ def panels(count: int, across: int = 2) -> "tuple[Figure, list[Axes]]":
 
     across = min(across, count)
     down = -(-count // across)
-    figure = Figure(figsize=(_WIDTH, max(_HEIGHT, _ROW * down + 0.3)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(HEIGHT, _ROW * down + 0.3)), layout="constrained")
     places = [figure.add_subplot(down, across, place + 1) for place in range(count)]
     for axes in places:
         axes.tick_params(labelsize=8, pad=2)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from metalit.callbacks.drawing import COLOURS, Sketching, labelled, literal, panels, pixels, save_picture
+from metalit.callbacks.episodes import draw_episode
 from metalit.callbacks.tensorboard import tensorboards
 from metalit.data.base import Split, TaskDistribution
 from metalit.data.module import TaskDataModule
@@ -31,6 +32,8 @@ _MARKS = ".x+1*v"  # where there are no lines
 
 class FitFigures(Callback):
     """Draws a few fixed tasks at validations, for TensorBoard and as PNG files in ``figures/`` of the run.
+
+    Of tasks of classes of images the first is drawn: what its query images are taken for.
 
     Args:
         tasks: how many tasks; 0 for no pictures.
@@ -67,15 +70,19 @@ class FitFigures(Callback):
         if folder is None:
             return
         with self._sketching():
+            classes = data.tasks.class_names(split)
             count = min(self.tasks, data.tasks.count(split) or self.tasks)
             names = [data.tasks.name(split, index) for index in range(count)]
-            figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
+            if classes is not None:
+                figure = draw_episode(learner, data.pictured(split, 1), classes)
+            else:
+                figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
             if figure is None:
                 return
-            picture = pixels(figure)
+            picture, kind = pixels(figure), "fits" if classes is None else "episode"
             save_picture(picture, folder / "figures" / f"{split}.png")
             for logger in tensorboards(trainer):
-                logger.experiment.add_image(f"pictures/fits_{split}", picture, learner.outer_step, dataformats="HWC")
+                logger.experiment.add_image(f"pictures/{kind}_{split}", picture, learner.outer_step, dataformats="HWC")
 
 
 class _Fits(NamedTuple):
