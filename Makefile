@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/sine_maml.yaml
 WORKERS ?= 2
 
-.PHONY: help install fit examples compare bench test test-long test-cluster test-gpu lint tensorboard clean
+.PHONY: help install fit examples compare bench test test-long test-trust test-cluster test-gpu lint tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,13 @@ bench: install ## install what metalit is compared with, measure, and write benc
 	$(BIN)/python -m benchmarks
 
 test: install ## run the quick tests, those of a file in one of WORKERS processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -m "not long and not cluster and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -m "not long and not trust and not cluster and not gpu"
 
 test-long: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long
+
+test-trust: install ## kill runs, fill disks and feed nonsense for an hour, and print the counts
+	$(BIN)/python -m pytest -m trust tests/trust
 
 test-cluster: install ## run a job on a real SLURM of two nodes on this machine; needs root, slurm-wlm and munge
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster

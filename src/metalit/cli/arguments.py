@@ -14,11 +14,16 @@ from omegaconf import OmegaConf
 
 from metalit.cli.provenance import named_configs
 from metalit.errors import InputError
+from metalit.notices import warn
 
 # jsonargparse turns null two classes deep into the text 'None'; this becomes null once all is put together
 _NULL = "${oc.decode:null}"
 _THREADS = 256  # more may end the process where a machine has few CPUs
 _PROCESSES = 16  # each takes half a gigabyte
+_MOST = 2**31  # of anything that is counted but for steps of training: no memory or lifetime holds more
+_SEEDS = ("seed", "split_seed")
+# beyond these a run may be meant, and is likely to take for ever
+_LARGE = {"eval_steps": 10_000, "steps": 10_000, "tasks": 10**7, "shots": 10**5, "queries": 10**6, "ways": 10**4}
 
 
 def prepared(args: Sequence[str]) -> list[str]:
@@ -125,7 +130,7 @@ def check_values(config: Namespace) -> None:
 
     Raises:
         InputError: a seed out of range, far more threads or processes than the machine has CPUs, a number of more than
-            64 bits, null where there must be a value.
+            64 bits or of more than any machine can take, null where there must be a value.
     """
     for section in ("model", "data", "trainer"):
         _check(section, config.get(section))
@@ -149,8 +154,20 @@ def _check(key: str, value: Any) -> None:
             _check_arguments(key, class_path, value)
         for name, item in vars(value).items():
             _check(f"{key}.{name}", item)
-    elif isinstance(value, int) and abs(value) >= 2**63:
+    elif isinstance(value, int) and not isinstance(value, bool):
+        _check_count(key, value)
+
+
+def _check_count(key: str, value: int) -> None:
+    section, _, name = key.split(".", maxsplit=1)[0], *key.rpartition(".")[1:]
+    if abs(value) >= 2**63:
         raise InputError(f"{key}={value} must be a whole number below 2⁶³")
+    if section == "trainer" or name in _SEEDS:
+        return
+    if value >= _MOST:
+        raise InputError(f"{key}={value} is more than any machine can take; give a smaller number")
+    if value > _LARGE.get(name, value):
+        warn(f"{key}={value} is a very large number, and may take very long; is it meant?")
 
 
 def _check_arguments(key: str, class_path: str, arguments: Namespace) -> None:
