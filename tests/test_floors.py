@@ -17,12 +17,13 @@ FLOORS = {
     **dict.fromkeys(("problem", "inner", "compiling"), 2),
     **dict.fromkeys(("adapt", "scaled", "problems"), 3),
     **dict.fromkeys(("hypergradients", "data"), 4),
-    **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs"), 5),
+    **dict.fromkeys(("training", "checks", "evaluation", "modules", "callbacks", "runs", "checking"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 SAME_FLOOR = {
     *(("checks", "training"), ("__main__", "cli")),
     *(("modules", part) for part in ("training", "checks", "evaluation")),
+    *(("checking", part) for part in ("training", "modules", "callbacks")),
     *(("callbacks", part) for part in ("training", "checks", "evaluation", "modules", "runs")),
 }
 KNOW_LIGHTNING = {"data", "checkpoints", "notices", "private_lightning"}

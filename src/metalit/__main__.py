@@ -1,12 +1,13 @@
 """metalit: learning to learn on PyTorch Lightning.
 
 usage: metalit fit      --config configs/NAME.yaml [overrides]   train; logs go to lightning_logs/NAME/version_N
+       metalit check    --config configs/NAME.yaml [overrides]   is the gradient right, and which estimator is best?
        metalit validate --config configs/NAME.yaml [overrides]   errors on the validation tasks
        metalit test     --config configs/NAME.yaml [overrides]   the table of test errors, with 95 % intervals
        metalit predict  --config configs/NAME.yaml --data.predict_file points.csv
                                                                  adapt to your own points and predict
 
-One config serves all four. Any value of it can be overridden by its path, and several --config files are merged:
+One config serves all five. Any value of it can be overridden by its path, and several --config files are merged:
 
        metalit fit --config configs/sine_maml.yaml --trainer.max_steps 1000 --model.inner_optimizer.lr 0.02
        metalit fit --config configs/sine_maml.yaml --print_config        show every value, and stop
@@ -23,6 +24,12 @@ Repeated:
 
        metalit fit --config configs/sine_maml.yaml --seeds 5          five seeds, and the mean of their test scores
        metalit reproduce lightning_logs/sine_maml/version_0           the same run again: are its weights the same bits?
+
+A check takes the options of fit and trains nothing. In a minute at most it compares the outer gradient with finite
+differences, says how near each hypergradient is to the exact one and what it costs, what memory a step takes, and what
+is wrong, by name. --json prints one JSON object; the exit status is 1 where something is wrong.
+
+       metalit check --config configs/sine_maml.yaml
 
        metalit fit --help        every option of a subcommand
        --traceback               print the whole traceback of an error that nothing has foreseen
@@ -45,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     2 for input that cannot be used, 1 for a loss that is NaN and for what the file system refuses, 3 for an error that
     nothing has foreseen, 130 for Ctrl-C, 143 where a signal stopped training, which is then saved. ``reproduce`` ends
-    with 1 where the weights differ.
+    with 1 where the weights differ, ``check`` where something is wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
     whole = "--traceback" in args
@@ -87,6 +94,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str]) -> int:
+    if args[0] == "check":
+        from metalit.cli.checked import run_check
+
+        return run_check(args[1:])
     from metalit.cli.command_line import run
 
     if args[0] == "reproduce":

@@ -223,6 +223,16 @@ def run(args: Sequence[str], seed: int | None = None) -> Path | None:
     Args:
         args: the arguments.
         seed: takes the place of every seed in the configuration.
+    """
+    return built(args, seed).start.run.folder
+
+
+def built(args: Sequence[str], seed: int | None = None, cli: type[MetalitCLI] = MetalitCLI) -> MetalitCLI:
+    """The same; returns what was built and has run.
+
+    Args:
+        args, seed: as of :func:`run`.
+        cli: what runs them.
 
     Raises:
         InputError: something that the user gave cannot be used.
@@ -246,7 +256,7 @@ def run(args: Sequence[str], seed: int | None = None) -> Path | None:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            return MetalitCLI(args, seed).start.run.folder
+            return cli(args, seed)
         except InputError:
             raise
         except MisconfigurationException as error:

@@ -1,0 +1,50 @@
+"""``metalit check``: a configuration is built as for ``fit``, and looked at instead of trained."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, cast
+
+from metalit.checking import CheckReport, check
+from metalit.cli.command_line import MetalitCLI, built
+from metalit.modules.base import OuterLearner
+from metalit.notices import show
+
+_JSON = "--json"
+
+
+class CheckCLI(MetalitCLI):
+    """The command line of ``fit``, which checks its learner on the tasks of the first outer step, and writes nothing.
+
+    Attributes:
+        report: what was found.
+    """
+
+    report: CheckReport | None = None
+
+    def fit(self, **kwargs: Any) -> None:
+        """Check the learner, at the checkpoint that was named, if one was."""
+        learner = cast(OuterLearner, self.model)
+        self.trainer.precision_plugin.convert_module(learner)
+        if self.start.checkpoint:
+            learner.on_load_checkpoint(self.start.kept)
+            learner.load_state_dict(self.start.kept["state_dict"])
+        learner.to(self.trainer.strategy.root_device)
+        self.report = check(learner, self.datamodule)
+
+
+def run_check(args: Sequence[str]) -> int:
+    """Run it on the arguments of ``fit``, and ``--json`` for one JSON object in place of the report.
+
+    Returns:
+        The exit status: 1 where something is wrong.
+
+    Raises:
+        InputError: see :func:`metalit.cli.command_line.built`.
+    """
+    as_json = _JSON in args
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        cli = built(["fit", *(arg for arg in args if arg != _JSON)], cli=CheckCLI)
+    report = cast(CheckReport, cast(CheckCLI, cli).report)
+    show(report.as_json() if as_json else str(report))
+    return 0 if report.ok else 1
