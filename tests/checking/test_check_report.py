@@ -77,16 +77,16 @@ def test_it_is_one_json_object(report):
 
 
 def test_the_advice_names_what_is_cheaper_and_aligned():
-    class Row:
+    class Told:
         def __init__(self, name, seconds, cosine, peak=100):
             self.name, self.seconds, self.cosine, self.peak = name, seconds, cosine, peak
             self.adapts, self.invalid, self.told = True, "", []
 
-    own = Row("Unrolled", 2.1, 1.0)
-    assert advice([own, Row("FirstOrder", 1.0, 0.97)]) == "FirstOrder is 2.1 times as fast and 0.97 aligned"
-    assert advice([own, Row("FirstOrder", 1.0, 0.2)]).startswith("Unrolled is a good choice")
-    assert advice([own, Row("Recomputed", 4.2, 1.0, 20)]).startswith("Recomputed is as exact in 0.20 times the memory")
-    assert advice([Row("FirstOrder", 1.0, 0.4), own]).startswith("Unrolled is exact and takes 2.1 times as long")
+    own = Told("Unrolled", 2.1, 1.0)
+    assert advice([own, Told("FirstOrder", 1.0, 0.97)]) == "FirstOrder is 2.1 times as fast and 0.97 aligned"
+    assert advice([own, Told("FirstOrder", 1.0, 0.2)]).startswith("Unrolled is a good choice")
+    assert advice([own, Told("Recomputed", 4.2, 1.0, 20)]).startswith("Recomputed is as exact in 0.20 times the memory")
+    assert advice([Told("FirstOrder", 1.0, 0.4), own]).startswith("Unrolled is exact and takes 2.1 times as long")
 
 
 def test_memory_of_the_batch_is_extrapolated_from_few_tasks():
