@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness import ONE_THREAD, machine, say
 
-NAMES = ("meta_step", "family", "profile", "per_sample", "bilevel", "growth", "ranks", "startup")
+NAMES = ("meta_step", "family", "profile", "per_sample", "bilevel", "growth", "ranks", "startup", "class_memory")
 RESULTS = Path(__file__).parent / "results.md"
 _HEAD = """# Benchmarks
 

@@ -114,3 +114,5 @@ def test_rows_of_a_csv_are_examples_of_their_class(tmp_path):
     classes = CsvRows(file, "kind").read_classes()
     assert (classes.names, classes.columns) == (["x", "y"], ["a", "b"])
     assert by_class(classes)["x"].tolist() == [[1, 2], [5, 6]]
+    told(CsvRows(file, "kinds").read_classes, f"data.tasks.source.file={file!r}", "did you mean 'kind'?")
+    told(CsvRows(file, "kind", "a").read_classes, "data.tasks.source.x='a'")

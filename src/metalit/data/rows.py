@@ -47,7 +47,10 @@ class RowSource(ClassSource):
         Raises:
             InputError: it is not.
         """
-        rows = self.read()
+        try:
+            rows = self.read()
+        except InputError as error:
+            raise InputError(str(error).replace("data.rows", "data.tasks.source")) from None
         if not rows.classes:
             raise InputError(
                 f"data.tasks.source: {rows.target!r} is a real number; name a table whose target is a class"
