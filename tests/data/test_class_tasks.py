@@ -136,8 +136,24 @@ def test_a_class_with_too_few_examples_is_told():
     told(
         lambda: tasks.check("train", SIZE),
         "data.train: the class 'c4' has only 3 example(s), and shots=2 and queries=3 need 5 (2 such class(es) of 5)",
+        "data.tasks.skip_small=true",
     )
     tasks.check("train", Episodes(ways=3, shots=1, queries=2))
+
+
+def test_small_classes_are_left_out_where_that_is_asked_for():
+    tasks = ClassTasks(Told(counts=(6, 6, 4, 6, 3, 5)), val=["c2", "c3"], test=0, skip_small=True)
+    tasks.needs({"train": SIZE, "val": Episodes(shots=1, queries=3)})
+    with pytest.warns(UserWarning, match="1 of 6 classes have too few examples: 'c4'$"):
+        tasks.prepare()
+    assert (tasks.class_names("train"), tasks.class_names("val")) == (["c0", "c1", "c5"], ["c2", "c3"])
+    tasks.check("train", SIZE)
+    tasks.needs({"train": SIZE, "val": SIZE})
+    with pytest.warns(UserWarning, match="2 of 6 classes have too few examples: 'c4', 'c2'$"):
+        tasks.prepare()
+    assert tasks.class_names("val") == ["c3"]
+    tasks.needs({"train": SIZE, "val": Episodes(shots=5, queries=3)})
+    told(tasks.prepare, "skip_small=true leaves no class for val: none of 2 has 8 examples; lower data.val.shots")
 
 
 def test_all_queries_are_told():

@@ -1,9 +1,8 @@
 """Tasks of classes: N-way K-shot episodes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +18,11 @@ from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import distinct, fold
+from metalit.notices import warn
 from metalit.problem import Points, Task
 
 _WAYS = 5
 _TURNS = 4  # of a quarter each
-
-
-class _Read(NamedTuple):
-    classes: Classes
-    splits: dict[Split, Tensor]  # the numbers of the classes of each
-    scaling: Scaling
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class ClassTasks(TaskDistribution):
         train: such a list or file of what is trained on; all that is left if not given.
         split_seed: the seed of the split.
         rotations: whether quarter turns of a class are classes of their own, in the same split (Santoro et al. 2016).
+        skip_small: leave out classes with fewer examples than the shots and queries of their split.
 
     Raises:
         InputError: from :meth:`prepare` and :meth:`check`, with the way out: what the source raises; a class in two
@@ -60,6 +55,7 @@ class ClassTasks(TaskDistribution):
     train: str | Sequence[str | int] | None = None
     split_seed: int = 0
     rotations: bool = False
+    skip_small: bool = False
 
     def __post_init__(self) -> None:
         self._partition.check()
@@ -71,24 +67,32 @@ class ClassTasks(TaskDistribution):
     @property
     def columns(self) -> Columns:
         """The inputs, which are the channels of images, and the class."""
-        return Columns("task", self._read.classes.columns, ["class"])
+        return Columns("task", self._classes.columns, ["class"])
+
+    def needs(self, sizes: Mapping[Split, Episodes]) -> None:
+        """Leave out smaller classes, with ``skip_small``."""
+        least = {split: size.shots + (size.rows or 1) for split, size in sizes.items()}
+        if self.skip_small and self.__dict__.get("_least") != least:
+            self.__dict__.update(_least=least)
+            for found in ("_splits", "_scaling"):
+                self.__dict__.pop(found, None)
 
     def prepare(self) -> None:
         """Read the source."""
-        self._read  # noqa: B018
+        self._scaling  # noqa: B018
 
     def check(self, split: Split, size: Episodes) -> None:
         """There are enough classes, and enough examples of each."""
-        numbers = self._read.splits[split]
+        numbers = self._splits[split]
         ways, there_are = size.ways or _WAYS, len(numbers) * self._turns
         if not there_are:
             return
         if ways > there_are:
             raise InputError(
-                f"data.{split}.ways={ways}: only {there_are} class(es) are held out for {split}; lower the ways or "
+                f"data.{split}.ways={ways}: only {there_are} class(es) are for {split}; lower the ways or "
                 f"change data.tasks.{'val and data.tasks.test' if split == 'train' else split}"
             )
-        counts = self._read.classes.counts[numbers]
+        counts = self._classes.counts[numbers]
         fewest = int(counts.argmin())
         least = int(counts[fewest])
         if size.rows is None:
@@ -100,14 +104,14 @@ class ClassTasks(TaskDistribution):
         short = int((counts < needed).sum())
         if short:
             raise InputError(
-                f"data.{split}: the class {self._read.classes.names[int(numbers[fewest])]!r} has only {least} "
+                f"data.{split}: the class {self._classes.names[int(numbers[fewest])]!r} has only {least} "
                 f"example(s), and shots={size.shots} and queries={size.rows} need {needed} ({short} such class(es) of "
-                f"{len(counts)}): lower them or leave the class out"
+                f"{len(counts)}): lower them, or leave small classes out with data.tasks.skip_small=true"
             )
 
     def count(self, split: Split) -> int | None:
         """None, since tasks are drawn without an end, or 0 where no class is held out."""
-        return None if len(self._read.splits[split]) else 0
+        return None if len(self._splits[split]) else 0
 
     def input_shape(self) -> Sequence[int]:
         """That of the source."""
@@ -115,12 +119,12 @@ class ClassTasks(TaskDistribution):
 
     def class_names(self, split: Split) -> Sequence[str]:
         """The names of the classes of a split, those that are turned after all that are not."""
-        names = [self._read.classes.names[number] for number in self._read.splits[split].tolist()]
+        names = [self._classes.names[number] for number in self._splits[split].tolist()]
         return [*names, *(f"{name} {90 * turn}°" for turn in range(1, self._turns) for name in names)]
 
     def scaling(self) -> Scaling:
         """The scaling of the training classes."""
-        return self._read.scaling
+        return self._scaling
 
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Return 5-way tasks of this size; see :meth:`of_size`."""
@@ -130,7 +134,7 @@ class ClassTasks(TaskDistribution):
         """Draw classes, and examples of each: x are ``[tasks, rows]`` numbers of examples, class by class."""
         assert size.rows is not None
         ways, shots, each = size.ways or _WAYS, size.shots, size.shots + size.rows
-        classes, numbers = self._read.classes, self._read.splits[split]
+        classes, numbers = self._classes, self._splits[split]
         chosen = distinct(fold(key, 0), ways, len(numbers) * self._turns)
         which = numbers[chosen % len(numbers)]
         keys = fold(fold(key, 1).unsqueeze(-1), torch.arange(ways))
@@ -159,7 +163,7 @@ class ClassTasks(TaskDistribution):
 
     def values(self, x: Tensor) -> Tensor:
         """The ``[tasks, rows, *shape]`` values of ``[tasks, rows]`` numbers of examples, in the user's units."""
-        values = self._read.classes.values
+        values = self._classes.values
         turn, row = x.numpy() // len(values), x.numpy() % len(values)
         gathered = np.ascontiguousarray(values[row])
         for quarter in range(1, self._turns):
@@ -171,10 +175,33 @@ class ClassTasks(TaskDistribution):
         return _TURNS if self.rotations else 1
 
     @cached_property
-    def _read(self) -> _Read:
+    def _classes(self) -> Classes:
         classes = self.source.read_classes()
         shape = classes.values.shape[1:]
         if self.rotations and (len(shape) != 3 or shape[1] != shape[2]):
             raise InputError(f"data.tasks.rotations=true: examples are {list(shape)}, and only square images can turn")
-        splits = self._partition.of(classes)
-        return _Read(classes, splits, class_scaling(classes, splits["train"]))
+        return classes
+
+    @cached_property
+    def _splits(self) -> dict[Split, Tensor]:
+        """The numbers of the classes of each split."""
+        splits = self._partition.of(self._classes)
+        if not self.skip_small:
+            return splits
+        least, counts = self.__dict__.get("_least", {}), self._classes.counts
+        kept = {split: numbers[counts[numbers] >= least.get(split, 0)] for split, numbers in splits.items()}
+        emptied = next((split for split in splits if len(splits[split]) and not len(kept[split])), None)
+        if emptied:
+            raise InputError(
+                f"data.tasks.skip_small=true leaves no class for {emptied}: none of {len(splits[emptied])} has "
+                f"{least[emptied]} examples; lower data.{emptied}.shots or data.{emptied}.queries"
+            )
+        small = [int(number) for split in splits for number in splits[split] if number not in kept[split]]
+        if small:
+            some = ", ".join(repr(self._classes.names[number]) for number in small[:5]) + ", …" * (len(small) > 5)
+            warn(f"data.tasks.skip_small=true: {len(small)} of {len(counts)} classes have too few examples: {some}")
+        return kept
+
+    @cached_property
+    def _scaling(self) -> Scaling:
+        return class_scaling(self._classes, self._splits["train"])
