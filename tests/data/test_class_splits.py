@@ -43,6 +43,14 @@ def test_fractions_are_of_groups_where_there_are_some():
     assert sorted(found.values()) == ["0358", "1469", "27"]
 
 
+def test_a_fraction_of_groups_is_about_one_of_the_classes():
+    groups = ("large",) * 6 + tuple("abcd")
+    for seed in range(5):
+        found = held(groups, val=0.2, test=0.2, split_seed=seed)
+        assert (found["train"], sorted(found["val"] + found["test"])) == ("012345", list("6789"))
+        assert len(found["val"]) == 2
+
+
 def test_the_name_of_a_group_stands_for_its_classes():
     assert held(GROUPS, val=["a"], test=["b/c1", "c/c7"]) == {"train": "2469", "val": "0358", "test": "17"}
     # a group that is named in part has no share in fractions

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from metalit.data import ClassTasks, Episodes, Glyphs, SklearnTable, TaskDataModule
+from metalit.data import ClassTasks, Episodes, Glyphs, SklearnTable, TaskDataModule, class_scaling
 
 CPU = torch.device("cpu")
 SIZE = Episodes(ways=3, shots=2, queries=3)
@@ -88,6 +88,16 @@ def test_values_are_normalised_by_the_training_classes_alone():
     raw = tasks.values(drawn.query.x)
     assert raw.dtype == torch.uint8
     assert_close(scaling.restore_x(loaded.query.x), raw.double())
+
+
+def test_of_very_many_examples_some_are_taken_evenly(monkeypatch):
+    source = Told(counts=(5, 5), dtype="float64")
+    monkeypatch.setattr(class_scaling, "_MOST_BYTES", 10 * 4 * 8 - 1)
+    monkeypatch.setattr(class_scaling, "_BLOCK_BYTES", 2 * 4 * 8)
+    kept = source.read_classes().values[::2]
+    scaling = prepared(source, val=0, test=0).scaling()
+    assert scaling.x_mean == pytest.approx([kept.mean()], rel=1e-12)
+    assert scaling.x_std == pytest.approx([kept.std()], rel=1e-12)
 
 
 def test_rows_of_numbers_are_classes_too():

@@ -9,10 +9,13 @@ from metalit.data.classes import Classes
 from metalit.data.scaling import Scaling
 
 _BLOCK_BYTES = 2**24
+_MOST_BYTES = 2**30
 
 
 def class_scaling(classes: Classes, numbers: Tensor) -> Scaling:
     """The mean and standard deviation of each channel, or input, over the examples of some classes.
+
+    Of more than a GiB, every second or third and so on is taken.
 
     Args:
         classes: all of them.
@@ -37,5 +40,6 @@ def _examples(classes: Classes, numbers: Tensor) -> Iterator[np.ndarray]:
     rows = np.concatenate([classes.rows[classes.start[n] : classes.start[n + 1]].numpy() for n in numbers.tolist()])
     size = max(1, _BLOCK_BYTES // max(1, int(np.prod(classes.values.shape[1:])) * 8))
     rows.sort()  # as they lie on the disk
+    rows = rows[:: 1 + len(rows) * classes.values[0].nbytes // _MOST_BYTES]
     for first in range(0, len(rows), size):
         yield rows[first : first + size]

@@ -20,7 +20,7 @@ _TURN = re.compile(r"/rot\d+$")  # the lists of Omniglot name each quarter turn
 
 
 class ClassPartition(NamedTuple):
-    """Classes are split by name, whole; where there are groups, fractions take whole groups.
+    """Classes are split by name, whole; where there are groups, a fraction of the classes is made of whole groups.
 
     ``val`` and ``test`` are a fraction, a list of names, or a file of names, one a line or in a column ``label`` or
     ``class`` of a CSV file. ``train`` is such a list or file, or None for all that is left. A name is that of a class
@@ -72,9 +72,9 @@ class ClassPartition(NamedTuple):
         held_out: tuple[Split, Split] = ("test", "val")
         for split in held_out:
             if split not in named:
-                count = round(len(units) * getattr(self, split))
-                named[split] = [number for unit in rest[:count] for number in unit]
-                rest = rest[count:]
+                chosen = _nearest(rest, getattr(self, split) * len(classes.names))
+                named[split] = [number for unit in chosen for number in unit]
+                rest = [unit for unit in rest if unit not in chosen]
         left = {number for unit in units for number in unit} - {*named["val"], *named["test"]}
         named.setdefault("train", [*left])
         wanted = ["train", *(split for split in held_out if getattr(self, split))]
@@ -88,11 +88,22 @@ class ClassPartition(NamedTuple):
 
 
 def _units(classes: Classes) -> list[list[int]]:
-    """What fractions are counted in: the classes, or the groups with their classes, by name."""
+    """What fractions are made of: the classes, or the groups with their classes, by name."""
     groups: dict[str, list[int]] = {}
     for number, group in enumerate(classes.names if classes.groups is None else classes.groups):
         groups.setdefault(group, []).append(number)
     return [groups[name] for name in sorted(groups)]
+
+
+def _nearest(units: Sequence[list[int]], goal: float) -> list[list[int]]:
+    """The first units, but those too large, that have about so many classes together."""
+    chosen: list[list[int]] = []
+    total = 0
+    for unit in units:
+        if abs(total + len(unit) - goal) < abs(total - goal):
+            chosen.append(unit)
+            total += len(unit)
+    return chosen
 
 
 def _places(names: Sequence[str]) -> list[dict[str, list[int]]]:

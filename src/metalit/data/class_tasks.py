@@ -36,9 +36,9 @@ class ClassTasks(TaskDistribution):
 
     Args:
         source: where the classes come from.
-        val, test: what is held out for validation and test: a fraction of the classes, or of their groups (0 for
-            none), a list of names of classes and groups, or a file of names, one a line, or in a column ``label`` or
-            ``class`` of a CSV file.
+        val, test: what is held out for validation and test: a fraction of the classes (0 for none), about which is
+            made of whole groups where there are some; a list of names of classes and groups; or a file of names, one
+            a line, or in a column ``label`` or ``class`` of a CSV file.
         train: such a list or file of what is trained on; all that is left if not given.
         split_seed: the seed of the split.
         rotations: whether quarter turns of a class are classes of their own, in the same split (Santoro et al. 2016).
