@@ -145,7 +145,8 @@ def _killed_once(case: Case, root: Path, draw: random.Random) -> tuple[str, list
 
 def left_by(root: Path) -> dict[str, Any]:
     """All that a run leaves and that counts: by name, tensors and plain values."""
-    (folder,) = root.glob("lightning_logs/*/version_*")
+    # what is killed before it has saved anything begins anew, in a folder of its own
+    folder = max(root.glob("lightning_logs/*/version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     found: dict[str, Any] = {"parts of files": [str(path) for path in folder.rglob("*.part")]}
     for name in ("last", "best"):
         path = folder / f"checkpoints/{name}.ckpt"

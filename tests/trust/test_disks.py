@@ -1,0 +1,88 @@
+"""Disks that fill up, or can no longer be written: one line, the last checkpoint whole, and then the run goes on."""
+
+import os
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from forks import ended, start_ranks
+from kills import CASES, left_by, undisturbed
+
+from metalit.__main__ import main
+from metalit.checkpoints import read_checkpoint
+
+pytestmark = pytest.mark.trust
+TIMES = int(os.environ.get("METALIT_DISKS", "5"))
+BY_NAME = {case.name: case for case in CASES}
+
+
+@dataclass
+class Disks:
+    """How often a disk failed, and what was lost."""
+
+    failed: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def __add__(self, other: "Disks") -> "Disks":
+        return Disks(self.failed + other.failed, [*self.faults, *other.faults])
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.failed.items()))
+        return f"{self.failed.total()} failures of the disk ({kinds}); {len(self.faults)} lost, differing or not told"
+
+
+def _mount(*arguments: str) -> bool:
+    return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not _mount("-t", "tmpfs", "-o", "size=64M", "tmpfs", str(place)):
+        pytest.skip("mounting a disk of its own needs the rights of root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+@pytest.mark.parametrize("name", ["meta", "bilevel", "supervised", "matrix"])
+def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
+    case, draw, done = BY_NAME[name], random.Random(f"{name} {kind}"), Disks()
+    expected = undisturbed(case, tmp_path / "whole")
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    log = tmp_path / "log"
+    for _ in range(TIMES):
+        if kind == "full":
+            _mount("-o", f"remount,size={4096 * (1 + draw.randrange(size // 4096))}", str(disk))
+        ranks = start_ranks(1, log, main, case.command(disk))
+        if kind == "read-only":
+            time.sleep(draw.uniform(0.3, 2.5))
+            _mount("-o", "remount,ro", str(disk))
+        (status,) = ended(ranks, 120)
+        told = [line for line in log.read_text().splitlines() if line.startswith("metalit: error: ")]
+        _mount("-o", "remount,rw,size=64M", str(disk))
+        if status:
+            done.failed[kind] += 1
+            words = "No space left on device" if kind == "full" else "Read-only file system"
+            fine = status in (1, 2) and len(told) == 1 and "Traceback" not in log.read_text()
+            # a folder that cannot be made is named with what the system says, too
+            if not (fine and (words in told[0] or words.lower() in told[0].lower())):
+                done.faults.append(f"{name}, {kind}: status {status}: {log.read_text()[-1500:]}")
+        log.unlink()
+        for saved in disk.rglob("*.ckpt"):
+            read_checkpoint(saved)
+    (status,) = ended(start_ranks(1, log, main, case.command(disk)), 300)
+    assert status == 0, log.read_text()
+    found = left_by(disk)
+    for key in expected:
+        if key.startswith(("last", "best", "file")) and str(expected[key]) != str(found.get(key)):
+            done.faults.append(f"{name}, {kind}: {key} is {found.get(key)!r:.200}, not {expected[key]!r:.200}")
+    trust("disks", done)
+    assert not done.faults, "\n".join(done.faults)
