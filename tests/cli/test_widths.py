@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import Namespace
 
 from metalit.cli.widths import fill_widths
-from metalit.data import Sine
+from metalit.data import ImageFolder, Sine
 from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
 
@@ -111,8 +111,9 @@ def of_pictures(network, problem="Prototypes", tasks="Pictures", **ways):
     """A config of a network, its numbers left out, on tasks of classes."""
     network = Namespace(class_path=f"metalit.networks.{network[0]}", init_args=Namespace(network[1]))
     problem = Namespace(class_path=f"metalit.problems.{problem}", init_args=Namespace(network=network))
-    where = "metalit.data.Sine" if tasks == "Sine" else f"{__name__}.{tasks}"
-    data = Namespace(tasks=Namespace(class_path=where), **{k: Namespace(ways=v) for k, v in ways.items()})
+    if isinstance(tasks, str):
+        tasks = Namespace(class_path="metalit.data.Sine" if tasks == "Sine" else f"{__name__}.{tasks}")
+    data = Namespace(tasks=tasks, **{k: Namespace(ways=v) for k, v in ways.items()})
     config = Namespace(model=Namespace(init_args=Namespace(problem=problem)), data=Namespace(init_args=data))
     fill_widths(config)
     return vars(network["init_args"])
@@ -126,6 +127,13 @@ def test_a_network_of_images_has_their_channels_and_size_and_the_classes_of_a_ta
     same = {"train": 7, "val": 7, "test": 7}
     assert of_pictures(CONV4, "FewShot", **same) == {"channels": 2, "size": [20, 30], "ways": 7}
     assert of_pictures(("MLP", {"sizes": ["auto", 9, "auto"]}), "FewShot") == {"sizes": [1200, 9, 5]}
+
+
+def test_no_image_is_read_to_know_their_size(monkeypatch):
+    monkeypatch.setattr(ImageFolder, "read_classes", None)
+    source = Namespace(class_path="metalit.data.ImageFolder", init_args=Namespace(folder="pictures", size=32))
+    tasks = Namespace(class_path="metalit.data.ClassTasks", init_args=Namespace(source=source))
+    assert of_pictures(CONV4, tasks=tasks) == {"channels": 3, "size": [32, 32], "ways": 5}
 
 
 def test_an_output_for_each_class_takes_one_number_of_them():

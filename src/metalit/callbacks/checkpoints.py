@@ -49,7 +49,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Choose the metric by the data, where none was given."""
         data = trainer.datamodule
         if self._by_data and stage != "predict" and isinstance(data, TaskDataModule):
-            monitor = _LOSS if data.tasks.class_names("val") is None else _ACCURACY
+            monitor = _ACCURACY if data.tasks.of_classes else _LOSS
             if monitor != self.monitor:
                 self.monitor, self.mode = monitor, mode_of(monitor, None, "best_checkpoint")
                 self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)

@@ -118,7 +118,7 @@ def _numbers(data: Any, path: str) -> dict[str, Any]:
         tasks = _made(TaskDistribution, given["tasks"])
         shape = list(tasks.input_shape())
         images = {"channels": shape[0], "size": shape[1:]} if len(shape) == 3 else {}
-        if tasks.class_names("train") is None:
+        if not tasks.of_classes:
             return {"inputs": math.prod(shape), "outputs": len(tasks.columns.y), **images}
         ways = _ways(given)["train"]
         return {"inputs": math.prod(shape), "outputs": ways, "ways": ways, **images}

@@ -134,6 +134,11 @@ class TaskDistribution(ABC):
         """
         return None
 
+    @property
+    def of_classes(self) -> bool:
+        """Whether tasks are of classes; known before anything is read, where that takes long."""
+        return self.class_names("train") is not None
+
     def scaling(self) -> Scaling:
         """How the user's units were normalised."""
         columns = self.columns

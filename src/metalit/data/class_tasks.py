@@ -117,6 +117,11 @@ class ClassTasks(TaskDistribution):
         """That of the source."""
         return self.source.shape()
 
+    @property
+    def of_classes(self) -> bool:
+        """They are."""
+        return True
+
     def class_names(self, split: Split) -> Sequence[str]:
         """The names of the classes of a split, those that are turned after all that are not."""
         names = [self._classes.names[number] for number in self._splits[split].tolist()]

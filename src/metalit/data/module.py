@@ -131,7 +131,7 @@ class TaskDataModule(StreamDataModule):
         """The first tasks of a split, with enough query points to draw the truth by."""
         index = torch.arange(count)
         size = self.episodes[split]
-        if self.tasks.class_names(split) is None:
+        if not self.tasks.of_classes:
             size = replace(size, queries=_PICTURED_QUERIES if self.tasks.count(split) is None else "all")
         tasks = self.tasks.of_size(split, index, task_keys(self.seed, split, index), size)
         return self.tasks.load(tasks, torch.device("cpu"))
