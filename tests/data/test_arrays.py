@@ -57,8 +57,9 @@ def test_numbers_of_classes_are_sorted_as_numbers(tmp_path):
 )
 def test_forms_of_examples(tmp_path, shape, wanted):
     x = np.random.default_rng(0).normal(size=shape)
-    values = Arrays(saved(tmp_path, x=x, y=Y)).read_classes().values
-    assert values.shape == wanted
+    source = Arrays(saved(tmp_path, x=x, y=Y))
+    values = source.read_classes().values
+    assert (values.shape, source.shape()) == (wanted, wanted[1:])
     assert np.array_equal(values, np.moveaxis(x, -1, 1).reshape(wanted) if shape[-1] in (1, 3) else x.reshape(wanted))
 
 

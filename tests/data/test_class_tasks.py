@@ -90,6 +90,16 @@ def test_values_are_normalised_by_the_training_classes_alone():
     assert_close(scaling.restore_x(loaded.query.x), raw.double())
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", ">i2", "int64", "float16", ">f4", "longdouble"])
+def test_values_of_any_type_are_normalised(dtype):
+    source = Told(counts=(6, 6), dtype=dtype)
+    tasks = prepared(source, val=0, test=0)
+    drawn = episodes(tasks, "train", range(2), Episodes(ways=2, shots=1, queries=2))
+    restored = tasks.scaling().restore_x(tasks.load(drawn, CPU).query.x)
+    expected = torch.from_numpy(source.read_classes().values.astype("float64"))[drawn.query.x]
+    assert_close(restored, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_of_very_many_examples_some_are_taken_evenly(monkeypatch):
     source = Told(counts=(5, 5), dtype="float64")
     monkeypatch.setattr(class_scaling, "_MOST_BYTES", 10 * 4 * 8 - 1)

@@ -1,6 +1,7 @@
 """Classes from arrays of NumPy."""
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,10 @@ class Arrays(ClassSource):
             raise InputError(f"{owner}: x has {len(x)} example(s) and y has {len(y)}; each example has one class")
         names, numbers = class_numbers(class_labels(y, owner))
         return Classes.of(names, numbers, example_values(x, owner))
+
+    def shape(self) -> Sequence[int]:
+        """That of x, whose numbers are not looked at."""
+        return _formed(self._opened()[0], f"{_OWNER}={shown(self.file)}").shape[1:]
 
     def _opened(self) -> tuple[np.ndarray, np.ndarray]:
         found = load_array(self.file, _OWNER)
@@ -108,6 +113,16 @@ def example_values(x: np.ndarray, owner: str) -> np.ndarray:
     Raises:
         InputError: they are of another form, or no such numbers.
     """
+    values = _formed(x, owner)
+    size = max(1, _BLOCK_BYTES // max(1, x[0].nbytes))
+    for first in range(0, len(x) if x.dtype.kind == "f" else 0, size):
+        bad = ~np.isfinite(x[first : first + size]).reshape(len(x[first : first + size]), -1).all(1)
+        if bad.any():
+            raise InputError(f"{owner}: example {first + int(bad.argmax())} of x holds a number that is not finite")
+    return values
+
+
+def _formed(x: np.ndarray, owner: str) -> np.ndarray:
     if x.dtype.kind not in "biuf":
         raise InputError(f"{owner}: x is of {x.dtype}; it must hold numbers")
     if not (2 <= x.ndim <= 4 and x.size):
@@ -115,11 +130,6 @@ def example_values(x: np.ndarray, owner: str) -> np.ndarray:
             f"{owner}: x is {list(x.shape)}; it must be [examples, height, width], [examples, channels, height, width] "
             "or [examples, inputs]"
         )
-    size = max(1, _BLOCK_BYTES // max(1, x[0].nbytes))
-    for first in range(0, len(x) if x.dtype.kind == "f" else 0, size):
-        bad = ~np.isfinite(x[first : first + size]).reshape(len(x[first : first + size]), -1).all(1)
-        if bad.any():
-            raise InputError(f"{owner}: example {first + int(bad.argmax())} of x holds a number that is not finite")
     if x.ndim == 3:
         return x[:, None]
     last = x.ndim == 4 and x.shape[3] in _CHANNELS and x.shape[1] not in _CHANNELS
