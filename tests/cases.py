@@ -14,12 +14,17 @@ from derivatives import (
     Derivatives,
     OfBayesianHead,
     OfBowl,
+    OfClassifier,
     OfCleaning,
     OfLogistic,
     OfLowRank,
+    OfMatching,
     OfNeuralProcess,
+    OfProtoMAML,
+    OfPrototypes,
     OfRegression,
     OfRidge,
+    OfRidgeClasses,
     OfRidgeHead,
     OfThetaPhi,
 )
@@ -51,7 +56,10 @@ from metalit.problems import (
     FewShot,
     Logistic,
     LowRank,
+    Matching,
     NeuralProcess,
+    ProtoMAML,
+    Prototypes,
     Ridge,
     RidgeHead,
     ThetaPhi,
@@ -69,6 +77,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def task_at(tasks: Any, index: int) -> Any:
     """One task of a batch."""
     return pytree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tasks)
+
+
+def each_of(tasks: Any) -> Any:
+    """``in_dims`` of ``vmap`` over a batch of tasks, whatever they leave out."""
+    return pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
 
 
 class BowlTask(NamedTuple):
@@ -92,6 +105,18 @@ def regression_tasks(inputs: int, outputs: int, ragged: bool = False, count: int
         return Points(x, y, real if ragged else None)
 
     return Task(points(5, 10), points(7, 20), torch.arange(count))
+
+
+def class_tasks(inputs: int, ways: int, ragged: bool = False, count: int = 3) -> Task:
+    """Tasks of classes with two support and three query rows of each, of noise; ``ragged`` ones have padded rows."""
+
+    def points(rows: int, seed: int) -> Points:
+        real = torch.arange(rows) < torch.arange(rows - count + 1, rows + 1)[:, None]
+        y = (torch.arange(rows) % ways).expand(count, -1)
+        return Points(draw(count, rows, inputs, seed=seed), y, real if ragged else None)
+
+    classes = torch.arange(ways).expand(count, -1)
+    return Task(points(2 * ways, 80), points(3 * ways, 81), torch.arange(count), classes)
 
 
 def tables(columns: int, classes: int = 0, count: int = 3) -> Splits:
@@ -169,6 +194,7 @@ class Posed(NamedTuple):
 
 
 _KEYS = torch.arange(3)
+_C23, _RAGGED_C23 = class_tasks(2, 3), class_tasks(2, 3, ragged=True)
 _R21, _R32, _RAGGED = regression_tasks(2, 1), regression_tasks(3, 2), regression_tasks(2, 1, ragged=True)
 
 PROBLEMS = {
@@ -222,6 +248,19 @@ PROBLEMS = {
     "NeuralProcess, attention": Posed(
         _drawn(NeuralProcess(2, 1, 3, 1, True, "Tanh", 0.1), 9), _RAGGED, 0.1, OfNeuralProcess
     ),
+    "MAML, classes": Posed(FewShot(linear(2, 3)), _RAGGED_C23, 0.3, OfClassifier),
+    "ProtoMAML": Posed(ProtoMAML(linear(2, 2)), _C23, 0.05, OfProtoMAML),
+    "ProtoMAML, ragged": Posed(ProtoMAML(linear(2, 3)), _RAGGED_C23, 0.05, OfProtoMAML),
+    "Prototypes": Posed(Prototypes(linear(2, 2)), _C23, 0.05, OfPrototypes),
+    "Prototypes, ragged": Posed(Prototypes(linear(2, 4)), _RAGGED_C23, 0.05, OfPrototypes),
+    "Matching": Posed(Matching(linear(2, 2)), _C23, 0.1, OfMatching),
+    "Matching, ragged": Posed(Matching(linear(2, 3)), _RAGGED_C23, 0.1, OfMatching),
+    "RidgeHead, classes": Posed(
+        _drawn(RidgeHead(linear(2, 2), intercept=True, classes=True), 9), _RAGGED_C23, 0.1, OfRidgeClasses
+    ),
+    "RidgeHead, classes, no intercept": Posed(
+        _drawn(RidgeHead(linear(2, 7), classes=True), 9), _C23, 0.1, OfRidgeClasses
+    ),
 }
 
 ESTIMATORS = {
@@ -269,7 +308,13 @@ _LEARN = {"MetaSGD", "Nesterov, learned", "AdamW, learned", "MetaCurvature", "AL
 
 # which pairs are not valid, and why
 
-_INIT_ALONE = {name for name in PROBLEMS if name.startswith("bowl")} | {"MAML", "MAML, ragged"}
+_INIT_ALONE = {name for name in PROBLEMS if name.startswith("bowl")} | {
+    "MAML",
+    "MAML, ragged",
+    "MAML, classes",
+    "ProtoMAML",
+    "ProtoMAML, ragged",
+}
 _INNER_LOSS_ALONE = {name for name in PROBLEMS if name.split()[0].strip(",") in ("Ridge", "Logistic", "Cleaning")}
 _OUTER_LOSS_ALONE = {"LowRank"}
 
@@ -282,7 +327,7 @@ NO_PATH = {
     "Reptile": _INNER_LOSS_ALONE | _OUTER_LOSS_ALONE,
 }
 # what init alone adapts: a step is valid, and by hand there is none
-_WITHOUT_STEPS = {name for name in PROBLEMS if name.startswith(("BayesianHead", "NeuralProcess"))}
+_WITHOUT_STEPS = {name for name in PROBLEMS if name.startswith(("BayesianHead", "NeuralProcess", "Matching"))}
 NOT_WITH = {
     "FirstOrder": {"Newton"},
     "Direct": _LEARN,
@@ -302,13 +347,19 @@ _OTHERWISE = (
     "RidgeHead",
     "BayesianHead",
     "NeuralProcess",
+    "ProtoMAML",
+    "Prototypes",
+    "Matching",
 )
 # Reptile moves the outer variable to the inner one, and its minibatches are of support and query
 _SHAPED_OTHERWISE = {name for name in PROBLEMS if name.startswith(_OTHERWISE)}
 _NO_TASK = {name for name in PROBLEMS if name.startswith(("bowl", "iMAML in"))}
 NOT_ON = {"Reptile": _SHAPED_OTHERWISE, "Reptile, minibatches": _SHAPED_OTHERWISE | _NO_TASK}
 # valid, but only to O(ε²) where the inner gradient is not linear in θ; test_finite_difference.py holds them
-_CURVED = {name for name in PROBLEMS if name.startswith(("Logistic", "Cleaning"))}
+_NOT_QUADRATIC = ("Logistic", "Cleaning", "MAML, classes", "ProtoMAML", "Prototypes")
+_CURVED = {name for name in PROBLEMS if name.startswith(_NOT_QUADRATIC)}
+# whose Hessian has eigenvalues of both signs, for which CG and Nyström are not made
+_SADDLES = {name for name in PROBLEMS if name.startswith("Prototypes")}
 
 
 @dataclass(frozen=True)
@@ -380,7 +431,9 @@ def is_valid(case: Case) -> bool:
 
 
 def is_exact(case: Case) -> bool:
-    return not (isinstance(case.hypergradient, FiniteDifference) and case.problem_name in _CURVED)
+    if isinstance(case.hypergradient, FiniteDifference):
+        return case.problem_name not in _CURVED
+    return not (case.problem_name in _SADDLES and isinstance(getattr(case.hypergradient, "solver", None), CG | Nystrom))
 
 
 _WITH_EVERY_OPTIMIZER = {"ThetaPhi", "CAVIA, all adapts"}

@@ -392,6 +392,54 @@ class OfRidgeHead(Derivatives):
         return E.square().mean(), 2 / E.numel() * (M.T @ E).flatten(), 2 / E.numel() * by_phi
 
 
+class OfRidgeClasses(OfRidgeHead):
+    """The same of one-hot y, judged by the cross-entropy of z = αMT + β; φ = (log λ, α, β, A, c)."""
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.classes, self.y = len(task.classes), self.query.y
+        self.support, self.query = (
+            Points(part.x, one_hot(part.y, self.classes).to(part.x.dtype)) for part in (self.support, self.query)
+        )
+
+    def _without(self, phi: Tensor) -> Tensor:
+        return torch.cat([phi[:1], phi[3:]])
+
+    def _with(self, found: Tensor) -> Tensor:
+        return torch.cat([found[..., :1], 0 * found[..., :1], 0 * found[..., :1], found[..., 1:]], -1)
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        theta, by_phi = _ridge(self).init(self._without(phi))
+        return theta, self._with(by_phi)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return super().g(theta, self._without(phi), step)
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return super().H(theta, self._without(phi), step)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self._with(super().J(theta, self._without(phi), step))
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self._with(super().by_phi(theta, self._without(phi), step))
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own, alpha, beta = self._without(phi), phi[1], phi[2]
+        M, T, _ = self._parts(theta, own, self.query)
+        p = (alpha * M @ T + beta).softmax(1)
+        E = (p - self.query.y) / len(p)
+        by_phi = self._with(alpha * (self.moves(own, self.query.x) @ T * E).sum((1, 2)))
+        by_phi[1], by_phi[2] = (M @ T * E).sum(), E.sum()
+        return -p[range(len(p)), self.y].log().mean(), alpha * (M.T @ E).flatten(), by_phi
+
+
+def _ridge(hand: OfRidgeClasses) -> OfRidgeHead:
+    found = copy(hand)
+    found.__class__ = OfRidgeHead  # type: ignore[assignment]
+    return found
+
+
 class OfBayesianHead(Derivatives):
     """The posterior of Φ = [1 x … xᵖ, XAᵀ + c], by (W₀, F, log σ, A, c), and the likelihood of the query or all rows.
 
@@ -541,6 +589,127 @@ class OfNeuralProcess(Derivatives):
         return self.surprise(theta, phi), by_theta, by_phi
 
 
+class OfClassifier(Derivatives):
+    """The cross-entropy of z = f(x)Wᵀ + b, of which all adapts: its slope by z is D = (p − e_y)/n.
+
+    The first derivatives by θ are D's, pulled back by hand; those are differentiated by complex steps, as are the loss
+    and the start by φ. Here f(x) = x, θ = (W, b) = φ.
+    """
+
+    def __init__(self, problem: Any, task: Any) -> None:
+        super().__init__(problem, task)
+        self.support, self.query = (_real_points(points) for points in (task.support, task.query))
+        self.ways = len(task.classes)
+
+    def start(self, phi: Tensor) -> Tensor:
+        return phi
+
+    def scores(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        return _linear(theta, x)
+
+    def pulled(self, D: Tensor, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([(D.T @ x).flatten(), D.sum(0)])
+
+    def loss(self, theta: Tensor, phi: Tensor, points: Points) -> Tensor:
+        e = self.scores(theta, phi, points.x.to(theta.dtype)).exp()
+        return -(e / e.sum(1, keepdim=True))[range(len(e)), points.y].log().mean()
+
+    def slope(self, theta: Tensor, phi: Tensor, points: Points) -> Tensor:
+        x = points.x.to(theta.dtype)
+        e = self.scores(theta, phi, x).exp()
+        D = (e / e.sum(1, keepdim=True) - one_hot(points.y, self.ways)) / len(e)
+        return self.pulled(D, theta, phi, x)
+
+    def init(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return self.start(phi), _complex_steps(self.start, phi)
+
+    def g(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return self.slope(theta, phi, self.support)
+
+    def H(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return _complex_steps(lambda theta: self.slope(theta, phi.to(theta.dtype), self.support), theta)
+
+    def J(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return _complex_steps(lambda phi: self.slope(theta.to(phi.dtype), phi, self.support), phi)
+
+    def by_phi(self, theta: Tensor, phi: Tensor, step: int) -> Tensor:
+        return _complex_steps(lambda phi: self.loss(theta.to(phi.dtype), phi, self.support), phi)
+
+    def outer(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        by_phi = _complex_steps(lambda phi: self.loss(theta.to(phi.dtype), phi, self.query), phi)
+        return self.loss(theta, phi, self.query), self.slope(theta, phi, self.query), by_phi
+
+    def means(self, phi: Tensor) -> Tensor:
+        """c_k, the mean of f(x) = XAᵀ + c over the rows of each class, ``[ways, features]``."""
+        f = _linear(phi, self.support.x.to(phi.dtype))
+        return torch.stack([f[self.support.y == k].sum(0) / (self.support.y == k).sum() for k in range(self.ways)])
+
+
+class OfProtoMAML(OfClassifier):
+    """f(x) = XAᵀ + c, θ = (A, c, W, b) starts at (A, c, 2C, −‖c_k‖²)."""
+
+    def start(self, phi: Tensor) -> Tensor:
+        C = self.means(phi)
+        return torch.cat([phi, (2 * C).flatten(), -(C * C).sum(1)])
+
+    def split(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        network, W, b = theta.split([len(phi), len(theta) - len(phi) - self.ways, self.ways])
+        return network, W.view(self.ways, -1), b
+
+    def scores(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        network, W, b = self.split(theta, phi)
+        return _linear(network, x) @ W.T + b
+
+    def pulled(self, D: Tensor, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        network, W, _ = self.split(theta, phi)
+        by_f = D @ W
+        return torch.cat([(by_f.T @ x).flatten(), by_f.sum(0), (D.T @ _linear(network, x)).flatten(), D.sum(0)])
+
+
+class OfPrototypes(OfClassifier):
+    """z_k = −‖f(x) − c_k‖², f(x) = XAᵀ + c, θ = the c_k."""
+
+    def start(self, phi: Tensor) -> Tensor:
+        return self.means(phi).flatten()
+
+    def offsets(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        return _linear(phi.to(x.dtype), x)[:, None] - theta.view(self.ways, -1)
+
+    def scores(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        offsets = self.offsets(theta, phi, x)
+        return -(offsets * offsets).sum(2)
+
+    def pulled(self, D: Tensor, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        return 2 * (D[:, :, None] * self.offsets(theta, phi, x)).sum(0).flatten()
+
+
+class OfMatching(OfClassifier):
+    """z_k = log Σᵢ exp(f(x)ᵀkᵢ/‖f(x)‖ + ℓᵢₖ), f(x) = XAᵀ + c, θ = (k, ℓ) starts at f(xᵢ)/‖f(xᵢ)‖ and (0 or −10⁴)."""
+
+    def unit(self, phi: Tensor, x: Tensor) -> Tensor:
+        f = _linear(phi, x.to(phi.dtype))
+        return f / (f * f).sum(1, keepdim=True).sqrt()
+
+    def start(self, phi: Tensor) -> Tensor:
+        x, y, mask = self.task.support  # rows of padding have keys too
+        real = torch.ones(len(x), dtype=torch.bool) if mask is None else mask
+        mine = (y[:, None] == torch.arange(self.ways)) & real[:, None]
+        return torch.cat([self.unit(phi, x).flatten(), torch.where(mine, 0.0, -1e4).to(phi.dtype).flatten()])
+
+    def scores(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        rows = len(self.task.support.x)
+        keys, logits = theta.split([len(theta) - rows * self.ways, rows * self.ways])
+        inside = self.unit(phi.to(x.dtype), x) @ keys.view(rows, -1).T
+        return (inside[:, :, None] + logits.view(rows, -1)).exp().sum(1).log()
+
+    def pulled(self, D: Tensor, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        rows, units = len(self.task.support.x), self.unit(phi.to(x.dtype), x)
+        keys, logits = theta.split([len(theta) - rows * self.ways, rows * self.ways])
+        e = (units @ keys.view(rows, -1).T)[:, :, None].add(logits.view(rows, -1)).exp()
+        by_inside = D[:, None] * e / e.sum(1, keepdim=True)  # [rows of x, rows of the support set, ways]
+        return torch.cat([(by_inside.sum(2).T @ units).flatten(), by_inside.sum(0).flatten()])
+
+
 def _complex_steps(fn: Any, at: Tensor) -> Tensor:
     """The derivative of a function of a vector by each of its entries, in the last dimension."""
     steps = 1e-100j * torch.eye(len(at), dtype=torch.complex128)
@@ -553,6 +722,7 @@ def _real_points(points: Points) -> Points:
 
 def _linear(parameters: Tensor, x: Tensor) -> Tensor:
     """XAᵀ + c of (A, c)."""
+    parameters, x = (each.to(torch.promote_types(parameters.dtype, x.dtype)) for each in (parameters, x))
     A, c = parameters.split([len(parameters) * x.shape[1] // (x.shape[1] + 1), len(parameters) // (x.shape[1] + 1)])
     return x @ A.view(-1, x.shape[1]).T + c
 

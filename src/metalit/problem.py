@@ -184,7 +184,13 @@ class Problem(Unrounded, ABC):
 
 
 class FewShotProblem(Problem):
-    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs."""
+    """A problem posed on a :class:`Task`, whose inner variable answers for new inputs.
+
+    Attributes:
+        needs_classes: whether it reads from ``Task.classes`` how many classes a task has.
+    """
+
+    needs_classes: bool = False
 
     def after(self, steps: int) -> "FewShotProblem":
         """Return that of :meth:`Problem.after`, which predicts too."""

@@ -42,6 +42,9 @@ ENTERS = {
     "RidgeHead": {"init", "inner_loss", "outer_loss"},
     "BayesianHead": {"init", "inner_loss", "outer_loss"},
     "NeuralProcess": {"init", "inner_loss", "outer_loss"},
+    "ProtoMAML": {"init"},
+    "Prototypes": {"init", "inner_loss", "outer_loss"},
+    "Matching": {"init", "inner_loss", "outer_loss"},
     "Logistic": {"inner_loss"},
     "Cleaning": {"inner_loss"},
     "LowRank": {"outer_loss"},
@@ -99,8 +102,8 @@ def test_a_path_that_is_missing_is_named_with_the_estimator_and_the_problem(name
     with pytest.raises(InputError) as raised:
         check(estimator, problem, SGD(lr), task_at(tasks, 0))
     (there,) = enters(name)
-    has_term = type(problem).__name__ == "FewShot" and kind in {"Implicit", "F2SA"}
-    other = ", or give FewShot a positive proximal=" if has_term else ""
+    has_term = isinstance(problem, FewShot) and kind in {"Implicit", "F2SA"}
+    other = f", or give {type(problem).__name__} a positive proximal=" if has_term else ""
     assert str(raised.value) == (
         f"hypergradient {kind} learns through {CARRIES[kind]}, but the outer variable of {type(problem).__name__} "
         f"enters through {there} alone: its gradient would be zero or wrong; use Unrolled{other}"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import draw, linear, regression_tasks, task_at
+from cases import draw, each_of, linear, regression_tasks, task_at
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -110,7 +110,7 @@ def test_all_tasks_at_once_are_one_after_the_other(train_on):
         return problem.outer_loss(problem.init(outer, task), outer, task)
 
     each = torch.stack([loss(task_at(tasks, index)) for index in range(3)])
-    assert_close(vmap(loss)(tasks), each, rtol=1e-12, atol=0)
+    assert_close(vmap(loss, (each_of(tasks),))(tasks), each, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("train_on", ["query", "curve"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import regression_tasks, task_at
+from cases import each_of, regression_tasks, task_at
 from torch.func import vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -77,7 +77,7 @@ def test_the_deviation_is_bounded_below(attention):
 @each_kind
 def test_all_tasks_at_once_are_one_after_the_other(attention):
     problem, tasks = process(attention), regression_tasks(2, 1, ragged=True)
-    found = vmap(lambda task: answers(problem, task))(tasks)
+    found = vmap(lambda task: answers(problem, task), (each_of(tasks),))(tasks)
     each = [answers(problem, task_at(tasks, index)) for index in range(3)]
     for number, part in enumerate(found):
         assert_close(part, torch.stack([one[number] for one in each]), rtol=1e-12, atol=1e-15)

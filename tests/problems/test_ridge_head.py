@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import linear, regression_tasks, task_at
+from cases import each_of, linear, regression_tasks, task_at
 from sklearn.linear_model import Ridge as Reference
 from torch.func import grad, jacrev, vmap
 from torch.testing import assert_close
@@ -109,7 +109,7 @@ def test_all_tasks_at_once_are_one_after_the_other():
         return problem.outer_loss(problem.init(outer, task), outer, task)
 
     each = torch.stack([loss(task_at(tasks, index)) for index in range(3)])
-    assert_close(vmap(loss)(tasks), each, rtol=1e-13, atol=0)
+    assert_close(vmap(loss, (each_of(tasks),))(tasks), each, rtol=1e-13, atol=0)
 
 
 def test_in_half_precision_it_is_solved_in_double():
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_said():
     classes = Task(*(Points(part.x, torch.zeros(len(part.x), dtype=torch.long)) for part in task[:2]), task.key)
     assert refused(head(), classes) == (
         "data: RidgeHead predicts real numbers, [rows, outputs], and the targets are [5] of torch.int64; for classes "
-        "there is FewShot"
+        "there are FewShot, Prototypes and RidgeHead(classes=True)"
     )
     assert refused(head(), "nothing").startswith("data: RidgeHead is posed on Task, not on str")
     flat = head(network=torch.nn.Flatten(0))

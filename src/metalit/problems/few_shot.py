@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalit.autodiff import call, draws, sees_other_rows
+from metalit.autodiff import call, draws
 from metalit.autodiff.names import matching
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError, check_not_negative
@@ -16,6 +16,7 @@ from metalit.judging import real_rows
 from metalit.keys import fold
 from metalit.losses import check_loss, mean_of_rows, row_losses
 from metalit.problem import FewShotProblem, Points, Task
+from metalit.problems.heads import check_no_padding
 from metalit.problems.rows import check_task
 from metalit.problems.step_copies import StepCopies
 from metalit.tree import axpy, dot
@@ -116,7 +117,7 @@ class FewShot(FewShotProblem):
         loss = self._mean_loss({**self.copies.at(outer, step), **inner}, task.support, task.key, step)
         if not self.proximal:
             return loss
-        moved = axpy(-1.0, self.init(outer), inner)
+        moved = axpy(-1.0, self.init(outer, task), inner)
         return loss + 0.5 * self.proximal * dot(moved, moved)
 
     def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
@@ -126,7 +127,11 @@ class FewShot(FewShotProblem):
 
     def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
         """The adapted network's outputs at ``x``."""
-        return call(self.network, {**self.copies.at(outer, self.steps_taken - 1), **inner}, x)
+        return self.answers({**self.copies.at(outer, self.steps_taken - 1), **inner}, x)
+
+    def answers(self, parameters: dict[str, Tensor], x: Tensor, key: Tensor | None = None) -> Tensor:
+        """What is said of ``x`` with these parameters; dropout follows the key."""
+        return call(self.network, parameters, x, key=key)
 
     def judge(self, prediction: Tensor, points: Points) -> Tensor:
         """The mean of the row losses over the real rows: no padding, nor what the criterion ignores."""
@@ -141,10 +146,6 @@ class FewShot(FewShotProblem):
         return matching([name for name in names if name not in own], self.patterns, "adapt", beside)
 
     def _mean_loss(self, parameters: dict[str, Tensor], points: Points, key: Tensor, draw: int) -> Tensor:
-        if points.mask is not None and sees_other_rows(self.network):
-            raise InputError(
-                "network: BatchNorm would mix the padding of shorter tasks into its statistics; use LayerNorm or "
-                "GroupNorm, or give every task the same number of rows"
-            )
+        check_no_padding("network", self.network, points)
         drawing = fold(key, draw) if draws(self.network) else None
-        return self.judge(call(self.network, parameters, points.x, key=drawing), points)
+        return self.judge(self.answers(parameters, points.x, drawing), points)

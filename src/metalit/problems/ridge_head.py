@@ -7,8 +7,18 @@ from torch import Tensor, nn
 
 from metalit.autodiff.usable import check_network
 from metalit.errors import InputError
-from metalit.problem import Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, product, real_rows, row_count, shifted
+from metalit.problem import Points, Task
+from metalit.problems.heads import (
+    QUERY_DRAW,
+    SUPPORT_DRAW,
+    Head,
+    check_positive,
+    one_hot,
+    product,
+    real_rows,
+    row_count,
+    shifted,
+)
 
 _LARGEST = 80.0  # its exponential is finite in single precision
 
@@ -24,15 +34,20 @@ class RidgeHead(Head):
     of which the smaller system is solved, in double precision. Features and λ are learned through the solution, by
     :class:`~metalit.hypergradients.direct.Direct`, without an inner step. Further steps descend the same objective.
 
+    Of classes, y is one-hot, and the outer loss is the cross-entropy of αΦW + αb + β, whose scale α and shift β are
+    learned too; the shift is one number for all classes, as in the paper, and so moves no probability.
+
     Args:
         network: any module that maps ``[rows, inputs]`` to ``[rows, features]``.
         log_penalty: where log λ starts.
         intercept: solve for b too, which is not penalised; else it is 0. A bias that ends the network is then without
             effect, and its gradient is rounding: leave it out.
+        classes: whether targets are classes, as many as ``Task.classes``.
+        scale: where α starts; one-hot answers lie about 0 and 1.
 
     Raises:
-        InputError: no network, or a penalty that is not finite; later: classes as targets, and features of another
-            shape.
+        InputError: no network, a penalty that is not finite, or a scale that is not positive; later: targets of the
+            other kind, and features of another shape.
 
     >>> from metalit.problem import Points
     >>> head = RidgeHead(nn.Identity(), log_penalty=0.0)
@@ -41,7 +56,14 @@ class RidgeHead(Head):
     {'weight': tensor([[1.]], grad_fn=<ToCopyBackward0>)}
     """
 
-    def __init__(self, network: nn.Module, log_penalty: float = 0.0, intercept: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        log_penalty: float = 0.0,
+        intercept: bool = False,
+        classes: bool = False,
+        scale: float = 10.0,
+    ) -> None:
         super().__init__()
         check_network("network", network)
         if not -math.inf < log_penalty <= _LARGEST:
@@ -51,11 +73,16 @@ class RidgeHead(Head):
             )
         self.network = network
         self.intercept = intercept
+        self.needs_classes = classes
         self.log_penalty = nn.Parameter(self.written("log_penalty", log_penalty))
+        if classes:
+            check_positive("RidgeHead", "scale", scale, 10.0)
+            self.scale = nn.Parameter(self.written("scale", scale))
+            self.shift = nn.Parameter(torch.zeros(()))
 
     def init(self, outer: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         """The solution on the support set: ``weight``, ``[features, outputs]``, and ``bias``, ``[outputs]``."""
-        points = task.support
+        points = self._fitted(task)
         features = self._features(outer, points.x, task, SUPPORT_DRAW)
         phi, y = real_rows(features, points.mask), real_rows(points.y, points.mask)
         if self.intercept:
@@ -71,7 +98,7 @@ class RidgeHead(Head):
 
     def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
         """½‖ΦW + b − y‖² + ½λ‖W‖² on the support set, divided by its rows: the solution is its minimum."""
-        points = task.support
+        points = self._fitted(task)
         errors = _answers(inner, self._features(outer, points.x, task, step)) - points.y
         squares = errors.square().sum(1)
         squares = squares if points.mask is None else squares.where(points.mask, 0.0)
@@ -79,12 +106,24 @@ class RidgeHead(Head):
         return 0.5 * (squares.sum() + penalty) / row_count(points)
 
     def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
-        """The mean squared error on the query set."""
-        return self.judge(_answers(inner, self._features(outer, task.query.x, task, QUERY_DRAW)), task.query)
+        """The mean squared error on the query set, or the cross-entropy of classes."""
+        return self.judge(self._said(inner, outer, self._features(outer, task.query.x, task, QUERY_DRAW)), task.query)
 
     def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
-        """ΦW + b at ``x``."""
-        return _answers(inner, self._features(outer, x))
+        """ΦW + b at ``x``; of classes the logits α(ΦW + b) + β."""
+        return self._said(inner, outer, self._features(outer, x))
+
+    def _fitted(self, task: Task) -> Points:
+        """The rows that are solved for: classes are one-hot."""
+        points = task.support
+        if not self.needs_classes:
+            return points
+        members = one_hot(points, task)
+        return Points(points.x, members.to(self.log_penalty.dtype), members.any(1))
+
+    def _said(self, inner: dict[str, Tensor], outer: dict[str, Tensor], features: Tensor) -> Tensor:
+        answers = _answers(inner, features)
+        return outer["scale"] * answers + outer["shift"] if self.needs_classes else answers
 
     def _features(self, outer: dict[str, Tensor], x: Tensor, task: Task | None = None, draw: int = 0) -> Tensor:
         return self.called("network", outer, x, task, draw)
