@@ -44,7 +44,7 @@ def test_it_is_the_chain_of_its_functions(norm):
     x = torch.randn(6, 3, 20, 20, dtype=torch.float64)
     found, given = x, dict(network.named_parameters())
     for block in range(1, 5):
-        found = F.conv2d(found, given[f"conv{block}.weight"], given[f"conv{block}.bias"], padding=1)
+        found = F.conv2d(found, given[f"conv{block}.weight"], given.get(f"conv{block}.bias"), padding=1)
         scale, shift = (given.get(f"norm{block}.{name}") for name in ("weight", "bias"))
         if norm == "BatchNorm2d":
             centred = found - found.mean((0, 2, 3), keepdim=True)

@@ -135,7 +135,9 @@ class Conv4(nn.Sequential):
             )
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for block in range(1, _BLOCKS + 1):
-            layers[f"conv{block}"] = nn.Conv2d(channels if block == 1 else width, width, 3, padding=1)
+            # BatchNorm takes a bias away again: its gradient would be rounding, which Adam makes steps of
+            bias = norm != "BatchNorm2d"
+            layers[f"conv{block}"] = nn.Conv2d(channels if block == 1 else width, width, 3, padding=1, bias=bias)
             if norm == "BatchNorm2d":
                 layers[f"norm{block}"] = nn.BatchNorm2d(width, track_running_stats=False)
             elif norm == "GroupNorm":

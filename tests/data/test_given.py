@@ -8,13 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from metalit.data.given import tasks_of
+from metalit.data.given import tasks_of, with_classes
 from metalit.errors import InputError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
 from metalit.problem import Points, Task
-from metalit.problems import FewShot
+from metalit.problems import FewShot, Prototypes
 
 SUPPORT = [(draw(5, 3, seed=n), draw(5, 1, seed=n + 9)) for n in range(4)]
 QUERY = [(draw(7, 3, seed=n + 20), draw(7, 1, seed=n + 30)) for n in range(4)]
@@ -81,3 +81,34 @@ def test_what_is_no_batch_of_tasks_is_told(batch, told, tmp_path):
     module = MetaLearner(FewShot(nn.Linear(3, 1)), SGD(0.1), Unrolled(1))
     with pytest.raises(InputError, match=told):
         bare(tmp_path).fit(module, DataLoader([0], 1, collate_fn=lambda _: batch))
+
+
+def of_classes(*labels):
+    """A batch of tasks with these labels in support and query."""
+    y = torch.tensor(labels)
+    points = Points(torch.zeros(*y.shape, 2), y)
+    return Task(points, points, torch.arange(len(y)))
+
+
+def test_how_many_classes_there_are_is_read_from_the_targets_where_it_is_not_said():
+    assert with_classes(of_classes([1, 0, 2], [2, 1, 0])).classes.tolist() == [[0, 1, 2], [0, 1, 2]]
+    said = of_classes([0, 0])._replace(classes=torch.tensor([[3, 4]]))
+    assert with_classes(said) is said
+    assert torch.equal(tasks_of(said, KEY).classes, said.classes)
+    real = tasks_of(next(iter(DataLoader(FORMS["tasks"], 3))), KEY)
+    assert with_classes(real) is real
+    padded = of_classes([0, 1, 0])
+    padded = padded._replace(support=padded.support._replace(mask=torch.tensor([[True, False, True]])))
+    for tasks, task, number in ((padded, 0, 1), (of_classes([0, 1], [0, 2]), 0, 2)):
+        with pytest.raises(InputError, match=f"support set of task {task} of a batch has no row of class {number}, "):
+            with_classes(tasks)
+
+
+def test_a_learner_of_prototypes_takes_classes_of_a_users_own_loader(tmp_path):
+    rows = [
+        ((draw(4, 3, seed=n), torch.tensor([0, 1, 1, 0])), (draw(4, 3, seed=n), torch.arange(4) % 2)) for n in range(4)
+    ]
+    module = MetaLearner(Prototypes(nn.Linear(3, 2)))
+    before = module.problem.network.weight.detach().clone()
+    bare(tmp_path, 4).fit(module, DataLoader(rows, 2), DataLoader(rows, 4))
+    assert not torch.equal(module.problem.network.weight, before)

@@ -35,7 +35,37 @@ def tasks_of(batch: Any, key: Tensor) -> Task:
         raise InputError(f"data: support and query are of different numbers of tasks, {sorted(counts)}")
     if not isinstance(keys, Tensor):
         keys = fold(key, torch.arange(counts.pop(), device=key.device))
-    return Task(points["support"], points["query"], keys)
+    return Task(points["support"], points["query"], keys, batch.classes if isinstance(batch, Task) else None)
+
+
+def with_classes(tasks: Task) -> Task:
+    """Tasks whose number of classes is known; where it is not said, it is that of the largest label, and 1.
+
+    Their targets are read, for which a GPU is waited; call it outside of ``vmap``.
+
+    Args:
+        tasks: a batch of tasks.
+
+    Raises:
+        InputError: a support set without a row of each class.
+
+    >>> x, y = torch.zeros(1, 3, 2), torch.tensor([[0, 2, 1]])
+    >>> with_classes(tasks_of([[x, y], [x, y]], torch.tensor(0))).classes
+    tensor([[0, 1, 2]])
+    """
+    _, y, mask = tasks.support
+    if tasks.classes is not None or y.is_floating_point() or y.dim() != 2:
+        return tasks
+    classes = torch.arange(int(max(part.y.max() for part in tasks[:2])) + 1, device=y.device)
+    members = y.unsqueeze(2) == classes
+    seen = (members if mask is None else members & mask.unsqueeze(2)).any(1)
+    if not bool(seen.all()):
+        task, number = (~seen).nonzero()[0].tolist()
+        raise InputError(
+            f"data: the support set of task {task} of a batch has no row of class {number}, and its classes are 0 to "
+            f"{len(classes) - 1}; label the classes of each task from 0 on, and give a row of each"
+        )
+    return tasks._replace(classes=classes.expand(len(y), -1))
 
 
 def _parts(batch: Any) -> tuple[Any, Any, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metalit.adapt import Outer, iterates
 from metalit.data.base import Split
-from metalit.data.given import tasks_of
+from metalit.data.given import tasks_of, with_classes
 from metalit.data.module import TaskDataModule
 from metalit.data.stream import Fused
 from metalit.errors import InputError
@@ -280,7 +280,8 @@ class MetaLearner(AdaptingLearner):
         """A batch as tasks; those of loaders of the user's draw from a key of (batch, rank)."""
         if isinstance(self.trainer.datamodule, TaskDataModule):
             return batch
-        return tasks_of(batch, fold(torch.tensor(0, device=self.device), number, self.global_rank))
+        tasks = tasks_of(batch, fold(torch.tensor(0, device=self.device), number, self.global_rank))
+        return with_classes(tasks) if self.problem.needs_classes else tasks
 
 
 def _loss(problem: FewShotProblem, inner: Any, outer: Any, task: Task) -> Tensor:
