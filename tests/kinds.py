@@ -1,8 +1,10 @@
 """Few-shot tasks of classes that have names, whose examples are normal clouds: rows of two columns, or images."""
 
+import pytest
 import torch
 
 from metalit.data import Columns, Episodes, Scaling, TaskDistribution
+from metalit.errors import InputError
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.keys import fold, normal
@@ -12,6 +14,16 @@ from metalit.problem import Points, Task
 from metalit.problems import FewShot
 
 NAMES = ["Greek/alpha", "Greek/beta", "Latin/a", "Latin/b", "dog", "an old letter that nobody can name any more"]
+
+
+def refused(call, *said):
+    """Run what must be refused, in one line that says this; returns the line."""
+    with pytest.raises(InputError) as error:
+        call()
+    line = str(error.value)
+    assert "\n" not in line
+    assert all(part in line for part in said), line
+    return line
 
 
 class Kinds(TaskDistribution):

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from fits import bare
-from kinds import Kinds, namer
+from kinds import Kinds, namer, refused
 from tiny import meta
 from torch import nn
 
 from metalit.data import Episodes, Scaling, TaskDataModule
-from metalit.errors import InputError
 from metalit.judging import probabilities
 
 SHAPE = (1, 4, 4)
@@ -115,12 +114,6 @@ def test_of_another_criterion_the_outputs_are_given():
     torch.testing.assert_close(found.table, module.problem.network((pictures(2) - 100.0) / 50.0))
 
 
-def refused(call):
-    with pytest.raises(InputError) as error:
-        call()
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
@@ -135,9 +128,7 @@ def test_other_shapes_are_refused_with_what_the_network_takes(shape, said):
     module = learner()
     adapted = module.adapt(pictures(), NAMES)
     for call in (lambda: module.adapt(pictures(5, shape), NAMES), lambda: adapted(pictures(5, shape))):
-        told = refused(call)
-        assert "the network takes images [rows, 1, 4, 4]" in told
-        assert said in told
+        refused(call, "the network takes images [rows, 1, 4, 4]", said)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +145,7 @@ def test_other_shapes_are_refused_with_what_the_network_takes(shape, said):
     ids=["lengths", "nothing", "one class", "too many", "a missing name", "not finite", "no tensor"],
 )
 def test_what_cannot_be_adapted_to_is_told_in_one_line(x, y, said):
-    told = refused(lambda: learner().adapt(x, y))
-    assert said in told
-    assert "\n" not in told
+    refused(lambda: learner().adapt(x, y), said)
 
 
 def test_more_classes_than_outputs_name_the_ways_out():
@@ -167,7 +156,7 @@ def test_more_classes_than_outputs_name_the_ways_out():
 def test_a_learner_of_real_numbers_refuses_classes():
     module = meta()
     module.scaling = Scaling([0.0], [1.0], [2.0], [3.0])
-    assert "predicts real numbers" in refused(lambda: module.adapt(torch.randn(2, 1), ["a", "b"]))
+    refused(lambda: module.adapt(torch.randn(2, 1), ["a", "b"]), "predicts real numbers")
 
 
 def test_images_in_other_units_are_told(recwarn):

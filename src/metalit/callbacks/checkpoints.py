@@ -48,7 +48,7 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the metric by the data, where none was given."""
         data = trainer.datamodule
-        if self._by_data and stage != "predict" and isinstance(data, TaskDataModule):
+        if self._by_data and isinstance(data, TaskDataModule):
             monitor = _ACCURACY if data.tasks.of_classes else _LOSS
             if monitor != self.monitor:
                 self.monitor, self.mode = monitor, mode_of(monitor, None, "best_checkpoint")

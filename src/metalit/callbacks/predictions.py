@@ -9,10 +9,13 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from metalit.callbacks.class_predictions import draw_classes, replaces, target_of, write_classes
 from metalit.callbacks.drawing import Sketching, labelled, literal, panels, pixels, save_picture
+from metalit.data.asked_classes import AskedClasses
 from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
 from metalit.errors import InputError
+from metalit.modules.adapted_classes import NamedClasses
 from metalit.notices import show
 from metalit.private_torch import pytree_map
 
@@ -41,6 +44,9 @@ class PredictionWriter(Callback):
     every row, asked or given. Where it has a standard deviation, ``<output>_lower`` and ``<output>_upper`` follow, the
     bounds of the 95 % interval of a new point. The picture shows the first ``_PANELS`` tasks.
 
+    Of classes, see :mod:`~metalit.callbacks.class_predictions`: for a folder, ``FOLDER_predicted.csv`` beside it has a
+    row for each image that was asked, with its class and the probability of each.
+
     Files that an earlier prediction wrote are replaced, which is said.
 
     Raises:
@@ -49,20 +55,28 @@ class PredictionWriter(Callback):
 
     def __init__(self) -> None:
         self._answers: list[_Answer] = []
+        self._named: NamedClasses | None = None
         self._replaces = False
         self._sketching = Sketching("the picture of the predictions")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh, and check that no file of the user's would be overwritten."""
-        self._answers = []
+        self._answers, self._named = [], None
         data = trainer.datamodule
-        if trainer.is_global_zero and isinstance(data, TaskDataModule) and data.predict_file:
+        if not (trainer.is_global_zero and isinstance(data, TaskDataModule)):
+            return
+        if isinstance(data.asked, AskedClasses):
+            self._replaces = replaces(data.asked)
+        elif data.predict_file:
             self._replaces = _replaces(_target(data), data)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: tuple[Any, ...], *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: NamedClasses | tuple[Any, ...], *_: Any
     ) -> None:
         """Collect."""
+        if isinstance(outputs, NamedClasses):
+            self._named = outputs
+            return
         name, *found = outputs
         self._answers.append(_Answer(name, *pytree_map(lambda part: part.double().cpu(), found)))
 
@@ -71,9 +85,12 @@ class PredictionWriter(Callback):
         data = trainer.datamodule
         if not (trainer.is_global_zero and isinstance(data, TaskDataModule)):
             return
+        asked = data.asked
+        if isinstance(asked, AskedClasses):
+            self._write_classes(asked, pl_module)
+            return
         self._check_finite()
-        target = _target(data)
-        asked, columns = data.asked, data.tasks.columns
+        target, columns = _target(data), data.tasks.columns
         frame = asked.frame.copy()
         written = {"predicted": _in_rows(asked, {answer.name: answer.values for answer in self._answers})}
         if self._answers and self._answers[0].band is not None:
@@ -86,11 +103,28 @@ class PredictionWriter(Callback):
                 frame[f"{output}_{kind}"] = values[:, number]
         # as the user's own: numbers are read in the locale that wrote them
         frame.to_csv(target, index=False, sep=frame.attrs["separator"], decimal=frame.attrs["decimal"])
-        show(f"inner steps: {pl_module.prediction_steps}, {pl_module.why_so_many_steps}")
-        show(f"predictions: {target}{' (replaced)' if self._replaces else ''}")
+        self._say_where(pl_module, target)
         with self._sketching():
             save_picture(pixels(draw_predictions(asked, columns, self._answers)), target.with_suffix(".png"))
             show(f"picture:     {target.with_suffix('.png')}{_part(self._answers)}")
+
+    def _write_classes(self, asked: AskedClasses, learner: LightningModule) -> None:
+        if self._named is None:  # predict was cut short
+            return
+        target = target_of(asked)
+        lines = write_classes(asked, self._named)
+        self._say_where(learner, target)
+        with self._sketching():
+            figure = draw_classes(asked, self._named)
+            if figure is not None:
+                save_picture(pixels(figure), target.with_suffix(".png"))
+                show(f"picture:     {target.with_suffix('.png')}")
+        for line in lines:
+            show(line)
+
+    def _say_where(self, learner: LightningModule, target: Path) -> None:
+        show(f"inner steps: {learner.prediction_steps}, {learner.why_so_many_steps}")
+        show(f"predictions: {target}{' (replaced)' if self._replaces else ''}")
 
     def _check_finite(self) -> None:
         diverged = [

@@ -1,7 +1,7 @@
 """Images in rows, one for each class: examples of it on the left, what was asked on the right."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TOP, _LABEL, _GAP, _CAPTION = 0.42, 1.1, 0.12, 0.16  # inches; a caption stands below its image
-_LARGEST = 0.75  # of an image and its caption
-_RIGHT, _WRONG = "#0072b2", "#d55e00"
+_LETTERS = 13  # of a label
+_LARGEST = 0.85  # of an image and its caption
+_WRONG = "#d55e00"
+_FRAMES: dict[bool | None, dict[str, Any]] = {
+    None: {"edgecolor": "0.8", "linewidth": 0.6},
+    False: {"edgecolor": "#0072b2", "linewidth": 1.0},
+    True: {"edgecolor": _WRONG, "linewidth": 2.4, "linestyle": (0, (2, 1))},
+}
 
 
 class Tile(NamedTuple):
@@ -51,7 +57,7 @@ def draw_rows(rows: Sequence[Row], title: str, headings: tuple[str, str]) -> "Fi
     examples, others = (max((len(row[part]) for row in rows), default=0) for part in (1, 2))
     across = max(examples + others, 1)
     size = min((WIDTH - _LABEL - 2 * _GAP) / across, (HEIGHT - _TOP) / min(len(rows), 5), _LARGEST)
-    figure = Figure(figsize=(WIDTH, max(HEIGHT, _TOP + size * len(rows))))
+    figure = Figure(figsize=(WIDTH, _TOP + size * len(rows)))
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -64,13 +70,26 @@ def draw_rows(rows: Sequence[Row], title: str, headings: tuple[str, str]) -> "Fi
     low, high = min(map(np.min, values)), max(map(np.max, values))
     for number, row in enumerate(rows):
         top = _TOP + number * size
-        label = "\n".join(literal(part, 15) for part in row.name.rsplit("/", 1))
-        axes.text(_LABEL - 0.08, top + (size - _CAPTION) / 2, label, fontsize=9, ha="right", va="center")
+        axes.text(_LABEL - 0.08, top + (size - _CAPTION) / 2, _label(row.name), fontsize=9, ha="right", va="center")
         for start, tiles in zip(starts, row[1:], strict=True):
             for place, tile in enumerate(tiles):
                 _draw(axes, tile, start + place * size, top, size, (float(low), float(high)))
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
+
+
+def _label(name: str) -> str:
+    """A name on two lines: its group and itself, or its beginning and its end, by which names differ.
+
+    >>> _label("Greek/alpha"), _label("a rather long name, the 3rd")
+    ('Greek\\nalpha', 'a rather long\\n…ame, the 3rd')
+    """
+    group, _, own = name.rpartition("/")
+    if not group and len(own) > _LETTERS:
+        group, own = own[:_LETTERS], own[_LETTERS:]
+    if len(own) > _LETTERS:
+        own = f"…{own[1 - _LETTERS :]}"
+    return literal(group, _LETTERS) + "\n" * bool(group) + literal(own, _LETTERS)
 
 
 def _draw(axes: "Axes", tile: Tile, left: float, top: float, size: float, limits: tuple[float, float]) -> None:
@@ -90,10 +109,8 @@ def _draw(axes: "Axes", tile: Tile, left: float, top: float, size: float, limits
         extent=(left, left + wide, bottom, top),
         interpolation="nearest",
     )
-    if tile.wrong is not None:
-        colour = _WRONG if tile.wrong else _RIGHT
-        style = {"linewidth": 2.4, "linestyle": (0, (2, 1))} if tile.wrong else {"linewidth": 1.0}
-        axes.add_patch(Rectangle((left, top), wide, tall, fill=False, edgecolor=colour, clip_on=False, **style))
+    style = _FRAMES[tile.wrong]
+    axes.add_patch(Rectangle((left, top), wide, tall, fill=False, clip_on=False, **style))
     mark = "✗ " if tile.wrong else ""
     if tile.caption or mark:
         # as many letters as there is room for

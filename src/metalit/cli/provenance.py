@@ -18,7 +18,7 @@ Weight: TypeAlias = Literal["refused", "mentioned", "nothing"]
 # how the same numbers are found, not which
 _HOW = {
     *("compile", "compile_seconds", "fused_steps", "tasks_per_chunk", "rows_per_chunk"),
-    *("predict_file", "predict_one_task"),
+    *("predict_file", "predict_folder", "predict_one_task"),
 }
 # the learner itself compares them with what it takes over (metalit.checks.resuming)
 _TAKEN_OVER = {"optimizer", "scheduler", "lr_by_name", "clip_norm"}

@@ -72,12 +72,26 @@ def class_files(folder: str | Path, owner: str) -> dict[str, list[Path]]:
     Raises:
         InputError: what :class:`ImageFolder` raises of folders.
     """
+    return folder_files(folder, owner, False)[0]
+
+
+def folder_files(folder: str | Path, owner: str, asks: bool) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The image files of each class in a folder, and those outside of its folders, all in alphabetical order.
+
+    Args:
+        folder: its name.
+        owner: the argument that names it, for messages.
+        asks: whether those outside are asked; else one line tells of them.
+
+    Raises:
+        InputError: what :class:`ImageFolder` raises of folders.
+    """
     root = Path(folder)
     told = f"{owner}={shown(str(folder))}"
     if not root.is_dir():
         raise InputError(f"{told}: there is no such folder (looked in {Path.cwd()})")
     suffixes, passed = image_suffixes(), list[Path]()
-    found: dict[str, list[Path]] = {}
+    found, outside = dict[str, list[Path]](), list[Path]()
     for place, below, files in _walk(root, ()):
         images = [file for file in files if file.suffix.lower() in suffixes]
         passed += [file for file in files if file.suffix.lower() not in suffixes]
@@ -85,7 +99,8 @@ def class_files(folder: str | Path, owner: str) -> dict[str, list[Path]]:
             if not below:
                 what = "holds images, but no folder" if images else "is empty"
                 raise InputError(f"{told} {what}; make a subfolder for each class, with its images")
-            if images:
+            outside = images
+            if images and not asks:
                 warn(
                     f"{told}: {len(images)} image(s) outside of its folders, such as {images[0].name!r}, have no class"
                 )
@@ -99,7 +114,7 @@ def class_files(folder: str | Path, owner: str) -> dict[str, list[Path]]:
             found[name] = images
     if passed:
         warn(f"{told}: {len(passed)} file(s) that are no images, such as {passed[0].name!r}, are passed over")
-    return found
+    return found, outside
 
 
 def _walk(place: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[Path], list[Path]]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from metalit.data.asked_classes import AskedClasses, asked_classes
 from metalit.data.base import Episodes, Split, TaskDistribution, task_keys
 from metalit.data.draws import StreamDataModule
 from metalit.data.stream import EvalStream, Fused
@@ -27,8 +28,11 @@ class TaskDataModule(StreamDataModule):
         train, val, test: how many tasks, of how many rows.
         seed: the seed of every draw; independent of ``seed_everything``, which seeds the network's initial weights.
         predict_file: for prediction: a CSV file of new tasks with the columns of the distribution; rows with y are
-            support, rows without are asked.
+            support, rows without are asked. Of classes, a CSV file of one task whose column of the class is empty where
+            it is asked, or an ``.npz`` of ``support_x``, ``support_y`` and ``query_x``.
         predict_one_task: whether that file has no column of tasks, because all its rows are of one.
+        predict_folder: for prediction of classes of images: a folder with a subfolder of examples for each class; the
+            images that lie beside the subfolders are asked.
 
     Raises:
         InputError: a number that is not positive or that the tasks cannot give; ``train.tasks`` that the ranks do not
@@ -44,6 +48,7 @@ class TaskDataModule(StreamDataModule):
         seed: int = 0,
         predict_file: str | None = None,
         predict_one_task: bool = False,
+        predict_folder: str | None = None,
     ) -> None:
         if train.tasks == "all":
             raise InputError("data.train.tasks='all': give the number of tasks of one outer step, such as 25")
@@ -52,6 +57,7 @@ class TaskDataModule(StreamDataModule):
         self.episodes: dict[Split, Episodes] = {"train": train, "val": val, "test": test}
         self.predict_file = predict_file
         self.predict_one_task = predict_one_task
+        self.predict_folder = predict_folder
         for split, episodes in self.episodes.items():
             for name in ("tasks", "shots", "queries", "ways"):
                 value = getattr(episodes, name)
@@ -62,11 +68,7 @@ class TaskDataModule(StreamDataModule):
     def setup(self, stage: str) -> None:
         """Check everything before anything is trained."""
         if stage == "predict":
-            if self.predict_file is None:
-                raise InputError("data.predict_file: predict needs a CSV file of points; add --data.predict_file FILE")
-            self.asked: Asked = read_asked(
-                self.predict_file, self.tasks.columns, self.tasks.levels, self.predict_one_task
-            )
+            self.asked = self._read_asked()
             return
         self.tasks.needs(self.episodes)
         self.tasks.prepare()
@@ -86,6 +88,21 @@ class TaskDataModule(StreamDataModule):
                 )
         if stage == "fit":
             self.check_divisible()
+
+    def _read_asked(self) -> Asked | AskedClasses:
+        file, folder = self.predict_file, self.predict_folder
+        if self.tasks.of_classes and (file is None) == (folder is None):
+            raise InputError(
+                "data.predict_folder: predict needs examples of classes; add --data.predict_folder DIR or "
+                "--data.predict_file FILE.npz or FILE.csv, one of them"
+            )
+        if self.tasks.of_classes:
+            return asked_classes(self.tasks, folder, file)
+        if folder is not None:
+            raise InputError(f"data.predict_folder={folder!r}: tasks of {type(self.tasks).__name__} have no classes")
+        if file is None:
+            raise InputError("data.predict_file: predict needs a CSV file of points; add --data.predict_file FILE")
+        return read_asked(file, self.tasks.columns, self.tasks.levels, self.predict_one_task)
 
     def _check_wanted(self, stage: str) -> None:
         """A split may have no task where none is asked for; training without validation goes by its last step."""
@@ -116,6 +133,8 @@ class TaskDataModule(StreamDataModule):
             return batch._replace(tasks=self.tasks.load(batch.tasks, device))
         if isinstance(batch, Task):
             return self.tasks.load(batch, device)
+        if isinstance(batch, AskedClasses):  # still to be read
+            return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def eval_stream(self, split: Split) -> EvalStream | list[Task]:
@@ -123,9 +142,9 @@ class TaskDataModule(StreamDataModule):
         tasks = self._count(split)
         return EvalStream(partial(self.draw, split), tasks, self.number, *self.ranks) if tasks else []
 
-    def predict_dataloader(self) -> "UserTasks":
+    def predict_dataloader(self) -> "UserTasks | UserClasses":
         """The user's tasks, one by one; every rank gets all of them."""
-        return UserTasks(self.asked)
+        return UserClasses(self.asked) if isinstance(self.asked, AskedClasses) else UserTasks(self.asked)
 
     def pictured(self, split: Split, count: int) -> Task:
         """The first tasks of a split, with enough query points to draw the truth by."""
@@ -168,3 +187,16 @@ class UserTasks:
             x, support = all_x[rows], slice(self.asked.shots[name])
             grid = torch.linspace(float(x.min()), float(x.max()), _PICTURED_QUERIES, dtype=x.dtype).unsqueeze(-1)
             yield UserTask(name, x[support], all_y[rows][support], x, grid if x.shape[1] == 1 else x[:0])
+
+
+@dataclass(frozen=True)
+class UserClasses:
+    """Iterates over the user's only task of classes."""
+
+    asked: AskedClasses
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[AskedClasses]:
+        yield self.asked

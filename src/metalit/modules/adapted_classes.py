@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from metalit.modules.adapted import Adapted
 
 Label: TypeAlias = str | int
-_NARROW = 0.05  # of the training data's standard deviation: in other units, images are nearly blank
+_SPANS = 0.05, 100.0  # of images, in standard deviations of the training data; others are in other units
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class AdaptedClasses:
         found = probabilities(criterion, outputs)
         return ClassScores(self.names, outputs if found is None else found, found is not None)
 
+    def loss(self, x: Tensor, y: Sequence[Label]) -> float:
+        """The mean loss at examples, of which y are the names of the classes."""
+        return self.adapted.loss(x, torch.tensor([self.names.index(name) for name in y]))
+
     @property
     def inner(self) -> Tree:
         """The adapted parameters by name."""
@@ -93,6 +97,26 @@ class AdaptedClasses:
         return self.adapted.steps
 
 
+class NamedClasses(NamedTuple):
+    """What a prediction finds, in parts that Lightning can move.
+
+    Attributes:
+        names, table, are_probabilities: those of :class:`ClassScores`, of what was asked.
+        examples, asked: ``[rows, ...]``, in the user's units.
+    """
+
+    names: Sequence[Label]
+    table: Tensor
+    are_probabilities: bool
+    examples: Tensor
+    asked: Tensor
+
+    @property
+    def scores(self) -> ClassScores:
+        """What is said of what was asked."""
+        return ClassScores(self.names, self.table, self.are_probabilities)
+
+
 def are_classes(y: Any) -> bool:
     """Whether targets are classes: a list, an array or a tensor of one dimension, of whole numbers or of strings."""
     if isinstance(y, Tensor):
@@ -101,7 +125,7 @@ def are_classes(y: Any) -> bool:
     return found.ndim == 1 and (found.dtype.kind in "biuUO" or not len(found))
 
 
-def class_labels(y: Any, scaling: Scaling | None) -> tuple[list[Label], Tensor]:
+def class_labels(y: Any, scaling: Scaling | None, owner: str) -> tuple[list[Label], Tensor]:
     """The different classes, sorted, and the number of each row's among them.
 
     Raises:
@@ -109,23 +133,25 @@ def class_labels(y: Any, scaling: Scaling | None) -> tuple[list[Label], Tensor]:
     """
     if scaling is not None and (any(scaling.y_mean) or any(std != 1 for std in scaling.y_std)):
         raise InputError(
-            "adapt: y holds classes, and what is learned predicts real numbers, in the units of its training data; "
+            f"{owner}: y holds classes, and what is learned predicts real numbers, in the units of its training data; "
             "give y as a tensor of real numbers [points, outputs]"
         )
     given = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
     if given.dtype.kind == "O":
         odd = next((label for label in given if not isinstance(label, str)), None)
         if odd is not None or not all(isinstance(label, str) for label in given):
-            raise InputError(f"adapt: y holds {odd!r} beside names; give all classes as names, or all as whole numbers")
+            raise InputError(
+                f"{owner}: y holds {odd!r} beside names; give all classes as names, or all as whole numbers"
+            )
         given = given.astype(str)
     found, number = np.unique(given, return_inverse=True)
     names: list[Label] = [int(name) if given.dtype.kind in "biu" else str(name) for name in found]
     if len(names) < 2:
-        raise InputError(f"adapt: y holds {len(names)} class(es), {names}; give examples of two at least")
+        raise InputError(f"{owner}: y holds {len(names)} class(es), {names}; give examples of two at least")
     return names, torch.from_numpy(number.astype(np.int64))
 
 
-def inputs_of(name: str, x: Any, scaling: Scaling | None) -> Tensor:
+def inputs_of(name: str, x: Any, scaling: Scaling | None, owner: str = "adapt") -> Tensor:
     """Inputs as a tensor, checked against what the network was trained on.
 
     Raises:
@@ -134,14 +160,14 @@ def inputs_of(name: str, x: Any, scaling: Scaling | None) -> Tensor:
     if isinstance(x, np.ndarray):
         x = torch.from_numpy(np.ascontiguousarray(x))
     if not isinstance(x, Tensor):
-        raise InputError(f"adapt: {name} is of type {type(x).__name__}; give a tensor, torch.as_tensor(...)")
+        raise InputError(f"{owner}: {name} is of type {type(x).__name__}; give a tensor, torch.as_tensor(...)")
     shape = [] if scaling is None else [*scaling.x_shape] or [len(scaling.x_mean)]
     if x.dim() < 2 or (shape and list(x.shape[1:]) != shape):
-        raise InputError(f"adapt: {name} has shape {tuple(x.shape)}; {_what_is_taken(list(x.shape[1:]), shape)}")
+        raise InputError(f"{owner}: {name} has shape {tuple(x.shape)}; {_what_is_taken(list(x.shape[1:]), shape)}")
     if len(x) == 0:
-        raise InputError(f"adapt: {name} has no row; give one at least")
+        raise InputError(f"{owner}: {name} has no row; give one at least")
     if not bool(torch.isfinite(x).all()):
-        raise InputError(f"adapt: {name} holds values that are not finite; leave those rows out")
+        raise InputError(f"{owner}: {name} holds values that are not finite; leave those rows out")
     return x
 
 
@@ -161,23 +187,23 @@ def _what_is_taken(given: list[int], shape: list[int]) -> str:
     return f"the network takes images [rows, {channels}, {height}, {width}]{hint}"
 
 
-def tell_of_units(x: Tensor, scaling: Scaling | None) -> None:
+def tell_of_units(x: Tensor, scaling: Scaling | None, owner: str = "adapt") -> None:
     """Warn of images in other units than those of the training data, such as 0 … 1 in place of 0 … 255."""
     if scaling is None or not scaling.x_shape:
         return
-    span, spread = float(x.max()) - float(x.min()), min(scaling.x_std)
-    if span < _NARROW * spread:
+    span, spread = float(x.max()) - float(x.min()), max(scaling.x_std)
+    if not _SPANS[0] * spread < span < _SPANS[1] * spread:
         warn(
-            f"adapt: x spans {float(x.min()):.4g} to {float(x.max()):.4g}, and the training data's standard deviation "
-            f"is {spread:.4g}: give images in the units of the training data"
+            f"{owner}: x spans {float(x.min()):.4g} to {float(x.max()):.4g}, and the training data's standard "
+            f"deviation is {spread:.4g}: give images in the units of the training data"
         )
 
 
-def check_outputs(outputs: int, ways: int, criterion: nn.Module | None) -> None:
+def check_outputs(outputs: int, ways: int, criterion: nn.Module | None, owner: str) -> None:
     """Raise an :class:`InputError` where there are more classes than the network has outputs for."""
     most = 2 if outputs == 1 and isinstance(criterion, nn.BCEWithLogitsLoss) else outputs
     if ways > most:
         raise InputError(
-            f"adapt: there are {ways} classes, and what is learned has outputs for {most}; give examples of at most "
+            f"{owner}: there are {ways} classes, and what is learned has outputs for {most}; give examples of at most "
             f"{most}, train with data.train.ways={ways}, or learn Prototypes, which take any number of classes"
         )

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from metalit.adapt import adapt
 from metalit.autodiff.blame import as_input_error
+from metalit.data.asked_classes import AskedClasses
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
+from metalit.data.table import Asked
 from metalit.errors import InputError
 from metalit.modules.adapted import Adapted, check_lengths, check_points
 from metalit.modules.adapted_classes import (
     AdaptedClasses,
     Label,
+    NamedClasses,
     are_classes,
     check_outputs,
     class_labels,
@@ -94,28 +97,29 @@ class AdaptingLearner(TwoLevelLearner):
         """
         steps = self.prediction_steps if steps is None else steps
         if are_classes(y):
-            return self.adapt_to_classes(x, y, steps)
-        adapted = self._adapt(cast(Tensor, x), cast(Tensor, y), steps)
+            adapted = self.adapt_to_classes(x, y, steps)
+            tell_of_units(torch.as_tensor(x), self.scaling)
+            return adapted
+        points = self._adapt(cast(Tensor, x), cast(Tensor, y), steps)
         if self.scaling and self.scaling.x_min:
             given = (("x", cast(Tensor, x)), ("y", cast(Tensor, y)))
             names = ([f"{name}[:, {column}]" for column in range(v.shape[1])] for name, v in given)
             far = self.scaling.outside(given[0][1], given[1][1], *names)
             if far:
                 warn(f"adapt: the points lie far outside of the training data: {far}")
-        return adapted
+        return points
 
-    def adapt_to_classes(self, x: Any, y: Any, steps: int) -> AdaptedClasses:
-        """Do so where y are classes."""
-        names, numbers = class_labels(y, self.scaling)
-        rows = inputs_of("x", x, self.scaling)
+    def adapt_to_classes(self, x: Any, y: Any, steps: int, owner: str = "adapt") -> AdaptedClasses:
+        """Do so where y are classes; ``owner`` names them in messages."""
+        names, numbers = class_labels(y, self.scaling, owner)
+        rows = inputs_of("x", x, self.scaling, owner)
         check_lengths(rows, numbers)
-        tell_of_units(rows, self.scaling)
         support = self.cast(Points(self.normalise_x(rows), numbers))
         classes = torch.arange(len(names), device=self.device)
         task = Task(support, support, torch.tensor(0, device=self.device), classes)
         before = self._adapted_to(task, 0)
-        check_outputs(before.outputs(rows).shape[1], len(names), getattr(self.problem, "loss", None))
-        return AdaptedClasses(before if steps == 0 else self._adapted_to(task, steps), names)
+        check_outputs(before.outputs(rows).shape[1], len(names), getattr(self.problem, "loss", None), owner)
+        return AdaptedClasses(self._adapted_to(task, steps) if steps else before, names)
 
     def _adapt(self, x: Tensor, y: Tensor, steps: int) -> Adapted:
         check_points("x", x, self.scaling.x_mean if self.scaling else None)
@@ -134,7 +138,8 @@ class AdaptingLearner(TwoLevelLearner):
     def on_predict_start(self) -> None:
         """Tell of points that lie far from what was trained on."""
         data, self._fitted_worse = self.trainer.datamodule, []
-        if isinstance(data, TaskDataModule) and self.scaling and self.scaling.x_min:
+        asked = isinstance(data, TaskDataModule) and isinstance(data.asked, Asked)
+        if asked and self.scaling and self.scaling.x_min:
             names = (data.tasks.inputs, data.tasks.columns.y)
             far = self.scaling.outside(torch.tensor(data.asked.x), torch.tensor(data.asked.y), *names)
             if far:
@@ -150,14 +155,17 @@ class AdaptingLearner(TwoLevelLearner):
                 "inner steps (model.eval_steps)"
             )
 
-    def predict_step(self, task: UserTask, batch_idx: int) -> tuple[Any, ...]:
+    def predict_step(self, task: UserTask | AskedClasses, batch_idx: int) -> Any:
         """Adapt to a task of the user's: its name, the predictions at its rows, and those at the grid.
 
         Where they have a standard deviation, the 95 % intervals follow at the rows and at the grid: ``(lower, upper)``.
+        Of classes, return a :class:`~metalit.modules.adapted_classes.NamedClasses`.
 
         Raises:
             InputError: a batch of another kind.
         """
+        if isinstance(task, AskedClasses):
+            return self._named(task)
         if not isinstance(task, UserTask):
             raise InputError(
                 f"data: predict adapts to the points of a file, TaskDataModule's predict_file, and got a "
@@ -168,6 +176,20 @@ class AdaptingLearner(TwoLevelLearner):
             self._fitted_worse.append(task.name)
         found = task.name, adapted(task.x), adapted(task.grid)
         return (*found, adapted.interval(task.x), adapted.interval(task.grid)) if adapted.has_spread else found
+
+    def _named(self, task: AskedClasses) -> NamedClasses:
+        scaling, owner = self.scaling, task.owner
+        if scaling is None:
+            raise InputError(f"{owner}: the checkpoint does not know the units of its data; adapt(x, y) takes tensors")
+        examples, asked = task.values([*scaling.x_shape] or [len(scaling.x_mean)])
+        tell_of_units(examples, scaling, owner)
+        before, after = (
+            self.adapt_to_classes(examples, task.labels, steps, owner) for steps in (0, self.prediction_steps)
+        )
+        if not after.loss(examples, task.labels) <= before.loss(examples, task.labels):
+            self._fitted_worse.append(task.source.name)
+        found = after(inputs_of("what is asked", asked, scaling, owner))
+        return NamedClasses(found.names, found.table, found.are_probabilities, examples, asked)
 
     def told_at(self, x: Tensor) -> AbstractContextManager[None]:
         """Tell it likewise of a network that is tried on the rows ``x``."""
