@@ -10,8 +10,8 @@ from planted import Line, learner, tasks
 from torch import nn
 
 import metalit
+from metalit.checking.curvature import lanczos
 from metalit.checking.estimators import advice
-from metalit.checking.inner_level import lanczos
 from metalit.checking.peak import peak_of
 from metalit.data import SplitsDataModule
 from metalit.errors import InputError

@@ -21,6 +21,8 @@ from planted import (
 )
 
 import metalit
+from metalit.networks import MLP
+from metalit.problems import FewShot
 
 
 def test_nothing_is_wrong_where_nothing_is():
@@ -72,3 +74,19 @@ def test_nothing_of_the_learner_is_changed():
     assert torch.equal(state, torch.get_rng_state())
     assert given.problem.w.dtype == torch.float32
     assert isinstance(given.problem, Line)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: MLP([2, 6, 1], activation="Tanh", dropout=0.3),
+        lambda: MLP([2, 6, 1], activation="Tanh", norm="BatchNorm1d"),
+        lambda: MLP([2, 6, 1]),
+    ],
+    ids=["dropout that follows the key", "BatchNorm of each set by itself", "ReLU"],
+)
+def test_what_looks_like_a_fault_and_is_none(network):
+    torch.manual_seed(0)
+    report = metalit.check(learner(FewShot(network())), tasks())
+    assert report.problems == []
+    assert {slope.verdict for slope in report.slopes} == {"agrees"}

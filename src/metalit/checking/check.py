@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from metalit.autodiff.blame import as_input_error, first_line
+from metalit.checking.curvature import curvatures, told_of_curvature
 from metalit.checking.estimators import (
     EstimatorRow,
     advice,
@@ -16,7 +17,7 @@ from metalit.checking.estimators import (
 )
 from metalit.checking.faults import faults_of_losses
 from metalit.checking.gradients import Gradients, parameters, told_of_parameters, told_of_slopes, whole_slopes
-from metalit.checking.inner_level import curvatures, diagnosed, inner_gradient, not_a_number_at_zero, told_of_curvature
+from metalit.checking.inner_level import diagnosed, inner_gradient, not_a_number_at_zero
 from metalit.checking.memory import memory_of, told_of_memory
 from metalit.checking.report import CheckReport
 from metalit.checking.rows import faults_of_rows
@@ -32,6 +33,7 @@ from metalit.modules.two_level import TwoLevelLearner
 from metalit.tree import flatten, leaves
 
 _TASKS = 4
+_SLOW = 300  # evaluations of the outer loss that must fit into the time, else one task is enough
 
 
 class Findings:
@@ -47,7 +49,7 @@ class Findings:
         self.remarks += [line for line in remarks if line not in self.remarks]
 
 
-def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS) -> CheckReport:
+def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS, seconds: float = 60.0) -> CheckReport:
     """Check a learner on a few tasks, before it is trained: is its outer gradient right, and which estimator is best?
 
     Nothing is trained or changed: the problem is copied, in float64 where it can be evaluated so.
@@ -56,7 +58,8 @@ def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS) -> Chec
         learner: a MetaLearner or BilevelLearner; of a SupervisedLearner, its plain gradient.
         tasks: a batch of the tasks of an outer step, or what gives them: a DataModule, or a DataLoader. None for a
             BilevelLearner without data.
-        count: how many of the tasks are looked at.
+        count: how many of the tasks are looked at; one where more would take too long.
+        seconds: after so many, nothing else is begun that can be left out.
 
     Returns:
         The report: ``report.ok``, ``report.problems``, tables; it prints itself.
@@ -65,6 +68,7 @@ def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS) -> Chec
         InputError: another learner, or data that it does not take.
     """
     begin = perf_counter()
+    deadline = begin + 0.7 * seconds
     if count < 1:
         raise InputError(f"check: count={count} must be at least 1")
     batch = first_step_of(learner, tasks)
@@ -77,7 +81,12 @@ def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS) -> Chec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of them is reported
         subject = _subject(learner, few, found)
-        rest = _checked(learner, subject, few, count_of(batch), found)
+        since = perf_counter()
+        if not found.problems:
+            subject.value(subject.outer)
+        if count_of(few) > 1 and perf_counter() - since > seconds / _SLOW:
+            few, subject = first_tasks(few, 1), subject.of(1)
+        rest = _checked(learner, subject, few, count_of(batch), found, deadline)
     precision = str(subject.dtype).removeprefix("torch.")
     form, steps = type(learner.hypergradient).__name__, learner.hypergradient.steps
     name = f"{type(learner).__name__}, {type(learner.problem).__name__}, {form} ({steps} inner step(s))"
@@ -110,7 +119,9 @@ def _subject(learner: TwoLevelLearner, tasks: Any, found: Findings) -> Subject:
     raise error or AssertionError
 
 
-def _checked(learner: TwoLevelLearner, subject: Subject, few: Any, number: int, found: Findings) -> dict[str, Any]:
+def _checked(
+    learner: TwoLevelLearner, subject: Subject, few: Any, number: int, found: Findings, deadline: float
+) -> dict[str, Any]:
     """What follows where each loss can be evaluated; the tables by name."""
     try:
         with as_input_error("model.problem", subject.problem):
@@ -122,7 +133,7 @@ def _checked(learner: TwoLevelLearner, subject: Subject, few: Any, number: int, 
                 subject = warmed(subject, inner_gradient)
                 found.add([], ["warm start: the check begins where outer steps at this outer variable would"])
             plain = in_own_precision(subject, subject_of(learner, few, _own_dtype(learner)))
-            return _derivatives(learner, subject, plain, number, found)
+            return _derivatives(learner, subject, plain, number, found, deadline)
     except InputError as refusal:
         found.add([str(refusal)])
         return {}
@@ -133,7 +144,7 @@ def _own_dtype(learner: TwoLevelLearner) -> torch.dtype:
 
 
 def _derivatives(
-    learner: TwoLevelLearner, subject: Subject, plain: Subject, number: int, found: Findings
+    learner: TwoLevelLearner, subject: Subject, plain: Subject, number: int, found: Findings, deadline: float
 ) -> dict[str, Any]:
     found.add(not_a_number_at_zero(subject))
     form, begin = subject.form, None if subject.start is None else subject.begin()
@@ -143,11 +154,14 @@ def _derivatives(
         found.add([], [f"warm start: {type(form).__name__} is compared with the gradient of the solved inner problem"])
     exact, own, first = _estimates(subject, truth, found)
     reference = own if exact is None else exact
+    since = perf_counter()
     here = truth.value(truth.outer)
-    slopes = whole_slopes(truth.value, truth.outer, reference.gradient, here)
+    left = deadline - perf_counter()
+    few = (perf_counter() - since) * _SLOW > left
+    slopes = whole_slopes(truth.value, truth.outer, reference.gradient, here, few)
     reached = _reached(subject)
     gradients = Gradients(reference.gradient, own.gradient, None if first is None else first.gradient)
-    rows = parameters(truth.value, truth.outer, gradients, reached, slopes, here)
+    rows = parameters(truth.value, truth.outer, gradients, reached, slopes, here, perf_counter() + left / 3)
     flat = flatten(own.gradient).detach()
     if exact is not None:
         found.add(*told_of_slopes(slopes))
@@ -157,7 +171,9 @@ def _derivatives(
     found.add(told)
     bends = curvatures(subject)
     found.add(*told_of_curvature(subject, bends, metrics))
-    table = table_of(subject, plain, None if exact is None else flatten(exact.gradient))
+    table, left_out = table_of(subject, plain, None if exact is None else flatten(exact.gradient), deadline)
+    if left_out:
+        found.add([], [f"left out for want of time: {', '.join(left_out)}; count=1, or more seconds"])
     found.add(_told_of_estimator(subject, table[0]))
     memory = memory_of(plain, number)
     found.add(*told_of_memory(memory, learner.tasks_per_chunk))

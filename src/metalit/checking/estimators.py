@@ -32,7 +32,7 @@ from metalit.tree import flatten
 
 _ALIGNED = 0.9  # a cosine that is near enough for a cheaper estimator to be told of
 _FASTER = 1.25  # how many times as fast it must be
-_TURNS = 10  # of timing, at most
+_TURNS = 5  # of timing, at most
 _LONG = 3.0  # seconds of timing after which no other turn begins
 
 
@@ -93,19 +93,26 @@ def label(hypergradient: Hypergradient) -> str:
     return f"{name}, {given}" if given else name
 
 
-def table_of(subject: Subject, plain: Subject, exact: Tensor | None) -> list[EstimatorRow]:
-    """A row of each.
+def table_of(
+    subject: Subject, plain: Subject, exact: Tensor | None, deadline: float
+) -> tuple[list[EstimatorRow], list[str]]:
+    """A row of each, and the names of those that are left out for want of time.
 
     Args:
         subject: in the precision of the check.
         plain: the same in the learner's own.
         exact: the exact gradient, ``[parameters]``, if there is one.
+        deadline: when no other is begun, by ``perf_counter``.
     """
-    each = candidates(subject)
-    rows = [_row(one, subject, plain, exact, not place) for place, one in enumerate(each)]
-    seconds = timed(plain, [one for one, row in zip(each, rows, strict=True) if not row.invalid])
-    found = iter(seconds)
-    return [row if row.invalid else replace(row, seconds=next(found)) for row in rows]
+    each, rows = candidates(subject), list[EstimatorRow]()
+    for one in each:
+        if rows and perf_counter() > deadline:
+            break
+        rows.append(_row(one, subject, plain, exact, not rows))
+    valid = [one for one, row in zip(each, rows, strict=False) if not row.invalid]
+    seconds = iter(timed(plain, valid))
+    done = [row if row.invalid else replace(row, seconds=next(seconds)) for row in rows]
+    return done, [label(one) for one in each[len(rows) :]]
 
 
 def _row(each: Hypergradient, subject: Subject, plain: Subject, exact: Tensor | None, configured: bool) -> EstimatorRow:
@@ -141,14 +148,14 @@ def compared(gradient: Tensor, exact: Tensor | None) -> tuple[float, float]:
 def timed(subject: Subject, each: Sequence[Hypergradient]) -> list[float]:
     """The shortest of a few outer steps of each, in seconds; they take turns, as others may use the machine."""
     found, begin = [float("inf")] * len(each), perf_counter()
-    for turn in range(_TURNS):
+    for _ in range(_TURNS):
         for place, hypergradient in enumerate(each):
             since = perf_counter()
             subject.estimate(hypergradient)
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             found[place] = min(found[place], perf_counter() - since)
-        if turn and perf_counter() - begin > _LONG:
+        if perf_counter() - begin > _LONG:
             break
     return found
 
@@ -183,7 +190,8 @@ def advice(rows: Sequence[EstimatorRow]) -> str:
 def second_order_in_name_alone(subject: Subject, own: Tensor, exact: Tensor) -> list[str]:
     """Whether an estimator that says that it differentiates inner gradients takes them for constants."""
     form = subject.form
-    if not (form.steps and form.second_order and "inner_loss" in form.carries) or subject.optimizer.second_order:
+    claims = form.second_order and {"inner_loss", "outer_loss"} <= form.carries
+    if not (form.steps and claims) or subject.optimizer.second_order:
         return []
     first = flatten(subject.estimate(FirstOrder(form.steps, subject.weights)).gradient)
     is_first, differs = (float((one - first).norm()) for one in (own, exact))

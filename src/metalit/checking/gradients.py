@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ class Parameter:
         size: the norm of its exact gradient.
         status: ``right``, or why not: ``unused`` if nothing depends on it, ``cut off`` if the loss does and no
             derivative comes through, ``first order`` if inner gradients count as constants though they should not,
-            ``none`` if the estimator carries none to it, ``zero`` if it is zero here.
+            ``none`` if the estimator carries none to it, ``zero`` if it is zero here, ``unknown`` if differences say
+            nothing or there was no time for them.
         error: that of its slope.
     """
 
@@ -42,19 +44,28 @@ class Gradients(NamedTuple):
     first_order: Tree | None
 
 
-def whole_slopes(value: Value, at: Any, gradient: Tree, here: float) -> list[Comparison]:
-    """Slopes along the gradient and along random directions, over the whole sweep of steps."""
-    dtype = next(leaf for _, leaf in leaves(at)).dtype
+def whole_slopes(value: Value, at: Any, gradient: Tree, here: float, few: bool = False) -> list[Comparison]:
+    """Slopes along the gradient and along random directions, over the whole sweep of steps, or every second one."""
+    steps = steps_of(next(leaf for _, leaf in leaves(at)).dtype)[:: 2 if few else 1]
     ways = {f"random direction {seed}": unit_direction(at, seed) for seed in range(1, _RANDOM + 1)}
     if 0 < float(norm(gradient)) < float("inf"):
         ways = {"along the gradient": scaled_to_one(gradient), **ways}
-    return [slope(value, at, gradient, way, name, steps_of(dtype), here) for name, way in ways.items()]
+    return [slope(value, at, gradient, way, name, steps, here) for name, way in ways.items()]
 
 
 def parameters(
-    value: Value, at: Any, found: Gradients, reached: set[str], slopes: Sequence[Comparison], here: float
+    value: Value,
+    at: Any,
+    found: Gradients,
+    reached: set[str],
+    slopes: Sequence[Comparison],
+    here: float,
+    deadline: float = float("inf"),
 ) -> list[Parameter]:
-    """Each outer parameter by itself, at the steps that were right for the whole."""
+    """Each outer parameter by itself, at the steps that were right for the whole.
+
+    After the ``deadline``, by ``perf_counter``, those that are left are ``unknown``.
+    """
     chosen = sorted(each.step for each in slopes)[len(slopes) // 2]
     steps = [chosen * 10 ** (-half / 2) for half in (-2, -1, 0, 1, 2)]
     exact, own = dict(leaves(found.exact)), dict(leaves(found.own))
@@ -67,6 +78,9 @@ def parameters(
         mean, answer = exact[name], own[name]
         if not bool(torch.isfinite(mean).all() and torch.isfinite(answer).all()):
             rows.append(Parameter(name, float(mean.norm()), "NaN", float("nan")))
+            continue
+        if perf_counter() > deadline:
+            rows.append(Parameter(name, float(mean.norm()), "unknown", float("nan")))
             continue
         way = _along(at, name, number)
         each = slope(value, at, found.exact, way, name, steps, here)

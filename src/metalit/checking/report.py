@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from metalit.callbacks.screen import table
+from metalit.checking.curvature import Curvature
 from metalit.checking.differences import Comparison
 from metalit.checking.estimators import EstimatorRow
 from metalit.checking.gradients import Parameter
-from metalit.checking.inner_level import Curvature
 from metalit.checking.memory import Memory, size
 
 _WIDTH = 80

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metalit.checking.differences import unit_direction
 from metalit.checking.faults import pieces, same
 from metalit.checking.subject import Subject
-from metalit.private_torch import pytree_map
+from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Points, Splits, Task
+from metalit.tree import axpy
 
 
 class Found(NamedTuple):
@@ -42,7 +44,7 @@ def faults_of_rows(subject: Subject) -> Found:
 def _leaks(subject: Subject, task: Any) -> list[str]:
     """Whether ``init`` or the inner loss changes with rows that are there to judge it."""
     _, others = _LEVELS[type(task)]
-    begin = subject.problem.init(subject.outer["problem"], task)
+    begin = _beside(subject, task)
     before = {name: call() for name, call in pieces(subject, task, begin).items()}
     name, found = type(subject.problem).__name__, []
     for part in others:
@@ -54,6 +56,12 @@ def _leaks(subject: Subject, task: Any) -> list[str]:
             if piece in before and not same(before[piece], after[piece]())
         ]
     return found
+
+
+def _beside(subject: Subject, task: Any) -> Any:
+    """An inner variable where nothing is zero or alike by chance, as predictions at init may be."""
+    begin = subject.problem.init(subject.outer["problem"], task)
+    return axpy(0.1, unit_direction(begin, 0), begin) if tree_leaves(begin) else begin
 
 
 def _other(points: Points) -> Points:
@@ -69,7 +77,7 @@ def _no_mean(subject: Subject, task: Any) -> Found:
     """Whether a loss stays as it is where each row is there twice, as that of a mean does."""
     inner_part, others = _LEVELS[type(task)]
     name, problems, remarks = type(subject.problem).__name__, [], []
-    begin = subject.problem.init(subject.outer["problem"], task)
+    begin = _beside(subject, task)
     for piece, part in (("inner_loss", inner_part), ("outer_loss", others[0])):
 
         def loss(given: Any, piece: str = piece) -> Tensor | None:
@@ -106,7 +114,7 @@ def _no_mean(subject: Subject, task: Any) -> Found:
 
 
 def _repeated(points: Points, times: int) -> Points:
-    return pytree_map(lambda leaf: None if leaf is None else torch.cat([leaf] * times), points)
+    return pytree_map(lambda leaf: None if leaf is None else leaf.repeat_interleave(times, 0), points)
 
 
 def _follows_key(task: Any, loss: Callable[[Any], Tensor | None], value: Tensor) -> bool:

@@ -1,12 +1,13 @@
 """``metalit check``: a configuration is built as for ``fit``, and looked at instead of trained."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, cast
 
 from metalit.checking import CheckReport, check
 from metalit.cli.command_line import MetalitCLI, built
+from metalit.errors import InputError
 from metalit.modules.base import OuterLearner
 from metalit.notices import show
 
@@ -43,8 +44,17 @@ def run_check(args: Sequence[str]) -> int:
         InputError: see :func:`metalit.cli.command_line.built`.
     """
     as_json = _JSON in args
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with redirect_stdout(sys.stderr) if as_json else nullcontext(), _own_name():
         cli = built(["fit", *(arg for arg in args if arg != _JSON)], cli=CheckCLI)
     report = cast(CheckReport, cast(CheckCLI, cli).report)
     show(report.as_json() if as_json else str(report))
     return 0 if report.ok else 1
+
+
+@contextmanager
+def _own_name() -> Iterator[None]:
+    """Name the right subcommand where there is no config."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("metalit fit --config", "metalit check --config")) from error
