@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalit.notices import say
 from metalit.private_torch import tree_leaves
 
 _PACKAGES = ("metalit", "torch", "lightning", "numpy", "torchmetrics")
 # what looks like a place that begins at the root of a disk or at somebody's home
 _ABSOLUTE = re.compile(r"(?<![\w.\-/\\])(?:~?/|[A-Za-z]:[\\/])[^\s,;'\"\[\]{}]*")
 _BLOCK = 2**20
+_LARGE = 2**31  # bytes of data that take some seconds to read
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +83,11 @@ def without_places(value: Any) -> Any:
 
 def data_hashes(data: Any) -> dict[str, str]:
     """The SHA-256 of each file and folder that a configuration of data names, by its name there."""
-    return {without_places(name): _hash_of(Path(name)) for name in dict.fromkeys(_named(data))}
+    paths = {name: Path(name) for name in dict.fromkeys(_named(data))}
+    size = sum(file.stat().st_size for path in paths.values() for file in _files(path))
+    if size > _LARGE:
+        say(f"reading {size / 2**30:.0f} GiB of data once, for the hash in run.json")
+    return {without_places(name): _hash_of(path) for name, path in paths.items()}
 
 
 def _named(value: Any) -> Iterator[str]:
@@ -103,6 +109,10 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
+
+
 def _hash_of(path: Path) -> str:
     """Of a file its content; of a folder the names and contents of all files below it."""
     total = hashlib.sha256()
@@ -111,7 +121,7 @@ def _hash_of(path: Path) -> str:
             while block := file.read(_BLOCK):
                 total.update(block)
     else:
-        for below in sorted(part for part in path.rglob("*") if part.is_file()):
+        for below in _files(path):
             total.update(f"{below.relative_to(path).as_posix()}\0{_hash_of(below)}\n".encode())
     return total.hexdigest()
 
