@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from fits import blobs, last, regression, trainer
+from kinds import Kinds, namer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -103,6 +104,10 @@ def uneven():
     return TaskDataModule(Sine(), Episodes(12, 5, 5), Episodes(5, 5, 5), Episodes(6, 5, 5))
 
 
+def kinds():
+    return TaskDataModule(Kinds(spread=1.5), Episodes(12, 2, 3), Episodes(7, 2, 3), Episodes(9, 2, 3))
+
+
 CASES = {
     "MAML": (meta, sine, DOUBLE),
     "MAML, chunks": (lambda: meta(tasks_per_chunk=3), sine, DOUBLE),
@@ -115,6 +120,7 @@ CASES = {
     "ridge, chunks": (lambda: ridge(tasks_per_chunk=3), lambda: splits(regression()), DOUBLE),
     "logistic, implicit, warm": (lambda: logistic(warm_start=True), two_classes, DOUBLE),
     "cleaning": (cleaning, two_classes, DOUBLE),
+    "classes": (namer, kinds, DOUBLE),
     "tasks, judged": (judged, uneven, DOUBLE),
     "supervised": (supervised, rows, DOUBLE),
     "supervised, chunks": (lambda: supervised(rows_per_chunk=5), rows, DOUBLE),
@@ -151,6 +157,9 @@ def fit(root: Path, ranks: int, name: str, halfway: int) -> None:
         run = trainer(root / name, until, num_sanity_val_steps=0, **settings)
         resumed = halfway and until == STEPS
         run.fit(module, data(), ckpt_path=last(root / name) if resumed else None)
+        if name == "classes":
+            tested = trainer(root / "classes, tested", callbacks=[ReportWriter()], **given, **devices)
+            tested.test(module, data(), verbose=False)
         assert name not in COMPILED or module.is_compiled, name
         own = flatten(module.outer()).detach()
         for other in module.all_gather(own).reshape(ranks, -1):

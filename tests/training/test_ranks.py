@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import pandas as pd
 import pytest
 import torch
 from fits import last, scalars
@@ -75,6 +76,15 @@ def test_three_ranks_are_one(trained, name):
     roots, states = compared(trained, CASES, name, 3, shown)
     same_state(*states)
     same_folder(*roots, rel=1e-5)
+
+
+def test_two_ranks_find_the_same_accuracies_and_confusions(trained):
+    roots = [trained(tuple(CASES), ranks) / "classes, tested/run/version_0" for ranks in (1, 2)]
+    for file in ("test.csv", "test_confusion.csv"):
+        one, two = (pd.read_csv(root / file) for root in roots)
+        pd.testing.assert_frame_equal(one, two, rtol=1e-5)
+    assert one.drop(columns="true class").to_numpy().sum() == 9 * 3 * 3
+    assert "accuracy" in pd.read_csv(roots[0] / "test.csv")
 
 
 @LONG
