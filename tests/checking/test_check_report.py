@@ -10,9 +10,11 @@ from planted import Line, learner, tasks
 from torch import nn
 
 import metalit
+from metalit import hypergradients
 from metalit.checking.curvature import lanczos
-from metalit.checking.estimators import advice
+from metalit.checking.estimators import advice, candidates
 from metalit.checking.peak import peak_of
+from metalit.checking.subject import subject_of
 from metalit.data import SplitsDataModule
 from metalit.errors import InputError
 from metalit.hypergradients import Direct, FirstOrder, Implicit, Truncated
@@ -59,6 +61,12 @@ def test_every_estimator_is_compared_with_the_exact_gradient(report):
     assert "learns through inner_loss" in row(report, "Implicit, CG").invalid
     assert all(each.seconds > 0 and each.peak > 0 for each in report.estimators if not each.invalid)
     assert report.advice
+
+
+def test_every_estimator_that_there_is_is_a_candidate():
+    every = {name for name in hypergradients.__all__ if hasattr(getattr(hypergradients, name), "carries")}
+    subject = subject_of(learner(hypergradient=Truncated(2, 1)), tasks(), torch.float64)
+    assert {type(each).__name__ for each in candidates(subject)} == every - {"Hypergradient"}
 
 
 def test_it_prints_itself_in_80_columns(report):

@@ -27,6 +27,7 @@ from metalit.hypergradients import (
     Unrolled,
 )
 from metalit.linsolve import Dense
+from metalit.modules.first_task import damping_of, if_singular
 from metalit.private_torch import pytree_map, tree_leaves
 from metalit.tree import flatten
 
@@ -122,8 +123,13 @@ def _row(each: Hypergradient, subject: Subject, plain: Subject, exact: Tensor | 
             warnings.simplefilter("always")
             each.check(subject.problem, subject.optimizer, subject.outer, subject.one(), _begin(subject))
             found = subject.estimate(each)
+        flat = flatten(found.gradient).detach()
+        if not bool(torch.isfinite(flat).all()):
+            damping = damping_of(each, subject.optimizer)
+            way = f"; {if_singular(damping)}" if damping else ""
+            return EstimatorRow(name, configured, invalid=f"its gradient is not finite{way}")
         _, told = diagnosed(subject, each, found)
-        cosine, error = compared(flatten(found.gradient).detach(), exact)
+        cosine, error = compared(flat, exact)
         peak = peak_of(lambda: plain.estimate(each), next(iter(tree_leaves(plain.outer))).device)
     except InputError as refusal:
         return EstimatorRow(name, configured, invalid=str(refusal))

@@ -22,7 +22,8 @@ from metalit.problem import Problem
 from metalit.tree import tree_map
 
 DENSE = 400  # entries of an inner variable whose Hessian is solved with as a matrix
-_ROUNDS = 40  # outer steps whose warm start is taken, at most
+_ROUNDS = 40  # outer steps whose warm start is taken, at most, where the inner problem must be solved
+_FEW_ROUNDS = 2  # likewise, where it need not be
 _SOLVED = 1e-6  # the share of the inner gradient that is as good as none
 _NEWTON = 3  # steps of Newton's method, which doubles the right digits in each
 
@@ -62,6 +63,12 @@ class Subject:
     def exact(self) -> Hypergradient:
         """The hypergradient that leaves nothing out of what is differentiated."""
         return Unrolled(self.form.steps, self.weights) if self.form.steps else Direct()
+
+    @property
+    def must_be_solved(self) -> bool:
+        """Whether the hypergradient is right at a stationary inner point alone."""
+        carries = self.form.carries
+        return "init" not in carries and {"inner_loss", "outer_loss"} <= carries
 
     def estimate(self, hypergradient: Hypergradient) -> Estimate:
         """The mean hypergradient over the tasks."""
@@ -105,8 +112,7 @@ def solved(subject: Subject) -> Subject | None:
     One step alone, differentiated, would be the gradient of many outer steps only if the start were no constant.
     None for other estimators, for an inner loss of each step, and where the Hessian is too large for a matrix.
     """
-    carries = subject.form.carries
-    if subject.start is None or "init" in carries or "inner_loss" not in carries or "outer_loss" not in carries:
+    if subject.start is None or not subject.must_be_solved:
         return None
     if sum(leaf.numel() for leaf in tree_leaves(subject.begin())) > DENSE or subject.problem.of_each_step:
         return None
@@ -150,14 +156,14 @@ def subject_of(learner: TwoLevelLearner, tasks: Any, dtype: torch.dtype) -> Subj
 
 
 def warmed(subject: Subject, inner_gradient: Callable[[Subject], float]) -> Subject:
-    """The same where a warm start would be after some outer steps: until the inner problem is solved, or enough."""
+    """The same where a warm start would be after some outer steps: until the inner problem is solved if it must be."""
     first = inner_gradient(subject)
 
     def one(outer: Outer, given: tuple[Any, Start]) -> Any:
         task, start = given
         return adapt(subject.problem, subject.optimizer, outer, task, subject.form.steps, start)
 
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if subject.must_be_solved else _FEW_ROUNDS):
         with torch.no_grad():
             inner = for_each_task(one, subject.outer, (subject.tasks, subject.start), subject.problem)
         subject = replace(subject, start=inner)

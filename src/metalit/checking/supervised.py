@@ -43,7 +43,10 @@ def check_supervised(learner: SupervisedLearner, batch: Any) -> CheckReport:
 
     here, gradient = found(outer)
     again = float(found(outer)[0])
-    problems, remarks = [], ["a SupervisedLearner has no inner level: its plain gradient alone is checked"]
+    problems, remarks = (
+        [],
+        ["a SupervisedLearner has no inner level: its plain gradient alone is checked, without a perturbation"],
+    )
     if float(here) != again:
         problems.append(
             "model.network is different at each call: it draws random numbers that follow no key; use torch.nn.Dropout"
