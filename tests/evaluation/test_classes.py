@@ -6,6 +6,7 @@ import pytest
 import torch
 from fits import bare, last, scalars, trainer
 from kinds import NAMES, Kinds, namer
+from torch import nn
 
 from metalit.callbacks import BestCheckpoint, LastCheckpoint, ReportWriter
 from metalit.data import Episodes, Sine, TaskDataModule
@@ -14,6 +15,7 @@ from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
 from metalit.networks import MLP
+from metalit.problem import Points, Task
 from metalit.problems import FewShot
 
 
@@ -131,6 +133,11 @@ def test_the_number_of_steps_is_that_of_the_highest_accuracy(tmp_path):
     assert means[learner.prediction_steps] == max(means)
 
 
+def confusion(counts, steps):
+    true, taken = np.nonzero(counts)
+    return Confusion([*"abcdef"], true, taken, np.asarray(counts, dtype=int)[true, taken], steps)
+
+
 class TestConfusions:
     def test_are_counted_in_a_test(self, tested):
         learner, tasks, root, *_ = tested
@@ -147,26 +154,40 @@ class TestConfusions:
         assert any(line.startswith("most often taken for another class") for line in lines)
 
     def test_that_are_most_frequent_are_told_with_their_share(self):
-        counts = np.array([[6, 3, 1], [0, 10, 0], [5, 0, 5]])
-        assert Confusion(["a", "b", "c"], counts, 2).lines() == [
+        assert confusion([[6, 3, 1], [0, 10, 0], [5, 0, 5]], 2).lines() == [
             "most often taken for another class after 2 inner steps:",
             "  c taken for a: 5 of 10 (50 %)",
             "  a taken for b: 3 of 10 (30 %)",
             "  a taken for c: 1 of 10 (10 %)",
         ]
-        assert Confusion(["a", "b"], np.eye(2, dtype=int), 1).lines() == [
-            "no class was taken for another after 1 inner step"
-        ]
+        assert confusion(np.eye(2), 1).lines() == ["no class was taken for another after 1 inner step"]
 
     def test_leave_out_classes_that_were_not_asked(self):
         counts = np.zeros((4, 4), dtype=int)
         counts[1, 3] = 2
-        frame = Confusion(["a", "b", "c", "d"], counts, 0).frame()
+        frame = confusion(counts, 0).frame()
         assert frame.to_dict("list") == {"true class": ["b"], "b": [0], "d": [2]}
 
-    def test_are_not_counted_of_more_classes_than_memory_has_room_for(self):
-        assert Confusions.of([str(number) for number in range(20_000)], 1) is None
-        assert Confusions.of(None, 1) is None
+    def test_of_many_thousand_classes_take_no_memory(self):
+        names = [str(number) for number in range(100_000)]
+        classes = torch.tensor([[99_999, 7, 500]])
+        points = Points(torch.zeros(1, 4, 1), torch.tensor([[0, 1, 2, -100]]))
+        counts = Confusions(names, 1, torch.device("cpu"))
+        counts.add(
+            None,
+            torch.eye(4)[None, None, [1, 1, 2, 2], :3].expand(1, 2, 4, 3),
+            Task(points, points, torch.zeros(1), classes),
+        )
+        assert counts.finish().frame().to_dict("list") == {
+            "true class": ["7", "500", "99999"],
+            **{"7": [1, 0, 1], "500": [0, 1, 0], "99999": [0, 0, 0]},
+        }
+
+    def test_of_what_is_not_known_to_answer_are_none(self):
+        tasks = Kinds().of_size("test", torch.arange(2), torch.zeros(2, dtype=torch.long), Episodes(2, 1, 1, 2))
+        counts = Confusions(NAMES, 0, torch.device("cpu"))
+        counts.add(nn.PoissonNLLLoss(), torch.zeros(2, 1, 2, 1), tasks)
+        assert counts.finish() is None
 
     def test_a_head_with_more_outputs_than_classes_answers_by_those_in_use(self, tmp_path):
         learner, tasks = namer(outputs=7), data()

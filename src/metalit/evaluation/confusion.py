@@ -7,79 +7,79 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.aggregation import CatMetric
 
 from metalit.judging import chosen, real_rows
 from metalit.problem import Task
 
-_MOST_CLASSES = 5000  # whose counts take 200 MB
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each class was taken for each.
+    """How often which class was taken for which.
 
     Args:
         names: of the classes.
-        counts: ``[true class, predicted class]``.
+        true, taken: ``[pairs]`` numbers of classes, by rising numbers.
+        counts: ``[pairs]``, how often the one was taken for the other; at least once.
         steps: after how many inner steps.
     """
 
     names: Sequence[str]
+    true: np.ndarray
+    taken: np.ndarray
     counts: np.ndarray
     steps: int
 
     def frame(self) -> pd.DataFrame:
         """A row for each true class that was asked, a column for each class that was asked or predicted."""
-        asked, predicted = self.counts.any(1), self.counts.any(0)
-        rows, columns = np.flatnonzero(asked), np.flatnonzero(asked | predicted)
+        rows, row = np.unique(self.true, return_inverse=True)
+        columns, column = np.unique(np.concatenate([self.true, self.taken]), return_inverse=True)
+        table = np.zeros((len(rows), len(columns)), dtype=np.int64)
+        table[row, column[len(self.true) :]] = self.counts
         names = np.array(self.names, dtype=object)
-        frame = pd.DataFrame(self.counts[np.ix_(rows, columns)], columns=pd.Index(names[columns]))
+        frame = pd.DataFrame(table, columns=pd.Index(names[columns]))
         frame.insert(0, "true class", names[rows], allow_duplicates=True)
         return frame
 
     def lines(self) -> list[str]:
         """The most frequent confusions, in words.
 
-        >>> counts = np.array([[8, 2], [0, 10]])
-        >>> Confusion(["1", "7"], counts, 0).lines()
+        >>> Confusion(["1", "7"], np.array([0, 0, 1]), np.array([0, 1, 1]), np.array([8, 2, 10]), 0).lines()
         ['most often taken for another class:', '  1 taken for 7: 2 of 10 (20 %)']
         """
-        wrong = self.counts.copy()
-        np.fill_diagonal(wrong, 0)
+        wrong = np.flatnonzero(self.true != self.taken)
         # a stable order, so that several ranks tell the same
-        most = np.argsort(-wrong, axis=None, kind="stable")[:_SHOWN]
-        pairs = [(place // len(wrong), place % len(wrong)) for place in most if wrong.flat[place]]
+        most = wrong[np.argsort(-self.counts[wrong], kind="stable")][:_SHOWN]
         after = f" after {self.steps} inner step{'s' if self.steps > 1 else ''}" if self.steps else ""
-        if not pairs:
+        if not len(most):
             return [f"no class was taken for another{after}"]
         found = [f"most often taken for another class{after}:"]
-        for true, other in pairs:
-            times, asked = wrong[true, other], self.counts[true].sum()
-            share = f"{times} of {asked} ({times / asked:.0%})".replace("%", " %")
-            found.append(f"  {self.names[true]} taken for {self.names[other]}: {share}")
+        for true, taken, count in zip(self.true[most], self.taken[most], self.counts[most], strict=True):
+            asked = self.counts[self.true == true].sum()
+            share = f"{count} of {asked} ({count / asked:.0%})".replace("%", " %")
+            found.append(f"  {self.names[true]} taken for {self.names[taken]}: {share}")
         return found
 
 
 class Confusions(nn.Module):
-    """Counts, batch after batch of tasks whose classes have names.
+    """Collects, batch after batch of tasks whose classes have names, what each query was taken for.
+
+    Only pairs that occur are counted: a matrix of all that there may be would fill the memory.
 
     Args:
         names: of all classes.
         steps: after how many inner steps the predictions are taken.
+        device: where they are.
     """
 
-    def __init__(self, names: Sequence[str], steps: int) -> None:
+    def __init__(self, names: Sequence[str], steps: int, device: torch.device) -> None:
         super().__init__()
         self.names = names
         self.steps = steps
-        self._counts = MulticlassConfusionMatrix(len(names), validate_args=False)
-
-    @classmethod
-    def of(cls, names: Sequence[str] | None, steps: int) -> "Confusions | None":
-        """Return none where classes have no names, or are so many that their counts would fill the memory."""
-        return cls(names, steps) if names is not None and 2 <= len(names) <= _MOST_CLASSES else None
+        self._pairs = CatMetric(nan_strategy="disable").to(device)
+        self._pairs.set_dtype(torch.float64)  # whole numbers up to 2⁵³
 
     def add(self, loss: nn.Module | None, predictions: Tensor, tasks: Task) -> None:
         """Take what was predicted for the queries of a batch of tasks.
@@ -94,13 +94,16 @@ class Confusions(nn.Module):
         answers = chosen(loss, prediction.flatten(0, 1), query.y.flatten())
         if answers is None:
             return
-        true, taken = (tasks.classes.gather(1, labels.view_as(query.y)).flatten() for labels in (query.y, answers))
+        # what is ignored has no class
+        labels = query.y.clamp(min=0), answers.view_as(query.y)
+        true, taken = (tasks.classes.gather(1, each).flatten() for each in labels)
         real = real_rows(loss, query.y.flatten(), None if query.mask is None else query.mask.flatten())
-        real = torch.ones_like(true, dtype=torch.bool) if real is None else real
-        self._counts.update(taken[real], true[real])
+        pairs = (true * len(self.names) + taken).double()
+        self._pairs.update(pairs if real is None else pairs[real])
 
-    def finish(self) -> Confusion:
-        """Gather the counts of all ranks."""
-        counts = self._counts.compute().cpu().numpy()
-        self._counts.reset()
-        return Confusion(self.names, counts, self.steps)
+    def finish(self) -> Confusion | None:
+        """Gather those of all ranks; None where it is not known how a prediction answers."""
+        found = self._pairs.compute()
+        self._pairs.reset()
+        pairs, counts = np.unique(torch.as_tensor(found).long().cpu().numpy(), return_counts=True)
+        return Confusion(self.names, *np.divmod(pairs, len(self.names)), counts, self.steps) if len(pairs) else None

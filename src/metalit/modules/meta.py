@@ -155,8 +155,8 @@ class MetaLearner(AdaptingLearner):
         """Collect anew."""
         self.evaluation.start()
         names = None if self.trainer.state.fn == "fit" else self._class_names("test" if self.trainer.testing else "val")
-        self._confusions = Confusions.of(names, min(self.prediction_steps, self.eval_steps))
-        self._confusions = self._confusions and self._confusions.to(self.device)
+        steps = min(self.prediction_steps, self.eval_steps)
+        self._confusions = None if names is None else Confusions(names, steps, self.device)
 
     def evaluate(self, batch: Any, batch_idx: int, split: Split) -> None:
         """Adapt, and collect what is measured; beside baselines only where it is none of the validations of a fit.
