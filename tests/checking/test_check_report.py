@@ -195,10 +195,11 @@ def test_what_cannot_be_checked():
         metalit.nothing  # noqa: B018
 
 
-def test_the_command_line_prints_json_and_makes_no_folder(metalit, tmp_path):
-    status, output = metalit("check", "configs/sine_anil.yaml", "--json")
-    assert status == 0, output
+def test_the_command_line_prints_json_fails_where_something_is_wrong_and_makes_no_folder(metalit, tmp_path):
+    status, output = metalit("check", "configs/sine_imaml.yaml", "--json", "--model.inner_optimizer=SGD")
+    assert status == 1, output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-    assert found["ok"] is True
+    assert found["ok"] is False
+    assert "needs a stationary inner point" in found["problems"][0]
     assert found["memory"]["tasks"] == 4
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from metalit.checking.faults import faults_of_losses
 from metalit.checking.gradients import Gradients, parameters, told_of_parameters, told_of_slopes, whole_slopes
 from metalit.checking.inner_level import diagnosed, inner_gradient, not_a_number_at_zero
 from metalit.checking.memory import memory_of, told_of_memory
-from metalit.checking.report import CheckReport
+from metalit.checking.report import CheckReport, counted
 from metalit.checking.rows import faults_of_rows
 from metalit.checking.subject import Subject, count_of, first_tasks, solved, subject_of, warmed
 from metalit.checking.supervised import check_supervised
@@ -89,7 +89,7 @@ def check(learner: OuterLearner, tasks: Any = None, count: int = _TASKS, seconds
         rest = _checked(learner, subject, few, count_of(batch), found, deadline)
     precision = str(subject.dtype).removeprefix("torch.")
     form, steps = type(learner.hypergradient).__name__, learner.hypergradient.steps
-    name = f"{type(learner).__name__}, {type(learner.problem).__name__}, {form} ({steps} inner step(s))"
+    name = f"{type(learner).__name__}, {type(learner.problem).__name__}, {form} ({counted(steps, 'inner step')})"
     said = found.problems, found.remarks
     return CheckReport(name, count_of(few), precision, perf_counter() - begin, *said, **rest)
 

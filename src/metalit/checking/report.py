@@ -40,6 +40,7 @@ class CheckReport:
         estimators: each hypergradient on this problem.
         advice: which one to take, in one line.
         memory: what the whole batch would take.
+        unit: of what is counted as tasks.
     """
 
     learner: str
@@ -55,6 +56,7 @@ class CheckReport:
     estimators: Sequence[EstimatorRow] = ()
     advice: str = ""
     memory: Memory | None = None
+    unit: str = "task"
 
     @property
     def ok(self) -> bool:
@@ -74,11 +76,11 @@ class CheckReport:
         return text.getvalue().rstrip()
 
     def _parts(self) -> list[str | Table]:
-        parts: list[str | Table] = [f"checked {self.learner}: {self.tasks} task(s), {self.precision}"]
+        parts: list[str | Table] = [f"checked {self.learner}: {counted(self.tasks, self.unit)}, {self.precision}"]
         for title, rows in (
             ("the exact gradient beside finite differences", self._slopes()),
             ("the inner level", self._inner()),
-            (f"hypergradients on this problem ({self.tasks} task(s), not compiled)", self._estimators()),
+            (f"hypergradients on this problem ({counted(self.tasks, self.unit)}, not compiled)", self._estimators()),
             ("memory of an outer step", self._memory()),
         ):
             if rows:
@@ -89,7 +91,7 @@ class CheckReport:
             parts += ["", "good to know:", *(f"- {line}" for line in self.remarks)]
         parts.append("")
         if self.problems:
-            parts += [f"{len(self.problems)} problem(s):", *(f"- {line}" for line in self.problems)]
+            parts += [f"{counted(len(self.problems), 'problem')}:", *(f"- {line}" for line in self.problems)]
         parts.append(f"{'nothing is wrong' if self.ok else 'something is wrong'} ({self.seconds:.1f} s)")
         return parts
 
@@ -153,8 +155,17 @@ class CheckReport:
         rows = [(name, size(found.all_at_once[name]), size(found.one_by_one[name])) for name in found.all_at_once]
         there_are = "" if found.there_are is None else f"; {size(found.there_are)} are free"
         low, high = found.measured
-        way = f"measured on {high} task(s)" if low == high else f"from {low} and {high} tasks"
-        return [table(("", f"all {found.tasks} task(s)", "in chunks of 1"), rows), f"{way}{there_are}"]
+        way = f"measured on {counted(high, self.unit)}" if low == high else f"from {low} and {high} tasks"
+        return [table(("", f"all {counted(found.tasks, self.unit)}", "in chunks of 1"), rows), f"{way}{there_are}"]
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "task"), counted(4, "task")
+    ('1 task', '4 tasks')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float, form: str) -> str:

@@ -67,4 +67,4 @@ def _report(
     learner: SupervisedLearner, count: int, begin: float, problems: list[str], remarks: list[str], **tables: Any
 ) -> CheckReport:
     name = f"SupervisedLearner, {type(learner.network).__name__}"
-    return CheckReport(name, count, "float64", perf_counter() - begin, problems, remarks, **tables)
+    return CheckReport(name, count, "float64", perf_counter() - begin, problems, remarks, unit="row", **tables)
