@@ -136,11 +136,12 @@ def over_tasks(
         An :class:`Estimate` whose ``inner`` keeps the task dimension; so does its ``state``, where ``start`` has one.
     """
 
-    def one(outer: Outer, pair: tuple[Any, Start]) -> tuple[Any, ...]:
+    def one(shared: tuple[Outer, Progress], pair: tuple[Any, Start]) -> tuple[Any, ...]:
+        outer, progress = shared
         *found, state = hypergradient(problem, optimizer, outer, *pair, progress)
         return *found, state if isinstance(start, Iterate) else {}
 
-    loss, gradient, inner, metrics, state = for_each_task(one, outer, (tasks, start), problem)
+    loss, gradient, inner, metrics, state = for_each_task(one, (outer, progress), (tasks, start), problem)
     metrics = {name: value.to(loss.dtype).mean(0) for name, value in metrics.items()}
     return Estimate(loss.mean(), tree_map(lambda value: value.mean(0), gradient), inner, metrics, state)
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from metalit.adapt import Outer
 from metalit.autodiff.attention import plain_attention
 from metalit.autodiff.blame import culprit, first_line, without_second_derivative
 from metalit.autodiff.exact import ExactSecondDerivatives, check_exact, exact_for
 from metalit.errors import InputError
+from metalit.hypergradients.task_loop import in_a_loop, is_for
 from metalit.private_torch import pytree_map, tree_flatten, tree_leaves, tree_unflatten
 from metalit.problem import Problem
 from metalit.scaled import Scaled
@@ -26,8 +26,11 @@ _DRAWS = (
 )
 
 
-def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None = None) -> Any:
-    """Evaluate ``fn(outer, task)`` for every task of a batch at once; results get a leading task dimension.
+def for_each_task(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: Problem | None = None) -> Any:
+    """Evaluate ``fn(shared, task)`` for every task of a batch at once; results get a leading task dimension.
+
+    In a program for a CPU, tasks of images come in a loop (:mod:`metalit.hypergradients.task_loop`). So all that ``fn``
+    takes must come as an argument, but what is constant, and the parameters and buffers of ``problem``.
 
     Where that cannot be, though each task alone can, they are evaluated one after the other: the numbers are the same,
     and it is slower; a warning says so once. From then on all tasks of ``problem`` are evaluated so.
@@ -41,24 +44,26 @@ def for_each_task(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, pro
     with plain_attention():
         if problem is None or problem.reads_data is False:
             with exact_for(problem.modules() if problem is not None else ()):
-                return _for_each(fn, outer, tasks, problem)
+                return _for_each(fn, shared, tasks, problem)
         check_exact(problem.modules())
         with ExactSecondDerivatives() as exact:
-            found = _for_each(fn, outer, tasks, problem)
+            found = _for_each(fn, shared, tasks, problem)
         problem.reads_data = problem.reads_data or exact.read_data
         return found
 
 
-def _for_each(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None) -> Any:
+def _for_each(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: Problem | None) -> Any:
     if problem is not None and problem.vectorised is None:
         problem.vectorised = True
         if layer := _recurrent(problem):
             _give_up(problem, f"{layer} has no rule for many at once")
     if problem is not None and not problem.vectorised:
-        return _one_after_the_other(fn, outer, tasks, problem)
+        return _one_after_the_other(fn, shared, tasks, problem)
+    if problem is not None and is_for(problem, tasks):
+        return in_a_loop(fn, shared, tasks, problem)
     dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
     try:
-        return vmap(fn, in_dims=(None, dims))(outer, tasks)
+        return vmap(fn, in_dims=(None, dims))(shared, tasks)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a network may do that a batched tensor cannot
@@ -66,7 +71,7 @@ def _for_each(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem
             _raise_if_clear(error)
         if get_proxy_mode() is not None:  # it is traced, and may fail for that reason alone
             raise
-        found = _one_after_the_other(fn, outer, tasks, problem)
+        found = _one_after_the_other(fn, shared, tasks, problem)
         place = culprit(error, problem) if problem is not None else ""
         _give_up(problem, f"{place + ': ' if place else ''}{first_line(error).split('. ')[0]}")
         return found
@@ -81,7 +86,7 @@ def _give_up(problem: Problem | None, reason: str) -> None:
     )
 
 
-def _one_after_the_other(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: Any, problem: Problem | None) -> Any:
+def _one_after_the_other(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: Problem | None) -> Any:
     values, spec = tree_flatten(tasks)
     count = len(next(value for value in values if isinstance(value, Tensor)))
     each = [[value[number] if isinstance(value, Tensor) else value for value in values] for number in range(count)]
@@ -90,7 +95,7 @@ def _one_after_the_other(fn: Callable[[Outer, Any], Any], outer: Outer, tasks: A
     plain = torch.backends.cudnn.flags(enabled=False) if problem is not None and _recurrent(problem) else nullcontext()
     try:
         with plain:
-            found = [fn(outer, tree_unflatten(leaves, spec)) for leaves in each]
+            found = [fn(shared, tree_unflatten(leaves, spec)) for leaves in each]
     except Exception as error:
         _raise_if_clear(error)
         raise

@@ -116,8 +116,8 @@ class Diagnosis:
 
         in_init = self.owner.problem.adapts_in_init
 
-        def one(_: Outer, given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
-            task, inner, start = given
+        def one(shared: tuple[Outer, Outer], given: tuple[Any, Tree, Tree | None]) -> dict[str, Tensor]:
+            (own, gradient), (task, inner, start) = shared, given
             init = self.owner.problem.init(own, task)
             inner_grad = partial(scaled.inner_grad, outer=own, task=task, step=step)
             values = dict(self.owner.problem.watch(init if start is None else start, inner, own, gradient, task))
@@ -133,7 +133,7 @@ class Diagnosis:
             return values
 
         dtype = next(leaves(outer))[1].dtype
-        values = for_each_task(one, outer, items, self.owner.problem)
+        values = for_each_task(one, (own, gradient), items, self.owner.problem)
         return Means({name: value.to(dtype).mean() for name, value in values.items()})
 
 

@@ -1,0 +1,56 @@
+"""Tasks of images in a compiled program come in a loop: the numbers are those of all tasks at once."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from metalit.compiling.compiled import Compiled
+from metalit.hypergradients import Unrolled, over_tasks
+from metalit.hypergradients.weights import Annealed
+from metalit.inner import SGD
+from metalit.problem import Points, Task
+from metalit.problems import FewShot
+from metalit.tree import flatten
+
+
+class Shifted(nn.Module):
+    """A network that holds a buffer and a frozen parameter, which a program must read anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(36, 3),
+        )
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.shift = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+
+    def forward(self, x):
+        return self.layers(x * self.scale + self.shift)
+
+
+def test_a_program_with_convolutions_finds_what_all_tasks_at_once_find():
+    torch.manual_seed(0)
+    network = Shifted().double()
+    problem, label = FewShot(network), torch.arange(3).repeat(2).expand(4, -1)
+    support, query = (Points(torch.randn(4, 6, 3, 6, 7, dtype=torch.float64), label) for _ in range(2))
+    tasks = Task(support, query, torch.arange(8).reshape(4, 2))
+    estimator = Unrolled(2, weights=Annealed([0.5, 0.5], [0.0, 1.0], over=10))
+    step = partial(over_tasks, estimator, problem, SGD(0.1))
+    told = []
+    compiled = Compiled(lambda outer, tasks, progress: step(outer, tasks, None, progress), problem, tell=told.append)
+    outer = {"problem": {name: value.detach() for name, value in problem.outer().items()}, "optimizer": {}}
+    for number in (0, 7):
+        expected = step(outer, tasks, None, torch.tensor(number))
+        found = compiled(outer, tasks, torch.tensor(number))
+        assert not compiled.failed, told
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(flatten(found.gradient), flatten(expected.gradient), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found.inner, expected.inner, rtol=1e-8, atol=1e-10)
+        network.scale.fill_(1.5)
+        network.shift.data.fill_(0.5)
