@@ -84,7 +84,7 @@ def table(tmp_path, rows, name="flowers.csv", header="width;kind;length"):
     return file
 
 
-def test_a_table_keeps_its_form_and_all_rows_get_an_answer(tmp_path):
+def test_a_table_keeps_its_form_and_all_rows_get_an_answer(tmp_path, capsys):
     file = table(tmp_path, ["1,5;iris;0,5", "-1,0;rose;1,0", "0,5;;2,0", "1,0;NA;-1,0"])
     module = learner(2)
     source = CsvRows("nowhere.csv", "kind", ["length", "width"])
@@ -96,6 +96,8 @@ def test_a_table_keeps_its_form_and_all_rows_get_an_answer(tmp_path):
     np.testing.assert_allclose(written["probability_iris"], found["iris"], atol=1e-6)
     assert list(written["kind_predicted"]) == found.best()
     assert not (tmp_path / "flowers_predicted.png").exists()
+    told = [line.split(" (")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert told == [f"  line {row + 2}: {found.best()[row]}" for row in (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,13 @@ def test_arrays_that_cannot_be_used_are_told_in_one_line(tmp_path, arrays, said)
 def test_tables_that_cannot_be_used_are_told_in_one_line(tmp_path, rows, said):
     file, source = table(tmp_path, rows), CsvRows("nowhere.csv", "kind", ["length", "width"])
     refused(lambda: predict(tmp_path, learner(2), data(ClassTasks(source), predict_file=str(file))), said)
+
+
+def test_a_table_for_a_learner_of_images_is_told(tmp_path):
+    file = table(tmp_path, ["1;iris;2", "2;;3"])
+    refused(
+        lambda: predict(tmp_path, learner(), data(predict_file=str(file))), "takes images; give data.predict_folder"
+    )
 
 
 def test_what_is_no_earlier_prediction_is_not_overwritten(tmp_path):

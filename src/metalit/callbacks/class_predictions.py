@@ -66,11 +66,12 @@ def write_classes(asked: AskedClasses, found: NamedClasses) -> list[str]:
         {"sep": asked.frame.attrs["separator"], "decimal": asked.frame.attrs["decimal"]} if asked.frame.attrs else {}
     )
     frame.to_csv(target_of(asked), index=False, **style)
+    rows = asked.rows()
     lines = [
-        f"  {asked.named(row)}: {name} ({_told(scores[name][row], scores.are_probabilities)})"
-        for row, name in enumerate(best[:_TOLD])
+        f"  {asked.named(row)}: {best[row]} ({_told(scores[best[row]][row], scores.are_probabilities)})"
+        for row in rows[:_TOLD]
     ]
-    return [*lines, *([f"  … {len(best) - _TOLD} more in the file"] if len(best) > _TOLD else [])]
+    return [*lines, *([f"  … {len(rows) - _TOLD} more in the file"] if len(rows) > _TOLD else [])]
 
 
 def draw_classes(asked: AskedClasses, found: NamedClasses) -> "Figure | None":

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ from metalit.data.base import TaskDistribution
 from metalit.data.cells import missing_cells, numbers
 from metalit.data.files import shown
 from metalit.data.image_folder import folder_files, read_images
+from metalit.data.rows import CsvRows
 from metalit.data.table import check_columns, read_table
 from metalit.errors import InputError
 
@@ -50,6 +50,10 @@ class AskedClasses(ABC):
     def named(self, row: int) -> str:
         """How one that is asked is called."""
         return str(self.frame.iloc[row, 0])
+
+    def rows(self) -> Sequence[int]:
+        """The rows of the frame that are asked, and no examples."""
+        return range(len(self.frame))
 
 
 class AskedPictures(AskedClasses):
@@ -153,6 +157,10 @@ class AskedRows(AskedClasses):
         """The line of the file."""
         return f"line {self.frame.index[row]}"
 
+    def rows(self) -> Sequence[int]:
+        """Those without a class."""
+        return (~self._given).nonzero().flatten().tolist()
+
 
 def asked_classes(tasks: TaskDistribution, folder: str | None, file: str | None) -> AskedClasses:
     """Read what is asked of a learner of classes, without the data that it was trained on.
@@ -169,6 +177,9 @@ def asked_classes(tasks: TaskDistribution, folder: str | None, file: str | None)
     assert file is not None
     if Path(file).suffix.lower() == ".npz":
         return AskedArrays(file)
-    source: Any = getattr(tasks, "source", None)
-    columns = getattr(source, "x", None) or tasks.columns.x
-    return AskedRows(file, columns, getattr(source, "y", None) or tasks.columns.y[0])
+    source = getattr(tasks, "source", None)
+    table = source if isinstance(source, CsvRows) else None
+    columns = table.x if table else None
+    if columns is None and len(tasks.input_shape()) == 3:
+        raise InputError(f"{_FILE}={shown(file)}: what is learned takes images; give {_FOLDER}, or an .npz of them")
+    return AskedRows(file, columns or tasks.columns.x, table.y if table else tasks.columns.y[0])
