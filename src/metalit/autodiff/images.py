@@ -86,7 +86,7 @@ def _max_pool2d(
     apart = (stride is None or _pair(stride) == window) and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1)
     if not (fits and apart and window[0] * window[1] <= _MOST) or ceil_mode or return_indices:
         return None
-    return max_of_windows(input.permute(0, 2, 3, 1), window).permute(0, 3, 1, 2)
+    return max_of_windows(input, window)
 
 
 _FORMULAS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

@@ -11,16 +11,16 @@ Window = tuple[int, int]
 
 
 def max_of_windows(x: Tensor, window: Window) -> Tensor:
-    """The largest value of each window of ``[rows, height, width, channels]``; of equal ones the first, as in torch."""
+    """The largest value of each window of ``[rows, channels, height, width]``; of equal ones the first, as in torch."""
     found: Tensor = _Max.apply(x, window)[0]
     return found
 
 
 def _places(x: Tensor, window: Window) -> list[Tensor]:
     """The values at each place of all windows; those past the last whole window are left out."""
-    height, width = (size // side * side for size, side in zip(x.shape[1:3], window, strict=True))
+    height, width = (size // side * side for size, side in zip(x.shape[2:], window, strict=True))
     return [
-        x[:, row : height : window[0], column : width : window[1]]
+        x[:, :, row : height : window[0], column : width : window[1]]
         for row in range(window[0])
         for column in range(window[1])
     ]
@@ -43,7 +43,7 @@ class _Max(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
-        ctx.form = inputs[1], inputs[0].shape[1:3]
+        ctx.form = inputs[1], inputs[0].shape[2:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:
@@ -65,7 +65,7 @@ class _Choose(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.form = inputs[2], inputs[0].shape[1:3]
+        ctx.form = inputs[2], inputs[0].shape[2:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -80,11 +80,11 @@ class _PutBack(Function):
     @staticmethod
     def forward(g: Tensor, chosen: Tensor, window: Window, size: torch.Size) -> Tensor:
         places = torch.arange(window[0] * window[1], dtype=chosen.dtype, device=chosen.device)
-        at = chosen[:, :, None, :, None] == places.reshape(window[0], 1, window[1], 1)
-        found = torch.where(at, g[:, :, None, :, None], torch.zeros_like(g)[:, :, None, :, None])
-        found = found.flatten(3, 4).flatten(1, 2)
-        down, right = size[0] - found.shape[1], size[1] - found.shape[2]
-        return pad(found, (0, 0, 0, right, 0, down)) if down or right else found
+        at = chosen[:, :, :, None, :, None] == places.reshape(window[0], 1, window[1])
+        found = torch.where(at, g[:, :, :, None, :, None], torch.zeros_like(g)[:, :, :, None, :, None])
+        found = found.flatten(4, 5).flatten(2, 3)
+        down, right = size[0] - found.shape[2], size[1] - found.shape[3]
+        return pad(found, (0, right, 0, down)) if down or right else found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
