@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 TEMPLATE = Path(__file__).parent.parent / "configs" / "curves.yaml"  # has no file of its own
-CONFIGS = sorted({*TEMPLATE.parent.glob("*.yaml")} - {TEMPLATE})
+FOLDER = TEMPLATE.with_stem("folder_protonet")  # nor has this
+CONFIGS = sorted({*TEMPLATE.parent.glob("*.yaml")} - {TEMPLATE, FOLDER})
+SLOW = ("glyphs_maml", "glyphs_protonet", "glyphs_ridge")  # which draw 25,000 pictures first
 
 # those that go through every subcommand in the quick run, too; all others only begin to train there
 WHOLE = ("curves_gapminder", "bilevel_ridge", "sam_digits")
@@ -26,7 +28,13 @@ def of_learner(name):
 
 
 @pytest.mark.parametrize(
-    "config", [config for config in CONFIGS if config.stem not in WHOLE], ids=lambda path: path.stem
+    "config",
+    [
+        pytest.param(config, marks=pytest.mark.long) if config.stem in SLOW else config
+        for config in CONFIGS
+        if config.stem not in WHOLE
+    ],
+    ids=lambda path: path.stem,
 )
 def test_takes_its_first_steps(config, metalit):
     status, output = metalit("fit", str(config), "--trainer.max_steps=2", "--trainer.val_check_interval=1.0")
@@ -45,9 +53,10 @@ def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
     status, output = metalit("validate", str(config))
     assert status == 0, output
     assert f"validating {run / 'checkpoints' / 'best.ckpt'}" in output
-    assert "val tasks, adapted to" in output
+    of_images = config.stem.startswith(("glyphs", "digits"))
+    assert ("-way 1-shot" if of_images else "val tasks, adapted to") in output
     given = yaml.safe_load(config.read_text())["model"]["init_args"]
-    steps = 10 if "inner_optimizer" in given else 0  # else init adapts
+    steps = given.get("eval_steps", 10 if "inner_optimizer" in given else 0)  # else init adapts
     assert f"│ {steps} " in output
 
     status, output = metalit("test", str(config), "--ckpt_path=best")
@@ -57,6 +66,8 @@ def test_meta_learner_fits_validates_tests_predicts(config, metalit, tmp_path):
     learned = [row.split(",")[:2] for row in rows if row.startswith("learner,")]
     assert learned == [["learner", str(k)] for k in range(steps + 1)]
 
+    if of_images:  # which has tests of its own
+        return
     columns = _columns(config)
     points = tmp_path / "points.csv"
     first, last, between = (1960, 1970, 1965) if "year" in columns else (-2.0, 1.0, 0.5)
@@ -125,7 +136,7 @@ def test_curves_of_gapminder_are_learned_as_the_template_learns_all_curves(metal
     assert output.count("\n") == 1
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*CONFIGS, TEMPLATE, FOLDER], ids=lambda path: path.stem)
 def test_is_on_one_screen_and_in_the_readme(config):
     text = config.read_text()
     assert len(text.splitlines()) <= 40
