@@ -3,9 +3,18 @@
 import math
 from pathlib import Path
 
+_HEAD, _TAIL = 320, 140  # letters that are kept of a message, so that a line of the command line has 500 at most
+
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message names the argument, its value and the way out."""
+    """Something that the user gave cannot be used; the message names the argument, its value and the way out.
+
+    It is one line; of one that is very long, as where it quotes a long value, the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        super().__init__(line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} … {line[-_TAIL:]}")
 
 
 class NonFiniteError(RuntimeError):

@@ -1,11 +1,15 @@
 """Classes from files of NumPy."""
 
+import zlib
+from tokenize import TokenError
+
 import numpy as np
 import pytest
 import torch
 from csv_files import told, written
 
 from metalit.data import Arrays, ClassTasks, CsvRows, Episodes
+from metalit.data.asked_classes import AskedArrays
 
 X = np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3)
 Y = np.array([2, 10, 2, 10, 2, 2])
@@ -91,6 +95,8 @@ def test_what_cannot_be_used_is_told(tmp_path):
     told(read(x=X, y=np.eye(6)), "y is [6, 6]; it must be [examples]")
     told(read(x=X[:, 0, 0], y=Y), "x is [6]; it must be [examples, height, width]")
     told(read(x=X.astype(str), y=Y), "must hold numbers")
+    told(read(x=X, y=np.array(3)), "y is a single value")
+    told(read(x=X, y=np.array([b"\xff"] * 6)), "y holds bytes that are no text in UTF-8")
     bad = X.astype(np.float32)
     bad[4, 1, 1] = np.nan
     told(read(x=bad, y=Y), "example 4 of x holds a number that is not finite")
@@ -100,6 +106,28 @@ def test_files_that_are_none_are_told(tmp_path):
     for content in (b"", b"text", b"PK\x03\x04 no archive", b"\x93NUMPY cut"):
         (tmp_path / "a.npz").write_bytes(content)
         told(Arrays(str(tmp_path / "a.npz")).read_classes, "is no .npz or .npy file that can be read")
+
+
+@pytest.mark.parametrize("error", [zlib.error, TokenError, NotImplementedError, KeyError])
+def test_damage_of_any_kind_is_told(tmp_path, monkeypatch, error):
+    file = saved(tmp_path, x=X, y=Y)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", raising(error("what is broken")))
+    told(Arrays(file).read_classes, "is no .npz or .npy file that can be read", error.__name__, "what is broken")
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", [">f8", ">u2", "u4", "f16"])
+def test_what_is_asked_may_be_of_any_type(tmp_path, kind):
+    np.savez(tmp_path / "a.npz", support_x=X.astype(kind), support_y=Y, query_x=X)
+    examples, asked = AskedArrays(str(tmp_path / "a.npz")).values((1, 2, 3))
+    assert examples.dtype == torch.float64
+    assert torch.equal(examples, asked.double())
 
 
 def test_x_and_y_are_both_named(tmp_path):

@@ -1,11 +1,12 @@
 """Classes from arrays of NumPy."""
 
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from metalit.data.classes import Classes, ClassSource, class_numbers
 from metalit.data.files import check_file, shown
@@ -14,6 +15,7 @@ from metalit.errors import InputError
 _OWNER = "data.tasks.source.file"
 _CHANNELS = (1, 3)
 _BLOCK_BYTES = 2**24
+_TAKEN_AS_THEY_ARE = [np.dtype(name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "f2", "f4", "f8")]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Arrays(ClassSource):
         """Read y, and x where it is not mapped."""
         x, y = self._opened()
         owner = f"{_OWNER}={shown(self.file)}"
+        check_rows({"x": x, "y": y}, owner)
         if len(x) != len(y):
             raise InputError(f"{owner}: x has {len(x)} example(s) and y has {len(y)}; each example has one class")
         names, numbers = class_numbers(class_labels(y, owner))
@@ -77,15 +80,26 @@ def load_array(file: str, owner: str) -> Any:
     try:
         mapped = np.load(path, allow_pickle=False, mmap_mode="r")
         return mapped if isinstance(mapped, np.ndarray) else {name: mapped[name] for name in mapped.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as cause:
+    except Exception as cause:  # damage comes as any error of NumPy, of zipfile, of zlib, of tokenize
         if "Object arrays" in str(cause) or "Python objects" in str(cause):
             raise InputError(
                 f"{told} holds Python objects, which may run any program when read; save x as numbers and y as numbers "
                 "or texts"
             ) from None
         pickled = "pickled data" in str(cause)  # as which NumPy takes whatever it does not know
-        why = "it begins like neither" if pickled else cause
+        why = "it begins like neither" if pickled else f"{type(cause).__name__}: {cause}"
         raise InputError(f"{told} is no .npz or .npy file that can be read: {why}") from None
+
+
+def check_rows(arrays: Mapping[str, np.ndarray], owner: str) -> None:
+    """Check that each array has rows.
+
+    Raises:
+        InputError: one is a single value.
+    """
+    single = [name for name, array in arrays.items() if array.ndim == 0]
+    if single:
+        raise InputError(f"{owner}: {single[0]} is a single value; save it as an array with a row for each example")
 
 
 def class_labels(y: np.ndarray, owner: str) -> np.ndarray:
@@ -99,7 +113,10 @@ def class_labels(y: np.ndarray, owner: str) -> np.ndarray:
     if y.ndim != 1:
         raise InputError(f"{owner}: y is {list(y.shape)}; it must be [examples], one class for each")
     if y.dtype.kind == "S":
-        y = np.char.decode(y, "utf-8")
+        try:
+            y = np.char.decode(y, "utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{owner}: y holds bytes that are no text in UTF-8; save it as texts or numbers") from None
     if y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.floor(y)).all():
         y = y.astype(np.int64)
     if y.dtype.kind not in "biuU":
@@ -120,6 +137,13 @@ def example_values(x: np.ndarray, owner: str) -> np.ndarray:
         if bad.any():
             raise InputError(f"{owner}: example {first + int(bad.argmax())} of x holds a number that is not finite")
     return values
+
+
+def tensor_of(values: np.ndarray) -> Tensor:
+    """Numbers as a tensor of their own type, or of float64 where torch has none such, or not all of its operations."""
+    values = np.ascontiguousarray(values)
+    # unsigned, or of another machine's order, or longer
+    return torch.from_numpy(values if values.dtype in _TAKEN_AS_THEY_ARE else values.astype(np.float64))
 
 
 def _formed(x: np.ndarray, owner: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metalit.data.arrays import class_labels, example_values, load_array
+from metalit.data.arrays import check_rows, class_labels, example_values, load_array, tensor_of
 from metalit.data.base import TaskDistribution
 from metalit.data.cells import missing_cells, numbers
 from metalit.data.files import shown
@@ -103,15 +103,14 @@ class AskedArrays(AskedClasses):
         if missing:
             there = "a single array" if isinstance(arrays, np.ndarray) else f"the arrays {sorted(arrays)}"
             raise InputError(f"{told} holds {there}, but no {missing[0]!r}; save it with {', '.join(_ARRAYS)}")
+        check_rows({name: arrays[name] for name in _ARRAYS}, told)
         examples, labels, asked = (arrays[name] for name in _ARRAYS)
         if len(examples) != len(labels):
             raise InputError(f"{told}: support_x has {len(examples)} example(s) and support_y has {len(labels)}")
         if not len(asked):
             raise InputError(f"{told}: query_x has no row, so nothing is asked")
         self.labels = class_labels(labels, told).tolist()
-        self._examples, self._asked = (
-            torch.from_numpy(np.ascontiguousarray(example_values(values, told))) for values in (examples, asked)
-        )
+        self._examples, self._asked = (tensor_of(example_values(values, told)) for values in (examples, asked))
         self.source = Path(file)
         self.frame = pd.DataFrame({"row": range(len(asked))})
 

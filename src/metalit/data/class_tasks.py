@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metalit.data.arrays import tensor_of
 from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.class_baselines import class_baselines
 from metalit.data.class_scaling import class_scaling
@@ -23,7 +24,6 @@ from metalit.problem import Points, Task
 
 _WAYS = 5
 _TURNS = 4  # of a quarter each
-_MOVED_AS_THEY_ARE = [np.dtype(name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "f2", "f4", "f8")]
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,9 @@ class ClassTasks(TaskDistribution):
         values = self._classes.values
         turn, row = x.numpy() // len(values), x.numpy() % len(values)
         gathered = np.ascontiguousarray(values[row])
-        if gathered.dtype not in _MOVED_AS_THEY_ARE:  # unsigned, or of another machine's order
-            gathered = gathered.astype(np.float64)
         for quarter in range(1, self._turns):
             gathered[turn == quarter] = np.rot90(gathered[turn == quarter], quarter, (-2, -1))
-        return torch.from_numpy(gathered)
+        return tensor_of(gathered)
 
     @property
     def _turns(self) -> int:
