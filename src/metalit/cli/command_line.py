@@ -227,12 +227,12 @@ def run(args: Sequence[str], seed: int | None = None) -> Path | None:
     return built(args, seed).start.run.folder
 
 
-def built(args: Sequence[str], seed: int | None = None, cli: type[MetalitCLI] = MetalitCLI) -> MetalitCLI:
+def built(args: Sequence[str], seed: int | None = None, cli: type[MetalitCLI] | None = None) -> MetalitCLI:
     """The same; returns what was built and has run.
 
     Args:
         args, seed: as of :func:`run`.
-        cli: what runs them.
+        cli: what runs them, if not :class:`MetalitCLI` itself.
 
     Raises:
         InputError: something that the user gave cannot be used.
@@ -256,7 +256,7 @@ def built(args: Sequence[str], seed: int | None = None, cli: type[MetalitCLI] = 
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            return cli(args, seed)
+            return (cli or MetalitCLI)(args, seed)
         except InputError:
             raise
         except MisconfigurationException as error:
