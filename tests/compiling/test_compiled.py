@@ -392,6 +392,18 @@ def test_a_program_whose_results_differ_is_not_used(wrong, told, monkeypatch):
     check_falls_back(compiled, cause, torch.ones(3, dtype=torch.float64))
 
 
+def test_a_program_that_is_right_where_single_precision_is_not_is_used(monkeypatch):
+    class Right(CompiledProgram):
+        def __call__(self, values):
+            super().__call__(values)
+            return [torch.ones(3)]
+
+    monkeypatch.setattr(compiled_module, "CompiledProgram", Right)
+    compiled = Watched(lambda x: {"y": (x + 1e8) - 1e8})  # 0 in single precision
+    assert torch.equal(compiled(torch.ones(3))["y"], torch.ones(3))
+    assert not compiled.failed
+
+
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch):
     def compile(*args, **options):
         try:
