@@ -17,7 +17,18 @@ from pathlib import Path
 
 from benchmarks.harness import ONE_THREAD, machine, say
 
-NAMES = ("meta_step", "family", "profile", "per_sample", "bilevel", "growth", "ranks", "startup", "class_memory")
+NAMES = (
+    "meta_step",
+    "family",
+    "conv4",
+    "profile",
+    "per_sample",
+    "bilevel",
+    "growth",
+    "ranks",
+    "startup",
+    "class_memory",
+)
 RESULTS = Path(__file__).parent / "results.md"
 _HEAD = """# Benchmarks
 
