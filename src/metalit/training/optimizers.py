@@ -81,7 +81,7 @@ def made(owner: str, make: Callable[[Any], Any], argument: Any, kinds: tuple[typ
     try:
         found = make(argument)
     except Exception as error:  # whatever a class or a function of the user's may raise
-        raise InputError(f"{owner}: {_first_line(error)}") from error
+        raise InputError(f"{owner}: {first_line(error)}") from error
     if not isinstance(found, kinds):
         told = " or ".join(
             dict.fromkeys(f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}" for kind in kinds)
@@ -106,11 +106,11 @@ def rehearse(owner: str, make: Callable[[Any], Any], optimizer: torch.optim.Opti
             copy.step()
             scheduler.step()
     except Exception as error:  # likewise
-        raise InputError(f"{owner}: {type(scheduler).__name__} cannot step: {_first_line(error)}") from error
+        raise InputError(f"{owner}: {type(scheduler).__name__} cannot step: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    """Its message as one line, with its type where that is not plain from the message."""
+def first_line(error: Exception) -> str:
+    """The message of an error as one line, with its type where that is not plain from the message."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     return text if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {text}"
 

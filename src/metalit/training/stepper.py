@@ -19,6 +19,7 @@ from metalit.training.finite import FiniteWatch
 from metalit.training.fused_loop import FusedResult
 from metalit.training.gradients import Gradients
 from metalit.training.loss_scale import LossScale
+from metalit.training.optimizer_step import take_step
 from metalit.training.optimizers import optimizer_of
 from metalit.training.outer_gradient import OuterGradient
 from metalit.training.ranks import mean_of_ranks
@@ -114,12 +115,7 @@ class OuterStepper:
         self.gradients.write(mean.gradient)
         # before the step: clipping changes the gradient, and the scheduler the rates
         scalars = self._due(mean, partial(diagnose, found)) if diagnose else {}
-        optimizer: Any = self.module.optimizers()
-        if self.has_hooks:
-            optimizer.step()
-        else:
-            optimizer.optimizer.step(_nothing)
-            count_steps(optimizer, 1)
+        take_step(self.module.optimizers(), self.has_hooks)
         self.schedule()
         if diagnose is not None or self._finite.is_full:
             self._report(scalars)
@@ -192,7 +188,3 @@ class OuterStepper:
         """Stop likewise where an outer parameter is not."""
         # parameters alone: a buffer may hold infinities by right, such as the mask of an attention
         self._finite.check((value for _, value in leaves(self.outer())), self.module.trainer, self.way_out())
-
-
-def _nothing() -> None:
-    """The closure that Lightning gives to optimisers too."""
