@@ -50,9 +50,9 @@ from metalit.cli.parent import end_with_first
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    2 for input that cannot be used, 1 for a loss that is NaN and for what the file system refuses, 3 for an error that
-    nothing has foreseen, 130 for Ctrl-C, 143 where a signal stopped training, which is then saved. ``reproduce`` ends
-    with 1 where the weights differ, ``check`` where something is wrong.
+    2 for input that cannot be used, 1 for a loss that is NaN, for what the file system refuses and for want of memory,
+    3 for an error that nothing has foreseen, 130 for Ctrl-C, 143 where a signal stopped training, which is then saved.
+    ``reproduce`` ends with 1 where the weights differ, ``check`` where something is wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
     whole = "--traceback" in args
@@ -85,12 +85,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = _failed("interrupted", 130)
     except Exception as error:  # nothing has foreseen it
-        from metalit.cli.unexpected import explain as explain_unexpected
-
         if whole:
             traceback.print_exc()
-        status = _failed(f"error: {explain_unexpected(error, args)}", 3)
+        status = _unforeseen(error, args)
     return status
+
+
+def _unforeseen(error: Exception, args: Sequence[str]) -> int:
+    from metalit.cli.memory import explain as explain_memory
+    from metalit.cli.memory import lacks_memory
+    from metalit.cli.unexpected import explain as explain_unexpected
+
+    if lacks_memory(error):
+        return _failed(f"error: {explain_memory(error)}", 1)
+    return _failed(f"error: {explain_unexpected(error, args)}", 3)
 
 
 def _run(args: Sequence[str]) -> int:

@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
+
+from metalit.cli.arguments import check_values
+from metalit.cli.messages import explain
+from metalit.cli.seeds import taken_out
+from metalit.errors import InputError
 
 MAML = "configs/sine_maml.yaml"
 RIDGE = "configs/bilevel_ridge.yaml"
@@ -179,3 +185,31 @@ def test_what_the_trainer_offers_goes_with_what_we_add(options, metalit, tmp_pat
     assert "None" not in output
     saved = {path.name for path in Path(tmp_path).rglob("*.ckpt")}
     assert saved == ({"best.ckpt", "last.ckpt"} if "callbacks" in options[0] else set())
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("Expected a dot import path string: SGD", "'SGD' is none of those that go here"),
+        ("Expected a dot import path string: SDG", "there is no class 'SDG'; did you mean 'SGD'?"),
+        (
+            "'bool' object has no attribute 'keys'",
+            "expected a class, by its name or as {class_path: …, init_args: {…}}",
+        ),
+    ],
+)
+def test_what_is_no_class_is_told(message, told):
+    assert str(explain(f'Parser key "model":\n  {message}', ["model"], ["SGD", "Adam"])) == f"model: {told}"
+
+
+@pytest.mark.parametrize("seeds", ["²", "9" * 5000, "2147483648", "1", ""])
+def test_so_many_seeds_are_none(seeds):
+    with pytest.raises(InputError, match="must be a whole number from 2 to 9999"):
+        taken_out(["fit", f"--seeds={seeds}"])
+
+
+@pytest.mark.parametrize("key", ["model.problem.network.sizes", "data.train.tasks", "data.tasks.source.faces"])
+def test_very_many_are_warned_of(key):
+    config = Namespace({key: [2, 10**6], "trainer.devices": 1, "seed_everything": 0, "threads": None})
+    with pytest.warns(UserWarning, match=f"{key}=1000000 is a very large number"):
+        check_values(config)

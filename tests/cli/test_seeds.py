@@ -51,7 +51,7 @@ def test_rows_are_matched_by_their_labels():
 
 def test_what_is_no_number_of_seeds():
     for given in ("1", "0", "-3", "x", "2.5"):
-        with pytest.raises(InputError, match="must be a whole number, at least 2"):
+        with pytest.raises(InputError, match="must be a whole number from 2 to 9999"):
             taken_out(["fit", f"--seeds={given}"])
     with pytest.raises(InputError, match="leave --ckpt_path out"):
         taken_out(["fit", "--seeds", "3", "--ckpt_path", "last"])

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from repository import ROOT
 
+from metalit.__main__ import main
+from metalit.cli.messages import failed_constructor
 from metalit.modules import MetaLearner
 
 MAML = "configs/sine_maml.yaml"
@@ -48,6 +51,32 @@ def test_it_is_told_and_written_into_the_folder_of_the_run(metalit, broken, tmp_
     assert re.search(r"^torch: 2\.", written, re.MULTILINE)
     assert "Traceback (most recent call last)" in written
     assert written.rstrip().endswith("story")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("Unable to allocate 74.5 GiB for an array"), "there is not enough memory: 74.5 GiB more were "),
+        (RuntimeError("can't allocate memory: you tried to allocate 2147483648 bytes. Error"), "memory: 2 GiB more "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0"), "memory: 20.00 MiB more"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"), "there is not enough memory; take"),
+    ],
+)
+def test_memory_that_is_not_there_is_told(error, told, monkeypatch, capsys):
+    monkeypatch.setattr("metalit.__main__._run", raising(error))
+    assert main(["fit"]) == 1
+    line = only_line(capsys.readouterr().err)
+    assert told in line
+    assert "take fewer tasks" in line
+    built = failed_constructor(error)
+    assert "it cannot be built: there is not enough memory" in str(built)
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_the_traceback_is_printed_where_it_is_asked_for(metalit, broken):

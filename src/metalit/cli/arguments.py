@@ -23,7 +23,12 @@ _PROCESSES = 16  # each takes half a gigabyte
 _MOST = 2**31  # of anything that is counted but for steps of training: no memory or lifetime holds more
 _SEEDS = ("seed", "split_seed")
 # beyond these a run may be meant, and is likely to take for ever
-_LARGE = {"eval_steps": 10_000, "steps": 10_000, "tasks": 10**7, "shots": 10**5, "queries": 10**6, "ways": 10**4}
+_LARGE = {
+    **{"eval_steps": 10_000, "steps": 10_000, "draws": 10_000, "iterations": 10_000, "terms": 10_000},
+    **{"tasks": 10**5, "shots": 10**5, "queries": 10**6, "ways": 10**4, "batch_size": 10**7, "faces": 10**4},
+    **{"rows": 10**5, "columns": 10**5, "noise_columns": 10**5, "fused_steps": 10**5, "rank": 10_000, "depth": 1000},
+    **{"width": 10_000, "sizes": 10**5, "context": 10**6, "size": 10_000, "inputs": 10**6, "outputs": 10**6},
+}
 
 
 def prepared(args: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from importlib import import_module
 from traceback import walk_tb
 from typing import NamedTuple, get_type_hints
 
+from metalit.cli.memory import asked_for, lacks_memory
 from metalit.errors import InputError
 
 _UNKNOWN = re.compile(
@@ -34,6 +35,7 @@ _NOISE = re.compile(
     r"|Subclass types expect one of|a class path \(str\)|a dict with(out)? )"
 )
 _WORDS = {"int": "a whole number", "float": "a number", "Sequence": "a list"}
+_NO_KEYS = re.compile(r"'\w+' object has no attribute 'keys'")
 _LONGEST = 400  # characters of an explanation
 
 
@@ -84,7 +86,11 @@ def explain(message: str, keys: Iterable[str], classes: Iterable[str]) -> Explan
     if no_class:
         kinds = [kind["type"] for kind in map(_TYPE.match, lines) if kind]
         other = f"expected {' or '.join([*_words(kinds), 'a class'])}, and " if _words(kinds) else ""
-        reason = f"{other}there is no class {no_class['name']!r}{_hint(no_class['name'], classes)}"
+        name, known = no_class["name"], set(classes)
+        wrong = f"{name!r} is none of those that go here" if name in known else f"there is no class {name!r}"
+        reason = f"{other}{wrong}{'' if name in known else _hint(name, known)}"
+    if _NO_KEYS.search(reason):
+        reason = "expected a class, by its name or as {class_path: …, init_args: {…}}"
     return Explanation(where, reason)
 
 
@@ -190,6 +196,8 @@ def failed_constructor(error: BaseException) -> InputError:
     cause = chain[-1]
     frames = [frame for frame, _ in walk_tb(cause.__traceback__) if frame.f_code.co_name == "__init__"]
     owner = f"{type(frames[0].f_locals.get('self')).__name__}: " if frames else ""
+    if lacks_memory(cause):
+        return InputError(f"{owner}it cannot be built: {asked_for(cause)}; make it smaller")
     lines = str(cause).splitlines() or [""]
     kind = "" if isinstance(cause, ValueError | TypeError) else f"{type(cause).__name__}: "
     return InputError(f"{owner}it cannot be built: {kind}{lines[0]}")

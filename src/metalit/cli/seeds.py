@@ -1,6 +1,7 @@
 """``metalit fit --seeds N``: a configuration with several seeds, and the mean of their test scores."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def taken_out(args: Sequence[str]) -> tuple[int | None, list[str]]:
     """The number after ``--seeds``, if it is given, and the other arguments.
 
     Raises:
-        InputError: it is no number of 2 at least, or stands beside what belongs to a single run.
+        InputError: it is no number from 2 to 9999, or stands beside what belongs to a single run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds")
@@ -44,8 +45,8 @@ def taken_out(args: Sequence[str]) -> tuple[int | None, list[str]]:
     given, _ = parser.parse_known_args(list(args))
     if given.seeds is None:
         return None, list(args)
-    if not (given.seeds.isdigit() and int(given.seeds) >= 2):
-        raise InputError(f"seeds={given.seeds!r} must be a whole number, at least 2: the seeds are 0, 1, …")
+    if not (re.fullmatch("[0-9]{1,4}", given.seeds) and int(given.seeds) >= 2):
+        raise InputError(f"seeds={given.seeds!r} must be a whole number from 2 to 9999: the seeds are 0, 1, …")
     if args[0] != "fit" or given.ckpt_path is not None:
         raise InputError("seeds: several seeds are trained from their start by fit; leave --ckpt_path out, or --seeds")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
