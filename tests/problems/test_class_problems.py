@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from metalit.adapt import adapt, outer_variable
 from metalit.errors import InputError
 from metalit.hypergradients import Direct, Unrolled, over_tasks
-from metalit.inner import SGD, Adam
+from metalit.inner import SGD, Adam, MetaSGD
 from metalit.inner.none import NoSteps
+from metalit.modules.learned import brought
 from metalit.networks import MLP, Conv4
 from metalit.problem import Points, Task
 from metalit.problems import BayesianHead, FewShot, Matching, ProtoMAML, Prototypes, RidgeHead
@@ -242,8 +243,12 @@ def test_what_cannot_be_is_said():
     with pytest.raises(InputError, match="would be ProtoMAML's own head"):
         ProtoMAML(nn.ModuleDict({"head": nn.Linear(1, 1)}))
     problem = ProtoMAML(conv4())
-    with pytest.raises(InputError, match="ProtoMAML's head is made of a task's support set"):
+    with pytest.raises(InputError, match="the head of ProtoMAML is made of a task's support set"):
         problem.init(problem.outer())
+    with pytest.raises(
+        InputError, match=r"inner_optimizer MetaSGD learns .* ProtoMAML.init is called .* SGD with numbers"
+    ):
+        brought(problem, MetaSGD(), 1)
     with pytest.raises(InputError, match=r"scale=0\.0 must be a finite positive number"):
         RidgeHead(nn.Flatten(), classes=True, scale=0.0)
 

@@ -19,17 +19,17 @@ def brought(problem: Problem, optimizer: InnerOptimizer, steps: int, exact: bool
     Raises:
         InputError: the inner variable has no shape before there is a task.
     """
+    if not optimizer.learns:
+        return {}
     try:
-        if not optimizer.learns:
-            return {}
         inner = problem.init(problem.outer(), None)
-        return optimizer.outer(tree_map(Tensor.double, inner) if exact else inner, max(1, steps))
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, IndexError, TypeError, InputError) as error:
         raise InputError(
             f"inner_optimizer {type(optimizer).__name__} learns parameters of the inner variable's shape, for which "
-            f"{type(problem).__name__}.init is called before there is any task, with None: {error}; use SGD inside, or "
-            "let init do without its task"
+            f"{type(problem).__name__}.init is called before there is any task, with None: {error}; use one that "
+            "learns nothing, such as SGD with numbers, or let init do without its task"
         ) from error
+    return optimizer.outer(tree_map(Tensor.double, inner) if exact else inner, max(1, steps))
 
 
 def alike(first: Tree, second: Tree) -> bool:

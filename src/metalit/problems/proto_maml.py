@@ -44,7 +44,7 @@ class ProtoMAML(FewShot):
         """The adapted part of the outer variable, and the head: ``[ways, features]`` weights and ``[ways]`` biases."""
         start = super().init(outer, task)
         if task is None:
-            raise InputError("init: ProtoMAML's head is made of a task's support set; give the task")
+            raise InputError("the head of ProtoMAML is made of a task's support set")
         check_no_padding("network", self.network, task.support)
         key = fold(task.key, SUPPORT_DRAW) if draws(self.network) else None
         features = single(call(self.network, {**self.copies.at(outer, 0), **start}, task.support.x, key=key))
