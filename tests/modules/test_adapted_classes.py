@@ -75,6 +75,19 @@ def test_classes_may_be_whole_numbers_or_names_of_any_kind(y, names):
     torch.testing.assert_close(found.table, as_names(pictures(2)).table)
 
 
+def test_pixels_may_be_of_any_type_of_number():
+    module, x = learner(), pictures().numpy()
+    said = module.adapt(x, NAMES)(x).table
+    for dtype in ("uint16", ">f4", "int64"):
+        adapted = module.adapt(x.astype(dtype), NAMES)
+        assert torch.equal(adapted(x.astype(dtype)).table, said)
+        assert adapted.loss(x.astype(dtype), NAMES) == adapted.loss(torch.as_tensor(x), NAMES)
+    refused(
+        lambda: adapted.loss(x, ["ox"] * 5), "loss: y holds 'ox', which is none of the classes ['cat', 'dog', 'owl']"
+    )
+    refused(lambda: adapted.loss(x[:, :, 1:], NAMES), "loss: x has shape (5, 1, 3, 4)")
+
+
 def test_rows_of_numbers_have_classes_too():
     module = learner(2)
     found = module.adapt(torch.randn(4, 2), ["a", "b", "b", "a"])(torch.randn(6, 2))
@@ -140,9 +153,16 @@ def test_other_shapes_are_refused_with_what_the_network_takes(shape, said):
         (pictures(), list("abcda"), "4 classes, and what is learned has outputs for 3; give examples of at most 3"),
         (pictures(), ["a", None, "b", "c", "a"], "y holds None beside names"),
         (pictures().float() / 0.0, NAMES, "not finite"),
-        (NAMES, NAMES, "x is of type list"),
+        (NAMES, NAMES, "x is of type list; give a tensor of numbers"),
+        (np.array(NAMES), NAMES, "x is an array of <U3; give a tensor of numbers"),
+        (pictures(), ["a", 3, 3, "a", 3], "y holds 3 beside names"),
+        (pictures().numpy(), [0.0, 1.0, 2.0, 0.0, 1.0], "y is [5] of float64; give the class of each row, [rows]"),
+        (pictures(), torch.tensor([[0], [1], [2], [0], [1]]), "y is [5, 1] of int64; give the class of each row"),
     ],
-    ids=["lengths", "nothing", "one class", "too many", "a missing name", "not finite", "no tensor"],
+    ids=[
+        *("lengths", "nothing", "one class", "too many", "a missing name", "not finite", "no tensor", "texts"),
+        *("names and numbers", "real numbers", "a column"),
+    ],
 )
 def test_what_cannot_be_adapted_to_is_told_in_one_line(x, y, said):
     refused(lambda: learner().adapt(x, y), said)

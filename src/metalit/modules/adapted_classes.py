@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metalit.data.arrays import tensor_of
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
 from metalit.judging import probabilities
@@ -82,9 +83,17 @@ class AdaptedClasses:
         found = probabilities(criterion, outputs)
         return ClassScores(self.names, outputs if found is None else found, found is not None)
 
-    def loss(self, x: Tensor, y: Sequence[Label]) -> float:
-        """The mean loss at examples, of which y are the names of the classes."""
-        return self.adapted.loss(x, torch.tensor([self.names.index(name) for name in y]))
+    def loss(self, x: Tensor | np.ndarray, y: Sequence[Label]) -> float:
+        """The mean loss at examples, of which y are the names of the classes.
+
+        Raises:
+            InputError: inputs of another shape, or that are not finite; a name of no class.
+        """
+        other = next((name for name in y if name not in self.names), None)
+        if other is not None:
+            raise InputError(f"loss: y holds {other!r}, which is none of the classes {list(self.names)}")
+        inputs = inputs_of("x", x, self.adapted.learner.scaling, "loss")
+        return self.adapted.loss(inputs, torch.tensor([self.names.index(name) for name in y]))
 
     @property
     def inner(self) -> Tree:
@@ -136,7 +145,15 @@ def class_labels(y: Any, scaling: Scaling | None, owner: str) -> tuple[list[Labe
             f"{owner}: y holds classes, and what is learned predicts real numbers, in the units of its training data; "
             "give y as a tensor of real numbers [points, outputs]"
         )
-    given = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+    y = y.cpu() if isinstance(y, Tensor) else y if isinstance(y, np.ndarray) else list(y)
+    # a list of both would become one of texts
+    named = isinstance(y, list) and any(isinstance(label, str) for label in y)
+    given = np.asarray(y, dtype=object if named else None)
+    if not are_classes(given):
+        raise InputError(
+            f"{owner}: y is {list(given.shape)} of {given.dtype}; give the class of each row, [rows] whole numbers or "
+            "names"
+        )
     if given.dtype.kind == "O":
         odd = next((label for label in given if not isinstance(label, str)), None)
         if odd is not None or not all(isinstance(label, str) for label in given):
@@ -157,10 +174,11 @@ def inputs_of(name: str, x: Any, scaling: Scaling | None, owner: str = "adapt") 
     Raises:
         InputError: another shape, no row, or values that are not finite.
     """
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(x))
+    if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
+        x = tensor_of(x)
     if not isinstance(x, Tensor):
-        raise InputError(f"{owner}: {name} is of type {type(x).__name__}; give a tensor, torch.as_tensor(...)")
+        kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else f"of type {type(x).__name__}"
+        raise InputError(f"{owner}: {name} is {kind}; give a tensor of numbers, torch.as_tensor(...)")
     shape = [] if scaling is None else [*scaling.x_shape] or [len(scaling.x_mean)]
     if x.dim() < 2 or (shape and list(x.shape[1:]) != shape):
         raise InputError(f"{owner}: {name} has shape {tuple(x.shape)}; {_what_is_taken(list(x.shape[1:]), shape)}")
@@ -187,7 +205,7 @@ def _what_is_taken(given: list[int], shape: list[int]) -> str:
     return f"the network takes images [rows, {channels}, {height}, {width}]{hint}"
 
 
-def tell_of_units(x: Tensor, scaling: Scaling | None, owner: str = "adapt") -> None:
+def tell_of_units(x: Tensor | np.ndarray, scaling: Scaling | None, owner: str = "adapt") -> None:
     """Warn of images in other units than those of the training data, such as 0 … 1 in place of 0 … 255."""
     if scaling is None or not scaling.x_shape:
         return

@@ -96,9 +96,9 @@ class AdaptingLearner(TwoLevelLearner):
                 classes than what is learned has outputs for.
         """
         steps = self.prediction_steps if steps is None else steps
-        if are_classes(y):
+        if are_classes(y) or self.problem.needs_classes or (self.scaling and self.scaling.x_shape):
             adapted = self.adapt_to_classes(x, y, steps)
-            tell_of_units(torch.as_tensor(x), self.scaling)
+            tell_of_units(x, self.scaling)
             return adapted
         points = self._adapt(cast(Tensor, x), cast(Tensor, y), steps)
         if self.scaling and self.scaling.x_min:
