@@ -176,6 +176,19 @@ def test_small_classes_are_left_out_where_that_is_asked_for():
     told(tasks.prepare, "skip_small=true leaves no class for val: none of 2 has 8 examples; lower data.val.shots")
 
 
+def test_a_single_way_is_told():
+    told(lambda: prepared().check("val", Episodes(ways=1, shots=1, queries=1)), "data.val.ways=1", "give 2 at least")
+
+
+def test_numbers_without_a_finite_variance_are_told():
+    class Large(Told):
+        def read_classes(self):
+            found = super().read_classes()
+            return found._replace(values=found.values * 1e300)
+
+    told(lambda: prepared(Large()), "data.tasks.source: numbers so large that their variance is infinite")
+
+
 def test_all_queries_are_told():
     tasks = prepared()
     told(lambda: tasks.check("train", Episodes(shots=2)), "data.train.queries='all'", "at most 4")

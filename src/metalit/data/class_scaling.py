@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metalit.data.classes import Classes
 from metalit.data.scaling import Scaling
+from metalit.errors import InputError
 
 _BLOCK_BYTES = 2**24
 _MOST_BYTES = 2**30
@@ -20,6 +21,9 @@ def class_scaling(classes: Classes, numbers: Tensor) -> Scaling:
     Args:
         classes: all of them.
         numbers: which of them; the training ones.
+
+    Raises:
+        InputError: they are too large.
     """
     blocks = list(_examples(classes, numbers))
     shape = classes.values.shape[1:]
@@ -28,8 +32,13 @@ def class_scaling(classes: Classes, numbers: Tensor) -> Scaling:
     sums = [classes.values[rows].sum(axes, dtype=np.float64) for rows in blocks]
     mean = np.sum(sums, 0) / count
     centre = mean.reshape(-1, *[1] * (len(shape) - 1))
-    squares = [np.square(classes.values[rows] - centre).sum(axes) for rows in blocks]
+    with np.errstate(over="ignore"):
+        squares = [np.square(classes.values[rows] - centre).sum(axes) for rows in blocks]
     std = np.sqrt(np.sum(squares, 0) / count)
+    if not np.isfinite(std).all():
+        raise InputError(
+            "data.tasks.source: numbers so large that their variance is infinite; give them in other units"
+        )
     std = np.where(std <= 1e-12 * np.abs(mean), 1.0, std)  # a constant has a deviation of rounding errors
     images = len(shape) == 3
     return Scaling(mean.tolist(), std.tolist(), [0.0], [1.0], x_shape=list(shape) if images else ())

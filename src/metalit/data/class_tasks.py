@@ -88,6 +88,8 @@ class ClassTasks(TaskDistribution):
         ways, there_are = size.ways or _WAYS, len(numbers) * self._turns
         if not there_are:
             return
+        if ways < 2:
+            raise InputError(f"data.{split}.ways={ways}: there is nothing to tell apart; give 2 at least")
         if ways > there_are:
             raise InputError(
                 f"data.{split}.ways={ways}: only {there_are} class(es) are for {split}; lower the ways or "
