@@ -145,6 +145,13 @@ def test_an_output_for_each_class_takes_one_number_of_them():
             of_pictures(network, problem, train=20)
 
 
+def test_features_are_no_outputs_of_classes():
+    network = ("Conv4", {"channels": "auto", "size": "auto", "ways": None})
+    with pytest.raises(InputError, match=r"network.ways=null: FewShot needs .* an output for each class; write 'auto'"):
+        of_pictures(network, "FewShot")
+    assert of_pictures(network, "ProtoMAML")["ways"] is None
+
+
 def test_tasks_without_images_or_classes_are_told():
     with pytest.raises(
         InputError, match=r"network.channels: 'auto' follows the images of data.tasks, and there are no"

@@ -39,7 +39,8 @@ def fill_widths(config: Namespace) -> None:
 
     Raises:
         InputError: the data has no columns, no images or no classes; numbers that are not those of a table of curves;
-            splits of different ways, where a network has an output for each; what its table or tasks raise.
+            splits of different ways, or a network of features, where it has an output for each class; what its table or
+            tasks raise.
     """
     places = list(_places(config.get("model"), "model"))
     _check_ways(config, [place for place in places if place.what == "ways"])
@@ -52,7 +53,19 @@ def fill_widths(config: Namespace) -> None:
                     "number, or other tasks"
                 )
             place.holder[place.key] = numbers[place.what]
+    _check_head(config)
     _check(config)
+
+
+def _check_head(config: Namespace) -> None:
+    """A network that ends in features has no output for each class."""
+    network = config.get("model.init_args.problem.init_args.network")
+    few_shot = _is(config.get("model.init_args.problem"), _FEW_SHOT)
+    if few_shot and _is(network, "metalit.networks.Conv4") and network["init_args"].get("ways") is None:
+        raise InputError(
+            "model.problem.network.ways=null: FewShot needs a network with an output for each class; write 'auto', or "
+            "use a problem that makes its own head of features, such as Prototypes or ProtoMAML"
+        )
 
 
 def _check(config: Namespace) -> None:
