@@ -75,7 +75,8 @@ def refused(owner: str, module: nn.Module, error: BaseException, x: Tensor | Non
             "C outputs, real targets as many as they have columns"
         )
     if x is not None and _ABOUT_SHAPES.search(line) and not _gets_through_a_layer(module, x):
-        columns = f", {x.shape[-1]} column(s) of x" if x.dim() > 1 else ""
+        what = {2: "column(s) of x", 4: "channel(s)"}.get(x.dim())
+        columns = f", {x.shape[1]} {what}" if what else ""
         return f"{owner} cannot take inputs of shape {tuple(x.shape)}{columns}: {line}"
     place = culprit(error, module)
     if line.startswith("Expected more than 1"):
