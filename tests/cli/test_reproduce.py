@@ -71,6 +71,20 @@ def test_no_end_no_record_no_config(trained, capfd, tmp_path, spoil):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0"]
 
 
+def test_a_record_of_another_form_is_told(tmp_path, capfd):
+    whole = {"from_step": 0, "config": {}, "end": {"steps": 3, "weights": "x"}}
+    (tmp_path / "config.yaml").write_text("trainer: 3")
+    for part in (
+        *({"from_step": None}, {"from_step": "x"}, {"config": 3}, {"earlier": 3}, {"earlier": [3]}, {"earlier": [{}]}),
+        {"end": {"steps": "3", "weights": "x"}},
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({**whole, **part}))
+        status, output = again(tmp_path, capfd)
+        assert status == 2
+        assert output.endswith("is not what a run writes; give another run\n")
+        assert len(output.splitlines()) == 1
+
+
 @pytest.mark.parametrize("args", [[], ["--help"]])
 def test_no_run_named(capfd, args):
     assert main(["reproduce", *args]) == 2

@@ -29,13 +29,13 @@ def reproduce(args: Sequence[str], fit: Callable[[Sequence[str]], Path | None]) 
     folder, options = _asked(args)
     record = _record_of(folder)
     config = folder / "config.yaml"
-    steps = record["end"]["steps"]
+    parts, steps = _parts_of(record, folder), record["end"]["steps"]
     bounds = []
-    if read_config(config).get("trainer", {}).get("max_steps") != steps:
+    trainer = read_config(config).get("trainer")
+    if not isinstance(trainer, Mapping) or trainer.get("max_steps") != steps:
         # it was ended by the clock, a callback or a signal
         bounds = [f"--trainer.max_steps={steps}", "--trainer.max_time=null"]
     show(f"running {folder} again, to outer step {steps}")
-    parts = [*record.get("earlier", []), record]
     again = fit(["fit", f"--config={config}", *_beginning(parts[0]), *bounds, *options])
     found = read_record(again) if again else None
     if again is None or found is None or "end" not in found:
@@ -77,6 +77,20 @@ def _record_of(folder: Path) -> dict[str, Any]:
             "first: the same command with --ckpt_path last"
         )
     return record
+
+
+def _parts_of(record: Mapping[str, Any], folder: Path) -> list[Mapping[str, Any]]:
+    """The records of a run that was gone on with, the first one first."""
+    earlier = record.get("earlier", [])
+    parts = [*(earlier if isinstance(earlier, list) else [None]), record]
+    steps = record["end"]["steps"]
+    if type(steps) is not int or not all(isinstance(part, Mapping) and _begins(part) for part in parts):
+        raise InputError(f"reproduce: {str(folder / RECORD)!r} is not what a run writes; give another run")
+    return parts
+
+
+def _begins(part: Mapping[str, Any]) -> bool:
+    return type(part.get("from_step")) is int and isinstance(part.get("config"), Mapping)
 
 
 def _beginning(first: Mapping[str, Any]) -> list[str]:
