@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fits import given_checkpoint, last, regression, trainer
+from fits import bare, given_checkpoint, last, regression, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from metalit.checkpoints import read_checkpoint
-from metalit.checks.resuming import check_network, check_state
+from metalit.checks.resuming import check_network, check_state, restoring_is_told
 from metalit.data import BatchDataModule
 from metalit.errors import InputError
 from metalit.modules import MetaLearner, SupervisedLearner
@@ -258,8 +258,20 @@ class Touch:
         return type(self.mark).touch, (self.mark,)
 
 
-def test_scaling_of_another_kind(tmp_path):
+@pytest.mark.parametrize("part", [{"mean": [1.0]}, {"x_mean": [None]}, {"x_mean": 1.0}, {"y_std": ["x"]}])
+def test_scaling_of_another_kind(part, tmp_path):
     checkpoint = given_checkpoint(tmp_path)("sine_metasgd")
-    torch.save({**checkpoint, "scaling": {"mean": [1.0]}}, tmp_path / "it.ckpt")
+    torch.save({**checkpoint, "scaling": {**checkpoint["scaling"], **part}}, tmp_path / "it.ckpt")
     with pytest.raises(InputError, match="scaling"):
         MetaLearner.load_from_checkpoint(tmp_path / "it.ckpt")
+
+
+def test_a_state_that_cannot_be_restored_is_told(small, tmp_path):
+    other = copy.deepcopy(small)
+    other["optimizer_states"][0]["param_groups"][0]["params"] = [{}, {}]
+    torch.save(other, tmp_path / "it.ckpt")
+    learner, data = SupervisedLearner(nn.Linear(3, 1)), BatchDataModule(regression(), batch_size=8)
+    with pytest.raises(InputError, match=r"the checkpoint cannot be restored \(TypeError"), restoring_is_told():
+        bare(tmp_path, 3, val_check_interval=1.0).fit(learner, data, ckpt_path=str(tmp_path / "it.ckpt"))
+    with pytest.raises(KeyError), restoring_is_told():
+        raise KeyError("what has nothing to do with it")

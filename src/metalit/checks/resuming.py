@@ -1,7 +1,10 @@
 """What a run that is continued takes from its checkpoint, compared with what is configured now."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -53,6 +56,28 @@ def check_state(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             raise _broken(f"callbacks of {type(saver).__name__}")
         if isinstance(saver, ModelCheckpoint) and kept:
             _check_paths(kept, str(saver.dirpath))
+
+
+@contextmanager
+def restoring_is_told() -> Iterator[None]:
+    """Tell what Lightning and torch cannot restore within, as an :class:`InputError` of the checkpoint's."""
+    try:
+        yield
+    except (InputError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever comes of a state of another form
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        if not any(_restores(frame) for frame in frames):
+            raise
+        raise InputError(
+            "ckpt_path: the state of the run in the checkpoint cannot be restored "
+            f"({type(error).__name__}: {error}); use another checkpoint"
+        ) from error
+
+
+def _restores(frame: FrameType) -> bool:
+    module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name.lstrip("_")
+    return module.endswith(".checkpoint_connector") and name.startswith(("restore", "resume"))
 
 
 def _check_paths(state: dict[str, Any], folder: str) -> None:

@@ -20,6 +20,7 @@ from metalit.callbacks import BestCheckpoint, FitFigures, LastCheckpoint
 from metalit.callbacks.record import RunRecord, SaveConfig
 from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
+from metalit.checks.resuming import restoring_is_told
 from metalit.cli.arguments import check_values, origin, prepared
 from metalit.cli.factories import check_factories
 from metalit.cli.messages import explain, failed_constructor
@@ -256,7 +257,8 @@ def built(args: Sequence[str], seed: int | None = None, cli: type[MetalitCLI] | 
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            return (cli or MetalitCLI)(args, seed)
+            with restoring_is_told():
+                return (cli or MetalitCLI)(args, seed)
         except InputError:
             raise
         except MisconfigurationException as error:

@@ -1,11 +1,13 @@
 """Normalisation of inputs and outputs, and the way back to the user's units."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metalit.errors import InputError
 
 _MARGIN = 0.1  # of the range, beyond which is far
 
@@ -37,6 +39,23 @@ class Scaling:
         """The scaling that changes nothing."""
         return cls([0.0] * inputs, [1.0] * inputs, [0.0] * outputs, [1.0] * outputs)
 
+    @classmethod
+    def restored(cls, state: Any) -> "Scaling":
+        """The scaling of this :meth:`state`.
+
+        Raises:
+            InputError: it is of no scaling.
+        """
+        names = {each.name for each in fields(cls)}
+        least = {"x_mean", "x_std", "y_mean", "y_std"}
+        numbers = isinstance(state, dict) and all(
+            isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+            for values in state.values()
+        )
+        if not (numbers and least <= state.keys() <= names):
+            raise InputError(f"ckpt_path: the checkpoint's scaling {state} is none; use another checkpoint")
+        return cls(**state)
+
     @property
     def changes(self) -> bool:
         """Whether it is not the identity."""
@@ -65,7 +84,7 @@ class Scaling:
     def agrees(self, state: dict[str, Any]) -> bool:
         """Whether another scaling's :meth:`state` is this one, but for the rounding errors of other machines."""
 
-        kept = Scaling(**state)
+        kept = Scaling.restored(state)
 
         def near(own: Sequence[float], other: Sequence[float], units: Sequence[float]) -> bool:
             pairs = zip(own, other, units, strict=False)

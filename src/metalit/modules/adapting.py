@@ -228,7 +228,4 @@ class AdaptingLearner(TwoLevelLearner):
                 f"ckpt_path: the checkpoint was trained on data with the scaling {kept}, and the present data has "
                 f"{self.scaling.state()}; give the table and the split that it was trained on"
             )
-        try:
-            self.scaling = Scaling(**kept) if kept else None
-        except TypeError:
-            raise InputError(f"ckpt_path: the checkpoint's scaling {kept} is none; use another checkpoint") from None
+        self.scaling = Scaling.restored(kept) if kept else None
