@@ -11,6 +11,7 @@ from picture_folders import omniglot_like
 
 from metalit.checkpoints import read_checkpoint
 from metalit.data import Arrays, ClassTasks, CsvRows, Curves, Episodes, ImageFolder
+from metalit.data.asked_classes import AskedPictures
 from metalit.data.table import Columns, read_asked
 
 CASES = int(os.environ.get("METALIT_CASES", "10000"))
@@ -38,7 +39,9 @@ def fed(trust):
 
 
 @both(0.12, 6)
-def test_command_lines(cases, fed, tmp_path):
+def test_command_lines(cases, fed, trained, tmp_path):
+    trained("configs/sine_maml.yaml")
+    (tmp_path / "points.csv").write_text("task,x,y\n" + "".join(f"a,{n},{n % 2 or ''}\n" for n in range(9)))
     for case in cases:
         judge_command(command_line(random.Random(case), tmp_path), fed, "command lines")
 
@@ -119,8 +122,14 @@ def test_folders_of_images(cases, fed, tmp_path):
             shutil.rmtree(draw.choice(files).parent)
         if draw.random() < 0.2:
             (folder / "nothing").mkdir()
+        asks = draw.random() < 0.3
+        if asks:
+            shutil.copy(draw.choice(files), folder / "asked.png")
 
-        def read(folder=folder):
+        def read(folder=folder, asks=asks):
+            if asks:
+                AskedPictures(str(folder)).values((1, 8, 8))
+                return
             tasks = ClassTasks(ImageFolder(str(folder), size=8))
             tasks.prepare()
             for split in ("train", "val", "test"):
@@ -137,12 +146,17 @@ def test_arrays(cases, fed, tmp_path):
     file = tmp_path / "arrays.npz"
     generator = np.random.default_rng(0)
     np.savez(file, x=generator.integers(0, 255, (40, 8, 8), dtype=np.uint8), y=np.repeat(np.arange(8), 5))
-    whole = file.read_bytes()
+    wholes = [file.read_bytes()]
+    np.savez_compressed(file, x=np.zeros((40, 8, 8)), y=np.repeat(np.arange(8), 5))
+    wholes.append(file.read_bytes())
+    np.save(tmp_path / "x.npy", np.ones((40, 8)))
+    np.save(tmp_path / "y.npy", np.repeat(np.arange(8), 5))
+    wholes.append((tmp_path / "x.npy").read_bytes())
     for case in cases:
-        file.write_bytes(spoilt_bytes(random.Random(case), whole))
+        file.write_bytes(spoilt_bytes(random.Random(case), wholes[case % 3]))
 
-        def read():
-            tasks = ClassTasks(Arrays(str(file)))
+        def read(y=str(tmp_path / "y.npy") if case % 3 == 2 else None):
+            tasks = ClassTasks(Arrays(str(file), y))
             tasks.prepare()
             tasks.check("train", Episodes(shots=1, queries=1, ways=2))
 
