@@ -165,18 +165,14 @@ def options(draw: random.Random, config: str) -> list[str]:
 
 def checkpoint(draw: random.Random, whole: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint that is whole, and of which a few parts are not what was saved."""
-    found = nudged(draw, whole)
+    found = copy.deepcopy(whole)
     if draw.random() < 0.5:
-        for tensor in draw.sample(list(_tensors(whole)), 1):
-            *above, last = tensor
-            holder = found
-            try:
-                for key in above:
-                    holder = holder[key]
-                holder[last] = _other_tensor(draw, holder[last])
-            except (LookupError, TypeError):
-                continue
-    return found
+        *above, last = draw.choice(list(_tensors(whole)))
+        holder = found
+        for key in above:
+            holder = holder[key]
+        holder[last] = _other_tensor(draw, holder[last])
+    return nudged(draw, found) if draw.random() < 0.8 else found
 
 
 def _tensors(tree: Any) -> Iterator[Way]:
