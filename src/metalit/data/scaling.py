@@ -81,18 +81,23 @@ class Scaling:
         ranges = (values.tolist() for side in (x, y) for values in (side.amin(0), side.amax(0)))
         return cls(x_mean.tolist(), x_std.tolist(), y.mean(0).tolist(), spread(y).tolist(), *ranges)
 
-    def agrees(self, state: dict[str, Any]) -> bool:
-        """Whether another scaling's :meth:`state` is this one, but for the rounding errors of other machines."""
-
-        kept = Scaling.restored(state)
-
-        def near(own: Sequence[float], other: Sequence[float], units: Sequence[float]) -> bool:
+    def difference(self, kept: "Scaling") -> str | None:
+        """The name of the first part in which another scaling differs; None where it is this one, but for the rounding
+        errors of other machines.
+        """
+        if list(self.x_shape) != list(kept.x_shape):
+            return "x_shape"
+        for name, units in (
+            ("x_mean", self.x_std),
+            ("y_mean", self.y_std),
+            ("x_std", self.x_std),
+            ("y_std", self.y_std),
+        ):
+            own, other = getattr(self, name), getattr(kept, name)
             pairs = zip(own, other, units, strict=False)
-            return len(own) == len(other) and all(abs(a - b) <= 1e-9 * (abs(a) + unit) for a, b, unit in pairs)
-
-        sides = ((self.x_mean, kept.x_mean, self.x_std), (self.y_mean, kept.y_mean, self.y_std))
-        stds = ((self.x_std, kept.x_std, self.x_std), (self.y_std, kept.y_std, self.y_std))
-        return list(self.x_shape) == list(kept.x_shape) and all(near(*side) for side in (*sides, *stds))
+            if len(own) != len(other) or any(abs(a - b) > 1e-9 * (abs(a) + unit) for a, b, unit in pairs):
+                return name
+        return None
 
     def normalise_x(self, x: Tensor) -> Tensor:
         """From the user's units, ``[..., inputs]`` or ``[..., channels, height, width]``."""

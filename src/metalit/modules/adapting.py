@@ -223,9 +223,29 @@ class AdaptingLearner(TwoLevelLearner):
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no scaling of its data")
         self.best_steps = checkpoint.get("best_steps")
         kept = checkpoint["scaling"]
-        if self.scaling is not None and not (kept and self.scaling.agrees(kept)):
-            raise InputError(
-                f"ckpt_path: the checkpoint was trained on data with the scaling {kept}, and the present data has "
-                f"{self.scaling.state()}; give the table and the split that it was trained on"
-            )
-        self.scaling = Scaling.restored(kept) if kept else None
+        found = Scaling.restored(kept) if kept else None
+        if self.scaling is not None:
+            _check_scaling(self.scaling, found)
+        self.scaling = found
+
+
+def _check_scaling(present: Scaling, kept: Scaling | None) -> None:
+    """Raise an :class:`InputError` where a checkpoint was trained on data of another scaling."""
+    if kept is None:
+        raise InputError("ckpt_path: the checkpoint was trained on data without units; give tasks of that kind")
+    name = present.difference(kept)
+    if name == "x_shape":
+        raise InputError(
+            f"ckpt_path: the checkpoint was trained on inputs of shape {_shape_of(kept)}, and those of the present "
+            f"data are {_shape_of(present)}; give the size and the channels that it was trained with"
+        )
+    if name is not None:
+        trained, now = ([float(f"{number:.6g}") for number in getattr(side, name)] for side in (kept, present))
+        raise InputError(
+            f"ckpt_path: the checkpoint was trained on data with the scaling {name}={trained}, and that of the present "
+            f"training data is {now}; give the data and the split that it was trained on"
+        )
+
+
+def _shape_of(scaling: Scaling) -> list[int]:
+    return [*scaling.x_shape] or [len(scaling.x_mean)]
