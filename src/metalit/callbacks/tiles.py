@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _TOP, _LABEL, _GAP, _CAPTION = 0.42, 1.1, 0.12, 0.16  # inches; a caption stands below its image
 _LETTERS = 13  # of a label
+_HEADING = 0.9  # inches that a heading takes
 _LARGEST = 0.85  # of an image and its caption
 _WRONG = "#d55e00"
 _FRAMES: dict[bool | None, dict[str, Any]] = {
@@ -56,14 +57,15 @@ def draw_rows(rows: Sequence[Row], title: str, headings: tuple[str, str]) -> "Fi
 
     examples, others = (max((len(row[part]) for row in rows), default=0) for part in (1, 2))
     across = max(examples + others, 1)
-    size = min((WIDTH - _LABEL - 2 * _GAP) / across, (HEIGHT - _TOP) / min(len(rows), 5), _LARGEST)
+    room = WIDTH - _LABEL - 2 * _GAP
+    size = min(room / across, (room - _HEADING) / max(others, 1), (HEIGHT - _TOP) / min(len(rows), 5), _LARGEST)
     figure = Figure(figsize=(WIDTH, _TOP + size * len(rows)))
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     axes.text(width / 2, 0.04, literal(title, 70), fontsize=10, ha="center", va="top")
-    starts = _LABEL, _LABEL + examples * size + _GAP
+    starts = _LABEL, _LABEL + max(examples * size, _HEADING) + _GAP
     for start, heading in zip(starts, headings, strict=True):
         axes.text(start, _TOP - 0.03, heading, fontsize=9, color="0.35", va="bottom")
     values = [tile.image for row in rows for tile in (*row.examples, *row.others)]
