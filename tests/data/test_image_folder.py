@@ -179,7 +179,12 @@ def test_links_are_followed_but_in_circles(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").symlink_to(tmp_path / "kept")
     (tmp_path / "folder" / "all").symlink_to(tmp_path / "folder")
-    assert ImageFolder(str(tmp_path / "folder"), size=4).read_classes().names == ["a"]
+    source = ImageFolder(str(tmp_path / "folder"), size=4)
+    assert source.read_classes().names == ["a"]
+    # else its examples would be in two classes, and perhaps in two splits
+    (tmp_path / "folder" / "b").symlink_to(tmp_path / "folder" / "a")
+    with pytest.raises(InputError, match="the folders 'a' and 'b' are one, by a link; remove one of them"):
+        source.read_classes()
 
 
 def test_long_reading_gives_a_sign_of_life(tmp_path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ class ImageFolder(ClassSource):
 
     Raises:
         InputError: from :meth:`read_classes`, with the way out: there is no such folder or no class in it; a folder
-            without an image, or with images and folders; an image that cannot be read.
+            without an image, or with images and folders; two names of one folder; an image that cannot be read.
     """
 
     folder: str
@@ -91,7 +91,7 @@ def folder_files(folder: str | Path, owner: str, asks: bool) -> tuple[dict[str, 
     if not root.is_dir():
         raise InputError(f"{told}: there is no such folder (looked in {Path.cwd()})")
     suffixes, passed = image_suffixes(), list[Path]()
-    found, outside = dict[str, list[Path]](), list[Path]()
+    found, outside, real = dict[str, list[Path]](), list[Path](), dict[str, str]()
     for place, below, files in _walk(root, ()):
         images = [file for file in files if file.suffix.lower() in suffixes]
         passed += [file for file in files if file.suffix.lower() not in suffixes]
@@ -111,6 +111,9 @@ def folder_files(folder: str | Path, owner: str, asks: bool) -> tuple[dict[str, 
         if not images and not below:
             raise InputError(f"{told}: the folder {name!r} holds no image; add some or remove it")
         if images:
+            other = real.setdefault(os.path.realpath(place), name)
+            if other != name:
+                raise InputError(f"{told}: the folders {other!r} and {name!r} are one, by a link; remove one of them")
             found[name] = images
     if passed:
         warn(f"{told}: {len(passed)} file(s) that are no images, such as {passed[0].name!r}, are passed over")
