@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.arrays import tensor_of
-from metalit.data.base import Episodes, Split, TaskDistribution
+from metalit.data.base import WAYS, Episodes, Split, TaskDistribution
 from metalit.data.class_baselines import class_baselines
 from metalit.data.class_scaling import class_scaling
 from metalit.data.class_splits import ClassPartition
@@ -22,7 +22,6 @@ from metalit.keys import distinct, fold
 from metalit.notices import warn
 from metalit.problem import Points, Task
 
-_WAYS = 5
 _TURNS = 4  # of a quarter each
 
 
@@ -47,7 +46,7 @@ class ClassTasks(TaskDistribution):
 
     Raises:
         InputError: from :meth:`prepare` and :meth:`check`, with the way out: what the source raises; a class in two
-            splits; fewer classes than ways; a class with too few examples.
+            splits; a single way, or fewer classes than ways; a class with too few examples.
     """
 
     source: ClassSource
@@ -85,7 +84,7 @@ class ClassTasks(TaskDistribution):
     def check(self, split: Split, size: Episodes) -> None:
         """There are enough classes, and enough examples of each."""
         numbers = self._splits[split]
-        ways, there_are = size.ways or _WAYS, len(numbers) * self._turns
+        ways, there_are = size.ways or WAYS, len(numbers) * self._turns
         if not there_are:
             return
         if ways < 2:
@@ -141,7 +140,7 @@ class ClassTasks(TaskDistribution):
     def of_size(self, split: Split, index: Tensor, key: Tensor, size: Episodes) -> Task:
         """Draw classes, and examples of each: x are ``[tasks, rows]`` numbers of examples, class by class."""
         assert size.rows is not None
-        ways, shots, each = size.ways or _WAYS, size.shots, size.shots + size.rows
+        ways, shots, each = size.ways or WAYS, size.shots, size.shots + size.rows
         classes, numbers = self._classes, self._splits[split]
         chosen = distinct(fold(key, 0), ways, len(numbers) * self._turns)
         which = numbers[chosen % len(numbers)]

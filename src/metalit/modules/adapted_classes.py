@@ -134,7 +134,7 @@ def are_classes(y: Any) -> bool:
     return found.ndim == 1 and (found.dtype.kind in "biuUO" or not len(found))
 
 
-def class_labels(y: Any, scaling: Scaling | None, owner: str) -> tuple[list[Label], Tensor]:
+def labels_of(y: Any, scaling: Scaling | None, owner: str) -> tuple[list[Label], Tensor]:
     """The different classes, sorted, and the number of each row's among them.
 
     Raises:

@@ -22,8 +22,8 @@ from metalit.modules.adapted_classes import (
     NamedClasses,
     are_classes,
     check_outputs,
-    class_labels,
     inputs_of,
+    labels_of,
     tell_of_units,
 )
 from metalit.modules.two_level import TwoLevelLearner
@@ -111,7 +111,7 @@ class AdaptingLearner(TwoLevelLearner):
 
     def adapt_to_classes(self, x: Any, y: Any, steps: int, owner: str = "adapt") -> AdaptedClasses:
         """Do so where y are classes; ``owner`` names them in messages."""
-        names, numbers = class_labels(y, self.scaling, owner)
+        names, numbers = labels_of(y, self.scaling, owner)
         rows = inputs_of("x", x, self.scaling, owner)
         check_lengths(rows, numbers)
         support = self.cast(Points(self.normalise_x(rows), numbers))
