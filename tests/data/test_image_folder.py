@@ -8,6 +8,7 @@ from picture_folders import omniglot_like
 from PIL import Image
 
 from metalit.data import ClassTasks, Episodes, ImageFolder, TaskDataModule, image_folder, read_image
+from metalit.errors import InputError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 LUMA = {RED: 76, GREEN: 150, BLUE: 29}  # 0.299 R + 0.587 G + 0.114 B
