@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import random
 import re
 import resource
@@ -11,6 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import pytest
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from metalit.__main__ import main
 from metalit.errors import InputError
@@ -119,6 +125,10 @@ class HangError(BaseException):
     """No exception that is caught on the way, as a ``TimeoutError`` is for an ``OSError``."""
 
 
+class RanksError(BaseException):
+    """Other processes would be started, with the command line of this one: that of the tests."""
+
+
 @dataclass
 class Fed:
     """How many cases there were, how they ended, and which did not end as they must."""
@@ -144,13 +154,16 @@ def judge_command(args: list[str], fed: Fed, kind: str) -> None:
     out, err = io.StringIO(), io.StringIO()
     status: Any = None
     seconds = SECONDS * (4 if args[0] == "check" else 1)  # which measures for up to a minute
-    with _within(seconds), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _alone(), _within(seconds), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main(args)
         except SystemExit as left:
             status = left.code
         except BaseException as error:  # also what a hang is ended with
             status = f"{type(error).__name__}: {error}"
+    if isinstance(status, str) and status.startswith("RanksError"):
+        fed.count(f"{kind}: ready to start ranks")
+        return
     if isinstance(status, str) and status.startswith("HangError") and "is a very large number" in err.getvalue():
         fed.count(f"{kind}: long, as was warned")
         return
@@ -162,6 +175,21 @@ def judge_command(args: list[str], fed: Fed, kind: str) -> None:
     fed.count(f"{kind}: {'done' if status == 0 else 'refused' if fine else 'FAULT'}")
     if not fine:
         fed.faults.append(f"metalit {args!r:.1500} ended with {status!r}: {(told or [err.getvalue()[-400:]])!r:.900}")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RanksError
+
+    patch = pytest.MonkeyPatch()
+    for launcher in (_SubprocessScriptLauncher, _MultiProcessingLauncher):
+        patch.setattr(launcher, "launch", refuse)
+    with mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            patch.undo()
 
 
 def judge_call(call: Callable[[], Any], fed: Fed, kind: str, what: str) -> None:
