@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _TOP, _LABEL, _GAP, _CAPTION = 0.42, 1.1, 0.12, 0.16  # inches; a caption stands below its image
 _LETTERS = 13  # of a label
-_HEADING = 0.9  # inches that a heading takes
+_HEADING = 0.62  # inches that the first heading takes
 _LARGEST = 0.85  # of an image and its caption
 _WRONG = "#d55e00"
 _FRAMES: dict[bool | None, dict[str, Any]] = {
