@@ -12,7 +12,7 @@ from tiny import meta
 from metalit.callbacks import PredictionWriter
 from metalit.callbacks.class_predictions import draw_classes
 from metalit.data import ClassTasks, CsvRows, Episodes, Sine, TaskDataModule
-from metalit.data.asked_classes import AskedArrays, AskedPictures
+from metalit.data.classes.asked import AskedArrays, AskedPictures
 from metalit.modules.adapted_classes import NamedClasses
 
 SHAPE = (1, 4, 4)

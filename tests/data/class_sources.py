@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from metalit.data.base import task_keys
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.base import Classes, ClassSource
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from csv_files import told, written
 
 from metalit.data import Arrays, ClassTasks, CsvRows, Episodes
-from metalit.data.asked_classes import AskedArrays
+from metalit.data.classes.asked import AskedArrays
 
 X = np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3)
 Y = np.array([2, 10, 2, 10, 2, 2])

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from metalit.data import ClassTasks, Episodes, Glyphs, SklearnTable, TaskDataModule, class_scaling
+from metalit.data import ClassTasks, Episodes, Glyphs, SklearnTable, TaskDataModule
+from metalit.data.classes import scaling as class_scaling
 
 CPU = torch.device("cpu")
 SIZE = Episodes(ways=3, shots=2, queries=3)

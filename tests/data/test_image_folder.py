@@ -7,7 +7,8 @@ from csv_files import told
 from picture_folders import omniglot_like
 from PIL import Image
 
-from metalit.data import ClassTasks, Episodes, ImageFolder, TaskDataModule, image_folder, read_image
+from metalit.data import ClassTasks, Episodes, ImageFolder, TaskDataModule, read_image
+from metalit.data.classes import image_folder
 from metalit.errors import InputError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -11,7 +11,7 @@ from picture_folders import omniglot_like
 
 from metalit.checkpoints import read_checkpoint
 from metalit.data import Arrays, ClassTasks, CsvRows, Curves, Episodes, ImageFolder
-from metalit.data.asked_classes import AskedPictures
+from metalit.data.classes.asked import AskedPictures
 from metalit.data.table import Columns, read_asked
 
 CASES = int(os.environ.get("METALIT_CASES", "10000"))

@@ -14,7 +14,7 @@ from repository import TINY_BY_CLASS
 from test_fuzz import both, fed  # noqa: F401
 
 from metalit.data import Arrays, ClassTasks, Episodes
-from metalit.data.asked_classes import AskedArrays
+from metalit.data.classes.asked import AskedArrays
 
 CONFIGS = [str(path) for path in sorted(Path("configs").glob("*.yaml"))]
 

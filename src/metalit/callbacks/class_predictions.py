@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from metalit.callbacks.tiles import Row, Tile, draw_rows
-from metalit.data.asked_classes import AskedClasses
+from metalit.data.classes.asked import AskedClasses
 from metalit.errors import InputError
 from metalit.modules.adapted_classes import NamedClasses
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metalit.callbacks.class_predictions import draw_classes, replaces, target_of, write_classes
 from metalit.callbacks.drawing import Sketching, labelled, literal, panels, pixels, save_picture
-from metalit.data.asked_classes import AskedClasses
+from metalit.data.classes.asked import AskedClasses
 from metalit.data.module import TaskDataModule
 from metalit.data.table import Asked, Columns
 from metalit.errors import InputError

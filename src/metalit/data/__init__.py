@@ -1,14 +1,14 @@
 """Tasks, tables and matrices, on which problems are posed, and the DataModules that draw from them."""
 
-from metalit.data.arrays import Arrays
 from metalit.data.base import Episodes, Split, TaskDistribution
 from metalit.data.batches import BatchDataModule
-from metalit.data.class_tasks import ClassTasks
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.arrays import Arrays
+from metalit.data.classes.base import Classes, ClassSource
+from metalit.data.classes.glyphs import Glyphs
+from metalit.data.classes.image_folder import ImageFolder
+from metalit.data.classes.images import read_image
+from metalit.data.classes.tasks import ClassTasks
 from metalit.data.curves import Curves
-from metalit.data.glyphs import Glyphs
-from metalit.data.image_folder import ImageFolder
-from metalit.data.images import read_image
 from metalit.data.matrix import MatrixDataModule
 from metalit.data.module import TaskDataModule
 from metalit.data.rows import CsvRows, Rows, RowSource, SklearnTable

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metalit.data.asked_classes import AskedClasses, asked_classes
 from metalit.data.base import Episodes, Split, TaskDistribution, task_keys
+from metalit.data.classes.asked import AskedClasses, asked_classes
 from metalit.data.draws import StreamDataModule
 from metalit.data.stream import EvalStream, Fused
 from metalit.data.table import Asked, read_asked

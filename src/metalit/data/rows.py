@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.cells import MISSING, line_of, numbers
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.base import Classes, ClassSource
 from metalit.data.table import check_columns, read_table
 from metalit.errors import InputError
 

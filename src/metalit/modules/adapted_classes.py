@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metalit.data.arrays import tensor_of
+from metalit.data.classes.arrays import tensor_of
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
 from metalit.judging import probabilities

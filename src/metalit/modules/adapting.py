@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metalit.adapt import adapt
 from metalit.autodiff.blame import as_input_error
-from metalit.data.asked_classes import AskedClasses
+from metalit.data.classes.asked import AskedClasses
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
 from metalit.data.table import Asked

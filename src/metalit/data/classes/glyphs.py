@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.base import Classes, ClassSource
 from metalit.errors import InputError
 from metalit.keys import fold, uniform
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metalit.data.arrays import tensor_of
 from metalit.data.base import WAYS, Episodes, Split, TaskDistribution
-from metalit.data.class_baselines import class_baselines
-from metalit.data.class_scaling import class_scaling
-from metalit.data.class_splits import ClassPartition
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.arrays import tensor_of
+from metalit.data.classes.base import Classes, ClassSource
+from metalit.data.classes.baselines import class_baselines
+from metalit.data.classes.scaling import class_scaling
+from metalit.data.classes.splits import ClassPartition
 from metalit.data.held_out import HeldOut
 from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
@@ -165,7 +165,7 @@ class ClassTasks(TaskDistribution):
         return Task(support, query, tasks.key.to(device), tasks.classes.to(device))
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
-        """Nearest neighbour, nearest class mean and logistic regression (:mod:`metalit.data.class_baselines`)."""
+        """Nearest neighbour, nearest class mean and logistic regression (:mod:`metalit.data.classes.baselines`)."""
         return class_baselines(tasks)
 
     def values(self, x: Tensor) -> Tensor:

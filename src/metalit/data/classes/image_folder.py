@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from metalit.data.classes import Classes, ClassSource
+from metalit.data.classes.base import Classes, ClassSource
+from metalit.data.classes.images import image_suffixes, read_image
 from metalit.data.files import shown
-from metalit.data.images import image_suffixes, read_image
 from metalit.errors import InputError
 from metalit.notices import say, warn
 
@@ -27,8 +27,8 @@ class ImageFolder(ClassSource):
 
     A class is called as its folder, ``alphabet/character`` where that is in another one; then the folders around
     classes are their groups, and splits hold groups whole. Images are read once, as
-    :func:`~metalit.data.images.read_image` reads them, and kept in 8 bits. Hidden files and those of other kinds are
-    passed over.
+    :func:`~metalit.data.classes.images.read_image` reads them, and kept in 8 bits. Hidden files and those of other
+    kinds are passed over.
 
     Args:
         folder: its name.
@@ -132,7 +132,7 @@ def _walk(place: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[Path
 
 
 def read_images(paths: Sequence[Path], shape: Sequence[int], owner: str) -> np.ndarray:
-    """Read images as :func:`~metalit.data.images.read_image` does, several at once: ``[images, *shape]``."""
+    """Read images as :func:`~metalit.data.classes.images.read_image` does, several at once: ``[images, *shape]``."""
     values = np.empty((len(paths), *shape), dtype=np.uint8)
     due = time.monotonic() + _SILENCE
     with ThreadPoolExecutor() as pool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metalit.data.classes import Classes, ClassSource, class_numbers
+from metalit.data.classes.base import Classes, ClassSource, class_numbers
 from metalit.data.files import check_file, shown
 from metalit.errors import InputError
 

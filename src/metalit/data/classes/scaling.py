@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from metalit.data.classes import Classes
+from metalit.data.classes.base import Classes
 from metalit.data.scaling import Scaling
 from metalit.errors import InputError
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.base import Split
-from metalit.data.classes import Classes
+from metalit.data.classes.base import Classes
 from metalit.data.files import shown
 from metalit.data.held_out import HeldOut, given_names
 from metalit.data.table import nearest, read_table

@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metalit.data.arrays import check_rows, class_labels, example_values, load_array, tensor_of
 from metalit.data.base import TaskDistribution
 from metalit.data.cells import missing_cells, numbers
+from metalit.data.classes.arrays import check_rows, class_labels, example_values, load_array, tensor_of
+from metalit.data.classes.image_folder import folder_files, read_images
 from metalit.data.files import shown
-from metalit.data.image_folder import folder_files, read_images
 from metalit.data.rows import CsvRows
 from metalit.data.table import check_columns, read_table
 from metalit.errors import InputError
@@ -63,7 +63,7 @@ class AskedPictures(AskedClasses):
         folder: its name.
 
     Raises:
-        InputError: what :func:`~metalit.data.image_folder.folder_files` raises; no image is asked.
+        InputError: what :func:`~metalit.data.classes.image_folder.folder_files` raises; no image is asked.
     """
 
     def __init__(self, folder: str) -> None:
@@ -87,7 +87,7 @@ class AskedPictures(AskedClasses):
 class AskedArrays(AskedClasses):
     """A file ``.npz`` of the arrays ``support_x``, examples, ``support_y``, their classes, and ``query_x``, asked.
 
-    x are of any form that :class:`~metalit.data.arrays.Arrays` takes.
+    x are of any form that :class:`~metalit.data.classes.arrays.Arrays` takes.
 
     Args:
         file: its name.
