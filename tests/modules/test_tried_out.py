@@ -228,14 +228,15 @@ def test_types_in_which_nothing_can_be_learned_are_refused(dtype, told, tmp_path
 def test_images_and_classes_are_adapted_to(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
-    points = [Points(torch.randn(5, 1, 4, 4), torch.randint(3, (5,))) for _ in range(4)]
+    points = [Points(torch.randn(5, 1, 4, 4), torch.arange(5) % 3) for _ in range(4)]
     module = MetaLearner(FewShot(network), SGD(0.1), Unrolled(1), eval_steps=2)
     trainer(tmp_path).fit(module, DataLoader(list(zip(points, points, strict=True)), 2))
     adapted = module.adapt(*points[0][:2])
-    assert adapted(points[1].x).shape == (5, 3)
-    with pytest.raises(InputError, match=r"^adapt: x is of type ndarray; give a tensor"):
-        module.adapt(points[0].x.numpy(), points[0].y)
-    with pytest.raises(InputError, match=r"^adapt: x has shape \(\); it must be \[points, columns\]"):
+    assert adapted(points[1].x).table.shape == (5, 3)
+    assert torch.equal(module.adapt(points[0].x.numpy(), points[0].y)(points[1].x).table, adapted(points[1].x).table)
+    with pytest.raises(InputError, match=r"^adapt: x is of type str; give a tensor"):
+        module.adapt("pictures", points[0].y)
+    with pytest.raises(InputError, match=r"^adapt: x has shape \(\); the network takes \[rows, \.\.\.\]"):
         adapted(torch.tensor(1.0))
 
 

@@ -73,10 +73,14 @@ def test_no_class_reads_what_is_private_to_its_bases():
     assert found == {}
 
 
+# given to a class by its metaclass, that of Python's abstract classes and that of torch's functions
+BY_METACLASS = ("_abc_impl", "_backward_cls")
+
+
 def inherited_names(kind: type) -> set[str]:
     """The private names of its foreign bases that a class uses or replaces."""
     used = set(re.findall(r"(?:self|cls|super\(\))\.(_[a-z]\w*)", inspect.getsource(kind)))
-    used |= {name for name in vars(kind) if re.match(r"_[a-z]", name) and name != "_abc_impl"}
+    used |= {name for name in vars(kind) if re.match(r"_[a-z]", name) and name not in BY_METACLASS}
     bases = [base for base in kind.__mro__[1:] if base.__module__.startswith(("lightning.", "torch."))]
     return used & set().union(*map(private_names, bases))
 
@@ -84,7 +88,11 @@ def inherited_names(kind: type) -> set[str]:
 @cache
 def private_names(kind: type) -> set[str]:
     """Those that a class gives to its methods and its attributes."""
-    return set(vars(kind)) | set(re.findall(r"self\.(_[a-z]\w*)\b[^=\n]*=", inspect.getsource(kind)))
+    try:
+        source = inspect.getsource(kind)
+    except OSError:  # it is written in C++
+        source = ""
+    return set(vars(kind)) | set(re.findall(r"self\.(_[a-z]\w*)\b[^=\n]*=", source))
 
 
 def test_the_check_finds_what_a_base_keeps_to_itself():
