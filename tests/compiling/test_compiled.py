@@ -392,16 +392,17 @@ def test_a_program_whose_results_differ_is_not_used(wrong, told, monkeypatch):
     check_falls_back(compiled, cause, torch.ones(3, dtype=torch.float64))
 
 
-def test_a_program_that_is_right_where_single_precision_is_not_is_used(monkeypatch):
-    class Right(CompiledProgram):
+@pytest.mark.parametrize(("scale", "is_kept"), [(1e8, True), (1.0, False)], ids=["as far", "further"])
+def test_a_program_is_used_that_is_apart_as_far_as_rounding_moves_the_function(scale, is_kept, monkeypatch):
+    class Apart(CompiledProgram):
         def __call__(self, values):
-            super().__call__(values)
-            return [torch.ones(3)]
+            return [result + 1.0 for result in super().__call__(values)]
 
-    monkeypatch.setattr(compiled_module, "CompiledProgram", Right)
-    compiled = Watched(lambda x: {"y": (x + 1e8) - 1e8})  # 0 in single precision
-    assert torch.equal(compiled(torch.ones(3))["y"], torch.ones(3))
-    assert not compiled.failed
+    monkeypatch.setattr(compiled_module, "CompiledProgram", Apart)
+    compiled = Watched(lambda x: {"y": (x * scale).sin()})  # of 1e8, one unit in the last place is 8
+    found = compiled(torch.linspace(1.0, 2.0, 9))["y"]
+    assert bool(compiled.failed) != is_kept
+    assert torch.equal(found, (torch.linspace(1.0, 2.0, 9) * scale).sin() + is_kept) or is_kept
 
 
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch):

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from metalit.autodiff.untouched import Kept, untouched
+from metalit.autodiff.untouched import Kept
 from metalit.compiling.cache import keep_private
 from metalit.compiling.compiler import found_in_cache, import_compiler, quiet
 from metalit.compiling.durations import expected, remember
@@ -22,12 +21,14 @@ from metalit.compiling.patience import GivenUpError, patiently
 from metalit.compiling.program import CompiledProgram, Host, Program, Values, autocast_of, form_of
 from metalit.private_torch import TreeSpec, tree_flatten, tree_unflatten
 
+_DRAWS, _UNITS = 4, 8  # how often, and by how many units in its last place, arguments are moved
+
 
 class Compiled:
     """``fn`` compiled for each form of its arguments: tree, shapes, types, devices, numbers that are no tensors.
 
     The first call of a form waits for the compiler, runs the program beside ``fn``, and keeps it only if both agree to
-    √ε, or it does with ``fn`` in double precision; programs lie in a cache on disk
+    √ε, or as far as rounding moves ``fn`` itself; programs lie in a cache on disk
     (:func:`~metalit.compiling.cache.keep_private`), where the next process finds them. Where there is no C++ compiler,
     ``fn`` cannot be traced, this takes too long, or the results differ, ``fn`` itself runs from then on.
 
@@ -128,8 +129,8 @@ class _Making:
             kept.restore()
             results, right = program(self.values), Program(owner.fn, self.spec)(self.values)
             apart = describe_difference(results, right)
-            if apart and not describe_difference(results, self.in_double(right)):
-                apart = ""  # it is fn itself that rounding moves so far, as where a unit lies at a kink of ReLU
+            if apart and distance(results, right) <= 2 * self.moved_by_rounding(right):
+                apart = ""
         finally:
             kept.restore()
         if apart:
@@ -138,20 +139,18 @@ class _Making:
             remember(folder, program.size, monotonic() - begun)
         return program
 
-    def in_double(self, right: list[Any]) -> list[Any]:
-        """What ``fn`` finds in double precision, of the types of ``right``, which is returned where that cannot be."""
-        host = self.owner.host
-        state = {name: _double(tensors[key].detach()) for tensors, key, name in host.owners}
-        given = tree_unflatten([_double(value) for value in self.values], self.spec)
-        try:
-            with untouched(host):
-                exact, _ = tree_flatten(functional_call(host, state, (given,)))
-        except Exception:  # whatever a user's function does that knows of single precision alone
-            return right
-        return [
-            value.to(other.dtype) if isinstance(other, Tensor) else other
-            for value, other in zip(exact, right, strict=True)
-        ]
+    def moved_by_rounding(self, right: list[Any]) -> float:
+        """How far ``fn`` goes where each number of its arguments moves by a few units in its last place.
+
+        It is next to nothing where ``fn`` is smooth. Where a unit lies at a kink of ReLU, or two are equal in a pool,
+        it falls to either side, and then nobody's rounding is the right one.
+        """
+        far = 0.0
+        for draw in range(_DRAWS):
+            signs = torch.Generator().manual_seed(draw)
+            nudged = [_nudged(value, signs) for value in self.values]
+            far = max(far, distance(Program(self.owner.fn, self.spec)(nudged), right))
+        return far
 
     def sign(self, passed: float) -> None:
         """Say that it goes on, and how long it will."""
@@ -164,17 +163,25 @@ def describe_difference(found: list[Any], right: list[Any]) -> str:
 
     They are compared as one vector each: the residual of a solver, say, may be nothing but rounding.
     """
-    pairs = [(one.double(), other.double()) for one, other in zip(found, right, strict=True) if _is_real(other)]
     eps = max((torch.finfo(autocast_of([other]) or other.dtype).eps for other in right if _is_real(other)), default=0.0)
-    difference = sum(float((one - other).square().sum()) for one, other in pairs) ** 0.5
-    size = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
+    difference = distance(found, right)
+    size = sum(float(other.double().square().sum()) for other in right if _is_real(other)) ** 0.5
     if isfinite(size) and not difference <= eps**0.5 * size:
         return f"by {difference:.3g} in {size:.3g}"
     return ""
 
 
-def _double(value: Any) -> Any:
-    return value.double() if _is_real(value) else value
+def distance(found: list[Any], right: list[Any]) -> float:
+    """The norm of the difference of all real numbers of two results."""
+    pairs = [(one.double(), other.double()) for one, other in zip(found, right, strict=True) if _is_real(other)]
+    return sum(float((one - other).square().sum()) for one, other in pairs) ** 0.5
+
+
+def _nudged(value: Any, signs: torch.Generator) -> Any:
+    if not _is_real(value):
+        return value
+    up = torch.randint(2, value.shape, generator=signs, dtype=torch.int8).to(value.device).bool()
+    return value * (1 + _UNITS * torch.finfo(value.dtype).eps * torch.where(up, 1.0, -1.0).to(value.dtype))
 
 
 def _is_real(value: Any) -> bool:
