@@ -105,19 +105,23 @@ class _Convolution(Function):
         return by_x, _ByWeight.apply(g, x, weight.shape, ctx.form) if ctx.needs_input_grad[1] else None, None
 
 
-class _ByInput(Function):
-    """The gradient of a convolution by its images, of those by its values g, and the weight."""
+class _Gradient(Function):
+    """What the gradients by images and by weights share: both are of g, the other factor, the shape and the form."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g: Tensor, weight: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
-        return _backward(channels_last(g), _without_values(g, shape), channels_last(weight), form, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:2])
         ctx.form = inputs[3]
+
+
+class _ByInput(_Gradient):
+    """The gradient of a convolution by its images, of those by its values g, and the weight."""
+
+    @staticmethod
+    def forward(g: Tensor, weight: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+        return _backward(channels_last(g), _without_values(g, shape), channels_last(weight), form, True)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
@@ -127,19 +131,12 @@ class _ByInput(Function):
         return by_g, by_weight, None, None
 
 
-class _ByWeight(Function):
+class _ByWeight(_Gradient):
     """The gradient of a convolution by its weight, of those by its values g, and the images."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
         return _backward(channels_last(g), channels_last(x), _without_values(g, shape), form, False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.form = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:

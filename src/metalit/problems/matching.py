@@ -1,17 +1,17 @@
 """Classes by attention over the support set, in learned features."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from metalit.autodiff.usable import check_network
 from metalit.problem import Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, one_hot, product, single
+from metalit.problems.class_head import ClassHead
+from metalit.problems.heads import one_hot, product, single
 
 _NEVER = -1e4  # a logit of which the exponential is 0, in half precision too
 
 
-class Matching(Head):
+class Matching(ClassHead):
     """Learn features by which a row attends to the support set, and takes over its classes (Vinyals et al. 2016).
 
     P(class k at x) = Σᵢ aᵢ [yᵢ = k],  a = softmax over the support rows of cos(f(x), f(xᵢ))  (eq. 1)
@@ -27,6 +27,7 @@ class Matching(Head):
     Raises:
         InputError: no network; later: targets that are no classes, and features of another shape.
 
+    >>> from torch import nn
     >>> from metalit.problem import Points
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     >>> task = Task(Points(x, y), Points(x, y), torch.tensor(0), classes=torch.arange(2))
@@ -35,35 +36,16 @@ class Matching(Head):
     tensor([[0.5000, 0.5000]])
     """
 
-    needs_classes = True
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        check_network("network", network)
-        self.network = network
-
     def init(self, outer: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         """The ``keys`` of the support rows, ``[rows, features]``; ``logits`` of their classes, ``[rows, ways]``."""
-        keys = _directions(self.called("network", outer, task.support.x, task, SUPPORT_DRAW))
+        keys = _directions(self.support_features(outer, task))
         return {"keys": keys, "logits": torch.where(one_hot(task.support, task), 0.0, _NEVER).to(keys.dtype)}
 
-    def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
-        """The cross-entropy on the support set."""
-        return self.judge(_attended(inner, self.called("network", outer, task.support.x, task, step)), task.support)
-
-    def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
-        """The cross-entropy on the query set."""
-        return self.judge(_attended(inner, self.called("network", outer, task.query.x, task, QUERY_DRAW)), task.query)
-
-    def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The logarithms of the probabilities at ``x``, ``[rows, ways]``."""
-        return _attended(inner, self.called("network", outer, x))
+    def logits(self, inner: dict[str, Tensor], features: Tensor) -> Tensor:
+        """The logarithms of the probabilities."""
+        scores = product(_directions(features), inner["keys"].mT)
+        return (scores.unsqueeze(2) + inner["logits"]).logsumexp(1).log_softmax(1)
 
 
 def _directions(features: Tensor) -> Tensor:
     return F.normalize(single(features), dim=1)
-
-
-def _attended(inner: dict[str, Tensor], features: Tensor) -> Tensor:
-    scores = product(_directions(features), inner["keys"].mT)
-    return (scores.unsqueeze(2) + inner["logits"]).logsumexp(1).log_softmax(1)

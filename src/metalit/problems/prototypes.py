@@ -1,13 +1,13 @@
 """Classes by the nearest mean of learned features."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from metalit.autodiff.usable import check_network
 from metalit.problem import Task
-from metalit.problems.heads import QUERY_DRAW, SUPPORT_DRAW, Head, class_means, single
+from metalit.problems.class_head import ClassHead
+from metalit.problems.heads import class_means, single
 
 
-class Prototypes(Head):
+class Prototypes(ClassHead):
     """Learn features in which the mean of a class stands for it (ProtoNet: Snell et al. 2017, eq. 1 and 2).
 
     init: c_k = mean of f(x) over the support rows of class k;  logits: −‖f(x) − c_k‖²,  outer_loss = their
@@ -25,6 +25,7 @@ class Prototypes(Head):
         InputError: no network; later: targets that are no classes, and features of another shape.
 
     >>> import torch
+    >>> from torch import nn
     >>> from metalit.problem import Points
     >>> x, y = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
     >>> task = Task(Points(x, y), Points(x, y), torch.tensor(0), classes=torch.arange(2))
@@ -33,30 +34,10 @@ class Prototypes(Head):
     tensor([[-4., -4.]])
     """
 
-    needs_classes = True
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        check_network("network", network)
-        self.network = network
-
     def init(self, outer: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         """The ``prototypes``, ``[ways, features]``."""
-        features = single(self.called("network", outer, task.support.x, task, SUPPORT_DRAW))
-        return {"prototypes": class_means(features, task.support, task)}
+        return {"prototypes": class_means(single(self.support_features(outer, task)), task.support, task)}
 
-    def inner_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task, step: int) -> Tensor:
-        """The cross-entropy on the support set."""
-        return self.judge(_logits(inner, self.called("network", outer, task.support.x, task, step)), task.support)
-
-    def outer_loss(self, inner: dict[str, Tensor], outer: dict[str, Tensor], task: Task) -> Tensor:
-        """The cross-entropy on the query set."""
-        return self.judge(_logits(inner, self.called("network", outer, task.query.x, task, QUERY_DRAW)), task.query)
-
-    def predict(self, inner: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The logits at ``x``, ``[rows, ways]``."""
-        return _logits(inner, self.called("network", outer, x))
-
-
-def _logits(inner: dict[str, Tensor], features: Tensor) -> Tensor:
-    return -(single(features).unsqueeze(1) - inner["prototypes"]).square().sum(2)
+    def logits(self, inner: dict[str, Tensor], features: Tensor) -> Tensor:
+        """−‖f(x) − c_k‖² of each class."""
+        return -(single(features).unsqueeze(1) - inner["prototypes"]).square().sum(2)
