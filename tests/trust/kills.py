@@ -91,19 +91,30 @@ class Counts:
         )
 
 
-def undisturbed(case: Case, root: Path) -> dict[str, Any]:
-    """What the run leaves where nobody disturbs it."""
+def undisturbed(case: Case, root: Path) -> tuple[dict[str, Any], float]:
+    """What the run leaves where nobody disturbs it, and how many seconds it takes."""
+    begun = time.monotonic()
     statuses = _run(case, root)
+    seconds = time.monotonic() - begun
     assert statuses == [0] * case.ranks, (root / "log").read_text()
-    return left_by(root)
+    return left_by(root), seconds
 
 
-def killed(case: Case, root: Path, expected: dict[str, Any], kills: int, seed: int) -> Counts:
-    """Kill a run so many times at random moments, let it end, and compare what it leaves."""
+def killed(case: Case, root: Path, expected: dict[str, Any], seconds: float, kills: int, seed: int) -> Counts:
+    """Kill a run at random moments, so many times unless it ends before, and compare what it leaves in the end.
+
+    Args:
+        case: the run.
+        root: where it runs.
+        expected: what it leaves undisturbed.
+        seconds: how long it takes undisturbed; the first kill comes before.
+        kills: how many.
+        seed: of the moments, and of how it is killed.
+    """
     draw, counts = random.Random(f"{case.name} {seed}"), Counts(runs=1)
     where = f"{case.name}, seed {seed}"
     for number in range(kills):
-        kind, statuses = _killed_once(case, root, draw)
+        kind, statuses = _killed_once(case, root, draw, seconds)
         text = (root / "log").read_text()
         if None in statuses:
             counts.faults.append(f"{where}: kill {number} ({kind}): a process did not end: {text[-2000:]}")
@@ -125,10 +136,10 @@ def killed(case: Case, root: Path, expected: dict[str, Any], kills: int, seed: i
     return counts
 
 
-def _killed_once(case: Case, root: Path, draw: random.Random) -> tuple[str, list[int | None]]:
+def _killed_once(case: Case, root: Path, draw: random.Random, seconds: float) -> tuple[str, list[int | None]]:
     """Start the run, and kill it; returns how, and with which statuses its processes ended, None for one that hangs."""
     place = draw.choice(("random",) * 4 + ("in a save", "in a report"))
-    sent, moment, in_save = draw.choice(SIGNALS), draw.uniform(0.3, 3.0), draw.randrange(1, 6)
+    sent, moment, in_save = draw.choice(SIGNALS), draw.uniform(0.1, 0.9) * seconds, draw.randrange(1, 6)
     ranks = _start(case, root, "" if place == "random" else place, in_save)
     if place != "random":
         return place, ended(ranks, _PATIENCE)

@@ -55,7 +55,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["meta", "bilevel", "supervised", "matrix"])
 def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
     case, draw, done = BY_NAME[name], random.Random(f"{name} {kind}"), Disks()
-    expected = undisturbed(case, tmp_path / "whole")
+    expected, seconds = undisturbed(case, tmp_path / "whole")
     size = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
     log = tmp_path / "log"
     for _ in range(TIMES):
@@ -63,7 +63,7 @@ def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
             _mount("-o", f"remount,size={4096 * (1 + draw.randrange(size // 4096))}", str(disk))
         ranks = start_ranks(1, log, main, case.command(disk))
         if kind == "read-only":
-            time.sleep(draw.uniform(0.3, 2.5))
+            time.sleep(draw.uniform(0.1, 0.9) * seconds)
             _mount("-o", "remount,ro", str(disk))
         (status,) = ended(ranks, 120)
         told = [line for line in log.read_text().splitlines() if line.startswith("metalit: error: ")]
