@@ -51,6 +51,13 @@ def test_a_task_is_the_same_whatever_the_batch(rotations):
     assert not same_bits(batch, episodes(tasks, "train", range(8), SIZE, seed=1))
 
 
+def test_the_examples_of_each_class_are_drawn_for_themselves():
+    tasks = prepared()
+    support = episodes(tasks, "train", range(400), Episodes(ways=3, shots=1, queries=1)).support
+    first, second, _ = (tasks.values(support.x)[..., 0, 1, 1] % 10).unbind(1)  # which of six examples
+    assert 0.1 < float((first == second).double().mean()) < 0.25  # 1/6, within 3.5 standard deviations
+
+
 def test_labels_are_drawn_anew_in_each_task():
     tasks = prepared(val=["c1"], test=["c2"])
     classes = episodes(tasks, "train", range(400), SIZE).classes
