@@ -213,3 +213,19 @@ def test_very_many_are_warned_of(key):
     config = Namespace({key: [2, 10**6], "trainer.devices": 1, "seed_everything": 0, "threads": None})
     with pytest.warns(UserWarning, match=f"{key}=1000000 is a very large number"):
         check_values(config)
+
+
+@pytest.mark.parametrize("key", ["model.eval_steps", "model.hypergradient.steps", "data.val.shots"])
+def test_more_than_any_machine_can_take_is_refused_before_it_is_begun(key):
+    def config(number):
+        return Namespace({key: number, "trainer.devices": 1, "seed_everything": 0, "threads": None})
+
+    with pytest.raises(InputError, match=f"{key}=2147483648 is more than any machine can take"):
+        check_values(config(2147483648))
+    with pytest.warns(UserWarning, match=f"{key}=2147483647 is a very large number"):
+        check_values(config(2147483647))
+
+
+def test_a_seed_and_the_steps_of_training_may_be_any_number():
+    check_values(Namespace({"data.seed": 2**40, "trainer.max_steps": 2**40, "trainer.devices": 1,
+                            "seed_everything": 0, "threads": None}))  # fmt: skip
