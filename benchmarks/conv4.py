@@ -252,7 +252,9 @@ def measured(shots: int, quick: bool) -> list[str]:
         f"### {WAYS}-way {shots}-shot",
         markdown(["", "ratio", "asked"], asked),
         race.table(list(ways), {"÷ metalit, compiled": COMPILED, "÷ loop": LOOP}, missing, "outer step"),
-        markdown(["", "first step, compiled or from the cache, s", "memory of a step beside what lives on, MiB"], first),
+        markdown(
+            ["", "first step, compiled or from the cache, s", "memory of a step beside what lives on, MiB"], first
+        ),
         _profile(ways),
     ]
 
