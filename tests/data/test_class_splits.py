@@ -96,10 +96,19 @@ def test_files_that_cannot_be_used_are_told(tmp_path):
     told(refused(val=written(tmp_path / "a.csv", "file,name\n1,2\n")), "there is no column 'label' or 'class'")
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5])
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, 2])
 def test_a_fraction_beyond_its_range_is_told(fraction):
     told(refused(val=fraction), f"data.tasks.val={fraction} must be a fraction between 0 and 1")
     told(refused(train=fraction), f"data.tasks.train={fraction} must be a list of names")
+
+
+def test_all_may_be_held_out():
+    for groups in (None, GROUPS):
+        assert held(groups, val=0, test=1) == {"train": "", "val": "", "test": "0123456789"}
+        assert held(groups, val=1.0, test=0)["val"] == "0123456789"
+    told(refused(val=0.2, test=1.0), "data.tasks.test=1.0 is of all classes", "data.tasks.val=0.2; set that to 0")
+    told(refused(val=1, test=["c1"]), "data.tasks.val=1 is of all classes", "data.tasks.test=['c1']; set that to 0")
+    told(refused(val=0, test=1, train=["c1"]), "hold out all classes, so data.tasks.train must be left out")
 
 
 def test_a_split_without_a_class_is_told():

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 
-from metalit.data import Episodes, TaskDataModule
+from metalit.data import Episodes, Scaling, TaskDataModule
 from metalit.hypergradients import Unrolled
 from metalit.inner import SGD
 from metalit.modules import MetaLearner
@@ -42,6 +42,17 @@ def test_a_fraction_beside_names_is_one_of_all_tasks_without_them(tmp_path):
     found = held(tmp_path, val=0.3, test=["t0", "t1", "t2", "t3"])
     assert [len(names) for names in found.values()] == [3, 3, 4]
     assert not {*found["val"]} & {"t0", "t1", "t2", "t3"}
+
+
+def test_all_may_be_held_out(tmp_path):
+    curves = curves_of(tmp_path, ragged_rows((5,) * 10), val=0, test=1.0)
+    assert [curves.count(split) for split in ("train", "val", "test")] == [0, 0, 10]
+    assert curves.scaling() is None
+    told(lambda: held(tmp_path, test=1.0), "data.tasks.test=1.0 is of all tasks", "data.tasks.val=0.2; set that to 0")
+    curves.take_scaling(Scaling([1.0], [2.0], [3.0], [4.0]))
+    first = curves.splits["test"].x[0, :, 0]
+    curves.take_scaling(Scaling([1.0], [4.0], [3.0], [4.0]))
+    assert torch.equal(curves.splits["test"].x[0, :, 0], first / 2)
 
 
 def test_names_may_be_numbers(tmp_path):

@@ -218,7 +218,7 @@ def test_spaces_after_commas_and_a_byte_order_mark_are_no_part_of_names(tmp_path
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
-@pytest.mark.parametrize("fraction", [1.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("fraction", [1.1, -0.1, 1.5, float("nan")])
 def test_fractions_beyond_their_range_are_told(name, fraction):
     told(lambda: curves("any.csv", **{name: fraction}), f"data.tasks.{name}={fraction}", "between 0 and 1")
 

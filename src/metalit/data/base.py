@@ -139,10 +139,14 @@ class TaskDistribution(ABC):
         """Whether tasks are of classes; known before anything is read, where that takes long."""
         return self.class_names("train") is not None
 
-    def scaling(self) -> Scaling:
-        """How the user's units were normalised."""
+    def scaling(self) -> Scaling | None:
+        """How the user's units were normalised; None where nothing is trained on, which :meth:`take_scaling` needs."""
         columns = self.columns
         return Scaling.identity(len(columns.x), len(columns.y))
+
+    def take_scaling(self, scaling: Scaling) -> None:
+        """Normalise as the data did that a learner was trained on; called where there is no :meth:`scaling`."""
+        raise NotImplementedError(f"{type(self).__name__} has no scaling, and takes none")
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """Predictions without meta-learning at the query points: ``[tasks, queries, outputs]`` by name."""

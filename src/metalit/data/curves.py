@@ -13,7 +13,7 @@ from metalit.data.base import Episodes, Split, TaskDistribution, check_no_ways, 
 from metalit.data.cells import Categories, inputs, numbers
 from metalit.data.curve_baselines import Polynomials
 from metalit.data.held_out import HeldOut, Partition
-from metalit.data.scaling import Scaling
+from metalit.data.scaling import Scaling, known
 from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
@@ -43,8 +43,8 @@ class Curves(TaskDistribution):
         task: the column that tells the curves apart.
         x: the columns of the inputs.
         y: the columns of the outputs.
-        val, test: what is held out for validation and test: a fraction of the tasks (0 for none), a list of their
-            names, or a text file of names, one a line.
+        val, test: what is held out for validation and test: a fraction of the tasks (0 for none, 1 for all, for a
+            learner that was trained on other data), a list of their names, or a text file of names, one a line.
         split_seed: the seed of the split.
         folds, fold: test on part number ``fold`` (from 0) of ``folds`` equal parts of the tasks, in place of ``test``.
         categories: the levels of each column of x that holds texts: each level becomes an input of 0 or 1.
@@ -99,18 +99,18 @@ class Curves(TaskDistribution):
         rows = {split: size.shots + 1 for split, size in sizes.items()}
         if self.skip_short and self.__dict__.get("_least") != rows:
             self.__dict__.update(_least=rows)
-            for found in ("_raw", "_scaling", "splits", "_polynomials"):
+            for found in ("_raw", "_own_scaling", "splits", "_polynomials"):
                 self.__dict__.pop(found, None)
 
     def prepare(self) -> None:
         """Read the table."""
-        self.splits  # noqa: B018
+        self._own_scaling  # noqa: B018
 
     def check(self, split: Split, size: Episodes) -> None:
         """Every curve needs ``shots`` rows and one to be judged on."""
         check_no_ways(self, split, size)
         shots = size.shots
-        curves = self.splits[split]
+        curves = self._raw[split]
         if not curves.names:
             return
         shortest = int(curves.length.argmin())
@@ -124,11 +124,12 @@ class Curves(TaskDistribution):
 
     def count(self, split: Split) -> int | None:
         """None for training tasks, which are drawn without an end; of the others, the number that was held out."""
-        return None if split == "train" else len(self.splits[split].names)
+        there_are = len(self._raw[split].names)
+        return None if split == "train" and there_are else there_are
 
     def name(self, split: Split, index: int) -> str | None:
         """The text of its cells in the column ``task``; None for training tasks, which are drawn."""
-        names = self.splits[split].names
+        names = self._raw[split].names
         return None if split == "train" else names[index % len(names)]
 
     @cached_property
@@ -174,8 +175,10 @@ class Curves(TaskDistribution):
         return long
 
     @cached_property
-    def _scaling(self) -> Scaling:
+    def _own_scaling(self) -> Scaling | None:
         curves = self._raw["train"]
+        if not curves.names:
+            return None
         real = _real_rows(curves)
         hot = [name in self.levels for name in self.x for _ in self.levels.get(name, (None,))]
         return Scaling.of(curves.x[real], curves.y[real], torch.tensor(hot))
@@ -183,14 +186,20 @@ class Curves(TaskDistribution):
     @cached_property
     def splits(self) -> dict[Split, _Curves]:
         """The normalised curves of each split."""
+        scaling = known(self._own_scaling or self.__dict__.get("_taken"))
         return {
-            split: curves._replace(x=self._scaling.normalise_x(curves.x), y=self._scaling.normalise_y(curves.y))
+            split: curves._replace(x=scaling.normalise_x(curves.x), y=scaling.normalise_y(curves.y))
             for split, curves in self._raw.items()
         }
 
-    def scaling(self) -> Scaling:
-        """The scaling of the training tasks."""
-        return self._scaling
+    def scaling(self) -> Scaling | None:
+        """The scaling of the training tasks, None without any."""
+        return self._own_scaling
+
+    def take_scaling(self, scaling: Scaling) -> None:
+        """Normalise so."""
+        self.__dict__["_taken"] = scaling
+        self.__dict__.pop("splits", None)
 
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Choose a curve, shuffle its rows, and cut them into support and query; padding is masked."""
@@ -213,8 +222,10 @@ class Curves(TaskDistribution):
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """Polynomials (:class:`~metalit.data.curve_baselines.Polynomials`), whose degrees are chosen on val.
 
-        Without validation tasks, the degrees are chosen on the training tasks.
+        Without validation tasks, the degrees are chosen on the training tasks. Without those, there are no baselines.
         """
+        if not self._raw["train"].names:
+            return {}
         return self._polynomials.predictions(tasks, self._choice_tasks(tasks.support.x.shape[1]))
 
     @cached_property

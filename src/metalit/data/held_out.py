@@ -17,6 +17,35 @@ from metalit.keys import permutation
 HeldOut = float | str | Sequence[str | int]
 
 
+def check_fractions(val: HeldOut, test: HeldOut, kind: str) -> None:
+    """Check what is held out for validation and test, as far as it is a fraction.
+
+    Args:
+        val, test: as they are given.
+        kind: what they are fractions of.
+
+    Raises:
+        InputError: one beyond its range, or beside one that holds out everything.
+    """
+    for split, held, other in (("val", val, test), ("test", test, val)):
+        if isinstance(held, int | float) and not 0 <= held <= 1:
+            raise InputError(
+                f"data.tasks.{split}={held} must be a fraction between 0 and 1 of the {kind} (0 for none, 1 for all), "
+                "a list of their names, or a file of names"
+            )
+        if holds_all(held) and other != 0:
+            left = "test" if split == "val" else "val"
+            raise InputError(
+                f"data.tasks.{split}={held} is of all {kind}, so none are left for data.tasks.{left}={other}; set that "
+                "to 0"
+            )
+
+
+def holds_all(held: HeldOut) -> bool:
+    """Whether this is the fraction 1: nothing is trained on, and a learner that was trained elsewhere is evaluated."""
+    return isinstance(held, int | float) and held == 1
+
+
 def given_names(held: str | Sequence[str | int], owner: str, names: Container[str], kind: str) -> tuple[list[str], str]:
     """The names that a list or a file of names holds, and what to call it in messages.
 
@@ -41,8 +70,8 @@ def given_names(held: str | Sequence[str | int], owner: str, names: Container[st
 class Partition(NamedTuple):
     """Tasks are split by name, whole.
 
-    ``val`` and ``test`` are a fraction of all tasks, a list of names, or a text file of names, one a line. With
-    ``folds``, test is number ``fold`` of so many parts of equal size instead, and every task is in one of them.
+    ``val`` and ``test`` are a fraction of all tasks (1 for all), a list of names, or a text file of names, one a line.
+    With ``folds``, test is number ``fold`` of so many parts of equal size instead, and every task is in one of them.
     """
 
     val: HeldOut
@@ -57,13 +86,7 @@ class Partition(NamedTuple):
         Raises:
             InputError: a fraction beyond its range, no such file, a fold that is none.
         """
-        for split in ("val", "test"):
-            held = getattr(self, split)
-            if isinstance(held, int | float) and not 0 <= held < 1:
-                raise InputError(
-                    f"data.tasks.{split}={held} must be a fraction between 0 and 1 of the tasks (0 for none), a list "
-                    "of their names, or a file of names"
-                )
+        check_fractions(self.val, self.test, "tasks")
         folds = self.folds
         if folds is not None and not (folds >= 2 and 0 <= self.fold < folds):
             raise InputError(
@@ -95,7 +118,8 @@ class Partition(NamedTuple):
             rest = rest[count:]
         chosen["train"] = rest
         wanted = [split for split in held if getattr(self, split) or (self.folds and split == "test")]
-        if not chosen["train"] or not all(chosen[split] for split in wanted):
+        trains = not (holds_all(self.val) or holds_all(self.test))
+        if (trains and not chosen["train"]) or not all(chosen[split] for split in wanted):
             raise InputError(
                 f"{owner}: {len(names)} task(s) cannot be split into train, val and test with {self._said()}: each "
                 "split needs one at least; change the fractions or add tasks"

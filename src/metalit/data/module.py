@@ -111,6 +111,8 @@ class TaskDataModule(StreamDataModule):
         if needed and self.tasks.count(needed) == 0:
             verb = "test" if needed == "test" else "validate"  # Lightning's stage is a word with a prefix
             raise InputError(f"data.tasks.{needed}: no task is held out for {needed}, so there is nothing to {verb}")
+        if stage == "fit" and self.tasks.count("train") == 0:
+            raise InputError("data.tasks: all is held out, so there is nothing to train on; give smaller fractions")
         if stage == "fit" and self.tasks.count("val") == 0:
             if self.trainer:
                 self.trainer.limit_val_batches = 0  # so that what waits for a validation is refused

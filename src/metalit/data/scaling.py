@@ -149,5 +149,19 @@ class Scaling:
         return _like(x, numbers).reshape(-1, *[1] * (len(self.x_shape) - 1))
 
 
+def known(scaling: Scaling | None) -> Scaling:
+    """This scaling.
+
+    Raises:
+        InputError: it is None, since nothing was trained on.
+    """
+    if scaling is None:
+        raise InputError(
+            "data.tasks: all is held out, so how to normalise it is what a trained learner knows; give its checkpoint "
+            "with --ckpt_path"
+        )
+    return scaling
+
+
 def _like(values: Tensor, numbers: Sequence[float]) -> Tensor:
     return values.new_tensor(numbers, dtype=torch.float64)

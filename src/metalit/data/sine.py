@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.base import Split, TaskDistribution
-from metalit.data.scaling import Scaling
+from metalit.data.scaling import Scaling, known
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import fold, normal, uniform
@@ -72,7 +72,7 @@ class Sine(TaskDistribution):
     def scaling(self) -> Scaling:
         """Nothing is normalised; the range of x, and that of the amplitude for y."""
         (low, high), most = self.x, max(map(abs, self.amplitude))
-        return replace(super().scaling(), x_min=[low], x_max=[high], y_min=[-most], y_max=[most])
+        return replace(known(super().scaling()), x_min=[low], x_max=[high], y_min=[-most], y_max=[most])
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """The best predictor that knows no task."""

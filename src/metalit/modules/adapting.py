@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metalit.adapt import adapt
 from metalit.autodiff.blame import as_input_error
+from metalit.data.base import Split
 from metalit.data.classes.asked import AskedClasses
 from metalit.data.module import TaskDataModule, UserTask
 from metalit.data.scaling import Scaling
@@ -28,6 +29,7 @@ from metalit.modules.adapted_classes import (
 )
 from metalit.modules.two_level import TwoLevelLearner
 from metalit.notices import warn
+from metalit.private_lightning import trainer_of
 from metalit.problem import FewShotProblem, Points, Task
 
 
@@ -50,13 +52,53 @@ class AdaptingLearner(TwoLevelLearner):
         self._fitted_worse: list[str] = []
 
     def setup(self, stage: str) -> None:
-        """Take over the data's normalisation, which belongs to what is learned."""
+        """Take over the data's normalisation, which belongs to what is learned; what was learned keeps its own.
+
+        Raises:
+            InputError: it was learned from data of another scaling.
+        """
         super().setup(stage)
         if stage == "fit":
             self.best_steps = None
-        source = getattr(self.trainer.datamodule, "tasks", None)
-        if stage != "predict" and source is not None:
-            self.scaling = source.scaling()
+        if stage == "fit" or self.trainer.ckpt_path is not None:
+            self.scaling = None  # what is learned or loaded brings its own
+        if stage != "predict":
+            self._agree_with_the_data()
+
+    def _agree_with_the_data(self) -> None:
+        """Normalise one as the other: the learner as data that is trained on, else the data as the learner."""
+        data = getattr(trainer_of(self), "datamodule", None)
+        if not isinstance(data, TaskDataModule):
+            return
+        present = data.tasks.scaling()
+        if self.scaling is None:
+            self.scaling = present
+            return
+        shape, trained = list(data.tasks.input_shape()), [*self.scaling.x_shape] or [len(self.scaling.x_mean)]
+        if shape != trained:
+            raise InputError(
+                f"data.tasks: the learner was trained on inputs of shape {trained}, and those of the present data are "
+                f"{shape}; give the size and the channels that it was trained with"
+            )
+        if present is None:
+            data.tasks.take_scaling(self.scaling)
+            self._tell_of_units(data)
+        else:
+            _check_scaling(present, self.scaling)
+
+    def _tell_of_units(self, data: TaskDataModule) -> None:
+        """Warn of data that the learner was not trained on, and that is in other units."""
+        assert self.scaling is not None
+        split: Split = "val" if data.tasks.count("test") == 0 else "test"
+        points = data.loaded(split, torch.arange(data.tasks.count(split) or 1)).support
+        x = self.scaling.restore_x(points.x).flatten(0, 1)
+        if data.tasks.of_classes:
+            tell_of_units(x, self.scaling, "data.tasks")
+            return
+        y = self.scaling.restore_y(points.y).flatten(0, 1)
+        far = self.scaling.outside(x, y, data.tasks.inputs, data.tasks.columns.y)
+        if far:
+            warn(f"data.tasks lie far outside of what the learner was trained on: {far}")
 
     @property
     def prediction_steps(self) -> int:
@@ -222,30 +264,20 @@ class AdaptingLearner(TwoLevelLearner):
         if "scaling" not in checkpoint:
             raise InputError("ckpt_path: the checkpoint is of another kind of learner: it holds no scaling of its data")
         self.best_steps = checkpoint.get("best_steps")
-        kept = checkpoint["scaling"]
-        found = Scaling.restored(kept) if kept else None
-        if self.scaling is not None:
-            _check_scaling(self.scaling, found)
-        self.scaling = found
+        kept, present = checkpoint["scaling"], self.scaling
+        self.scaling = Scaling.restored(kept) if kept else None
+        if present is not None and self.scaling is None:
+            raise InputError("ckpt_path: the checkpoint was trained on data without units; give tasks of that kind")
+        self._agree_with_the_data()
 
 
-def _check_scaling(present: Scaling, kept: Scaling | None) -> None:
-    """Raise an :class:`InputError` where a checkpoint was trained on data of another scaling."""
-    if kept is None:
-        raise InputError("ckpt_path: the checkpoint was trained on data without units; give tasks of that kind")
+def _check_scaling(present: Scaling, kept: Scaling) -> None:
+    """Raise an :class:`InputError` where what was learned is from data of another scaling."""
     name = present.difference(kept)
-    if name == "x_shape":
-        raise InputError(
-            f"ckpt_path: the checkpoint was trained on inputs of shape {_shape_of(kept)}, and those of the present "
-            f"data are {_shape_of(present)}; give the size and the channels that it was trained with"
-        )
     if name is not None:
         trained, now = ([float(f"{number:.6g}") for number in getattr(side, name)] for side in (kept, present))
         raise InputError(
-            f"ckpt_path: the checkpoint was trained on data with the scaling {name}={trained}, and that of the present "
-            f"training data is {now}; give the data and the split that it was trained on"
+            f"data.tasks: the learner was trained on data with the scaling {name}={trained}, and that of the present "
+            f"training data is {now}; give the data and the split that it was trained on, or test it on all of other "
+            "data, with data.tasks.val=0 and data.tasks.test=1"
         )
-
-
-def _shape_of(scaling: Scaling) -> list[int]:
-    return [*scaling.x_shape] or [len(scaling.x_mean)]

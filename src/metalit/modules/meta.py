@@ -14,6 +14,7 @@ from metalit.adapt import Outer, iterates
 from metalit.data.base import Split
 from metalit.data.given import tasks_of, with_classes
 from metalit.data.module import TaskDataModule
+from metalit.data.scaling import known
 from metalit.data.stream import Fused
 from metalit.errors import InputError
 from metalit.evaluation.confusion import Confusion, Confusions
@@ -167,8 +168,8 @@ class MetaLearner(AdaptingLearner):
         tasks, data = self._tasks_of(batch, batch_idx), self.trainer.datamodule
         found = {LEARNER: self.measures(tasks)}
         if isinstance(data, TaskDataModule) and self.trainer.state.fn != "fit":
-            scaling = self.scaling or data.tasks.scaling()
-            has_units = tasks.query.y.is_floating_point() and data.tasks.scaling().changes
+            scaling = known(self.scaling)
+            has_units = tasks.query.y.is_floating_point() and scaling.changes
             errors = partial(absolute_errors, tasks.query, data.tasks.columns.y, scaling.y_std)
             if has_units:
                 found[LEARNER] |= errors(self.query_predictions(tasks))

@@ -10,7 +10,7 @@ from torch import Tensor
 from metalit.data.base import Split
 from metalit.data.classes.base import Classes
 from metalit.data.files import shown
-from metalit.data.held_out import HeldOut, given_names
+from metalit.data.held_out import HeldOut, check_fractions, given_names, holds_all
 from metalit.data.table import nearest, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation
@@ -22,10 +22,10 @@ _TURN = re.compile(r"/rot\d+$")  # the lists of Omniglot name each quarter turn
 class ClassPartition(NamedTuple):
     """Classes are split by name, whole; where there are groups, a fraction of the classes is made of whole groups.
 
-    ``val`` and ``test`` are a fraction, a list of names, or a file of names, one a line or in a column ``label`` or
-    ``class`` of a CSV file. ``train`` is such a list or file, or None for all that is left. A name is that of a class
-    or of a folder that classes are in, which stands for them all; where no name is quite it, its outer folders may be
-    left out.
+    ``val`` and ``test`` are a fraction (1 for all), a list of names, or a file of names, one a line or in a column
+    ``label`` or ``class`` of a CSV file. ``train`` is such a list or file, or None for all that is left. A name is that
+    of a class or of a folder that classes are in, which stands for them all; where no name is quite it, its outer
+    folders may be left out.
     """
 
     train: str | Sequence[str | int] | None
@@ -39,13 +39,12 @@ class ClassPartition(NamedTuple):
         Raises:
             InputError: a fraction beyond its range.
         """
-        for split in ("val", "test"):
-            held = getattr(self, split)
-            if isinstance(held, int | float) and not 0 <= held < 1:
-                raise InputError(
-                    f"data.tasks.{split}={held} must be a fraction between 0 and 1 of the classes (0 for none), a list "
-                    "of their names, or a file of names"
-                )
+        check_fractions(self.val, self.test, "classes")
+        if self.train is not None and not self._trains:
+            raise InputError(
+                f"data.tasks: val={self.val} and test={self.test} hold out all classes, so data.tasks.train must be "
+                "left out"
+            )
         if isinstance(self.train, int | float):
             raise InputError(
                 f"data.tasks.train={self.train} must be a list of names or a file; leave it out for the rest"
@@ -77,14 +76,18 @@ class ClassPartition(NamedTuple):
                 rest = [unit for unit in rest if unit not in chosen]
         left = {number for unit in units for number in unit} - {*named["val"], *named["test"]}
         named.setdefault("train", [*left])
-        wanted = ["train", *(split for split in held_out if getattr(self, split))]
-        if not all(named[split] for split in wanted):
+        wanted = [split for split in held_out if getattr(self, split)]
+        if (self._trains and not named["train"]) or not all(named[split] for split in wanted):
             kind = "class(es)" if classes.groups is None else "group(s) of classes"
             raise InputError(
                 f"data.tasks.source: {len(units)} {kind} cannot be split into train, val and test with val={self.val} "
                 f"and test={self.test}: each split needs one at least; change the fractions or give lists of names"
             )
         return {split: torch.tensor(sorted(named[split]), dtype=torch.int64) for split in get_args(Split)}
+
+    @property
+    def _trains(self) -> bool:
+        return not (holds_all(self.val) or holds_all(self.test))
 
 
 def _units(classes: Classes) -> list[list[int]]:

@@ -15,7 +15,7 @@ from metalit.data.classes.baselines import class_baselines
 from metalit.data.classes.scaling import class_scaling
 from metalit.data.classes.splits import ClassPartition
 from metalit.data.held_out import HeldOut
-from metalit.data.scaling import Scaling
+from metalit.data.scaling import Scaling, known
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import distinct, fold
@@ -36,9 +36,10 @@ class ClassTasks(TaskDistribution):
 
     Args:
         source: where the classes come from.
-        val, test: what is held out for validation and test: a fraction of the classes (0 for none), about which is
-            made of whole groups where there are some; a list of names of classes and groups; or a file of names, one
-            a line, or in a column ``label`` or ``class`` of a CSV file.
+        val, test: what is held out for validation and test: a fraction of the classes (0 for none, 1 for all, for a
+            learner that was trained on other data), about which is made of whole groups where there are some; a list
+            of names of classes and groups; or a file of names, one a line, or in a column ``label`` or ``class`` of a
+            CSV file.
         train: such a list or file of what is trained on; all that is left if not given.
         split_seed: the seed of the split.
         rotations: whether quarter turns of a class are classes of their own, in the same split (Santoro et al. 2016).
@@ -74,12 +75,12 @@ class ClassTasks(TaskDistribution):
         least = {split: size.shots + (size.rows or 1) for split, size in sizes.items()}
         if self.skip_small and self.__dict__.get("_least") != least:
             self.__dict__.update(_least=least)
-            for found in ("_splits", "_scaling"):
+            for found in ("_splits", "_own_scaling"):
                 self.__dict__.pop(found, None)
 
     def prepare(self) -> None:
         """Read the source."""
-        self._scaling  # noqa: B018
+        self._own_scaling  # noqa: B018
 
     def check(self, split: Split, size: Episodes) -> None:
         """There are enough classes, and enough examples of each."""
@@ -129,9 +130,13 @@ class ClassTasks(TaskDistribution):
         names = [self._classes.names[number] for number in self._splits[split].tolist()]
         return [*names, *(f"{name} {90 * turn}°" for turn in range(1, self._turns) for name in names)]
 
-    def scaling(self) -> Scaling:
-        """The scaling of the training classes."""
-        return self._scaling
+    def scaling(self) -> Scaling | None:
+        """The scaling of the training classes, None without any."""
+        return self._own_scaling
+
+    def take_scaling(self, scaling: Scaling) -> None:
+        """Normalise so."""
+        self.__dict__["_taken"] = scaling
 
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Return 5-way tasks of this size; see :meth:`of_size`."""
@@ -157,8 +162,9 @@ class ClassTasks(TaskDistribution):
 
     def load(self, tasks: Task, device: torch.device) -> Task:
         """Gather the values of examples, move them as they are, and normalise them there."""
+        scaling = known(self._own_scaling or self.__dict__.get("_taken"))
         support, query = (
-            Points(self.scaling().normalise_x(self.values(points.x).to(device)), points.y.to(device))
+            Points(scaling.normalise_x(self.values(points.x).to(device)), points.y.to(device))
             for points in (tasks.support, tasks.query)
         )
         assert tasks.classes is not None
@@ -210,5 +216,6 @@ class ClassTasks(TaskDistribution):
         return kept
 
     @cached_property
-    def _scaling(self) -> Scaling:
-        return class_scaling(self._classes, self._splits["train"])
+    def _own_scaling(self) -> Scaling | None:
+        train = self._splits["train"]
+        return class_scaling(self._classes, train) if len(train) else None
