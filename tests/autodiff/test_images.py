@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional
 
+from metalit.autodiff import images
 from metalit.autodiff.images import ChannelsLast, sees_images
 
 CONVOLUTIONS = {
@@ -26,13 +28,25 @@ OTHERS = {
     "pool of oblong windows": lambda: nn.MaxPool2d((1, 3)),
     "pool of windows that overlap": lambda: nn.MaxPool2d(3, stride=2, padding=1),
 }
-LAYERS = {**CONVOLUTIONS, **OTHERS}
+TOGETHER = {
+    "BatchNorm of a product": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3, track_running_stats=False)
+    ),
+    "BatchNorm without weights of a product with a bias": lambda: nn.Sequential(
+        nn.Conv2d(2, 3, 2, stride=(1, 2)), nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    ),
+    "pool of ReLU": lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d((1, 3))),
+    "a block": lambda: nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)
+    ),
+}
+LAYERS = {**CONVOLUTIONS, **OTHERS, **TOGETHER}
 
 
 def layer_and_images(kind):
     torch.manual_seed(0)
     layer = LAYERS[kind]().double()
-    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else 3
+    channels = next((part.in_channels for part in layer.modules() if isinstance(part, nn.Conv2d)), 3)
     own = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
     return layer, own, torch.randn(2, channels, 6, 7, dtype=torch.float64)
 
@@ -66,6 +80,8 @@ class PlainNorm(nn.Module):
 
 
 def plain(layer):
+    if isinstance(layer, nn.Sequential):
+        return nn.Sequential(*map(plain, layer))
     if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is not None:
         return layer
     found = PlainNorm()
@@ -83,7 +99,7 @@ def test_values_and_three_derivatives_are_those_of_torch(kind):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["as in Conv4", "few numbers in a window", "BatchNorm", "pool"])
+@pytest.mark.parametrize("kind", ["as in Conv4", "few numbers in a window", "BatchNorm", "pool", *TOGETHER])
 def test_derivatives_are_those_of_finite_differences(kind):
     layer, own, x = layer_and_images(kind)
 
@@ -96,7 +112,7 @@ def test_derivatives_are_those_of_finite_differences(kind):
     assert gradgradcheck(fn, given)
 
 
-@pytest.mark.parametrize("kind", ["as in Conv4", "groups", "few numbers in a window", "BatchNorm", "pool"])
+@pytest.mark.parametrize("kind", ["as in Conv4", "groups", "few numbers in a window", "BatchNorm", "pool", "a block"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_of_many_tasks_at_once_as_of_each(kind, shared):
     layer, own, x = layer_and_images(kind)
@@ -109,6 +125,38 @@ def test_of_many_tasks_at_once_as_of_each(kind, shared):
         at = weights if shared else {name: value[task] for name, value in weights.items()}
         expected = derivatives(plain(layer), at, images[task])[1:]
         torch.testing.assert_close([value[task] for value in found], list(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_batch_norm_of_a_product_goes_over_no_product(monkeypatch):
+    monkeypatch.setattr(images, "standardised", None)
+    layer, own, x = layer_and_images("a block")
+    with ChannelsLast():
+        functional_call(layer, own, (x,))
+        with pytest.raises(TypeError, match="not callable"):
+            functional_call(layer[1:], {}, (x.expand(-1, 3, -1, -1),))
+
+
+def test_variances_are_exact_where_images_hardly_vary_but_from_each_other():
+    torch.manual_seed(0)
+    x = 10 * torch.randn(20, 1, 1, 1) + 1e-3 * torch.randn(20, 1, 8, 8)
+    with ChannelsLast():
+        found = functional.batch_norm(
+            torch.conv2d(x, torch.tensor([[[[1.0, -1.0]]]])), None, None, training=True, eps=0
+        )
+    torch.testing.assert_close(found.var(), torch.tensor(1.0), rtol=1e-2, atol=0)  # summed in single precision, nan
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm of a product", "pool of ReLU"])
+def test_what_is_changed_between_two_layers_is_not_of_the_first(kind):
+    layer, own, x = layer_and_images(kind)
+
+    def found():
+        before = functional_call(layer[:-1], {k: v for k, v in own.items() if k.startswith("0")}, (x,))
+        return layer[-1](before.sub_(2)), layer[-1](functional.relu(before - 1, inplace=True)), layer[-1](before)
+
+    expected = found()
+    with ChannelsLast():
+        torch.testing.assert_close(found(), expected)
 
 
 def test_of_equal_values_the_first_of_a_window_has_the_gradient():

@@ -20,10 +20,13 @@ class Shifted(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1, bias=False),  # by windows
+            nn.BatchNorm2d(3, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
             nn.Conv2d(3, 4, 3, padding=1, bias=False),
             nn.BatchNorm2d(4, track_running_stats=False),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(36, 3),
         )
@@ -38,7 +41,7 @@ def test_a_program_with_convolutions_finds_what_all_tasks_at_once_find():
     torch.manual_seed(0)
     network = Shifted().double()
     problem, label = FewShot(network), torch.arange(3).repeat(2).expand(4, -1)
-    support, query = (Points(torch.randn(4, 6, 3, 6, 7, dtype=torch.float64), label) for _ in range(2))
+    support, query = (Points(torch.randn(4, 6, 1, 6, 7, dtype=torch.float64), label) for _ in range(2))
     tasks = Task(support, query, torch.arange(8).reshape(4, 2))
     estimator = Unrolled(2, weights=Annealed([0.5, 0.5], [0.0, 1.0], over=10))
     step = partial(over_tasks, estimator, problem, SGD(0.1))

@@ -25,8 +25,6 @@ def convolution(x: Tensor, weight: Tensor, form: Form) -> Tensor:
     The three maps convolution (of x, w), its gradient by x (of g, w) and by w (of g, x) are linear in both arguments,
     and the derivatives of each are the other two. So no derivative of any order needs another kernel.
     """
-    if form.groups == 1 and weight[0].numel() <= _FEW:
-        return _by_windows(x, weight, form)
     found: Tensor = _Convolution.apply(x, weight, form)
     return found
 
@@ -36,8 +34,13 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def _by_windows(x: Tensor, weight: Tensor, form: Form) -> Tensor:
-    """As the product of a matrix of all windows; windows of what does not change, such as images, are laid out once."""
+def few_in_a_window(weight: Tensor, form: Form) -> bool:
+    """Whether a convolution is faster as a product of all its windows, ``windows_of(x) @ matrix_of(weight)``."""
+    return form.groups == 1 and weight[0].numel() <= _FEW
+
+
+def windows_of(x: Tensor, weight: Tensor, form: Form) -> Tensor:
+    """All windows, ``[rows, height, width, numbers in one]``; of what does not change, such as images, made once."""
     (height, width), (down, right) = weight.shape[2:], form.padding
     padded = pad(x.permute(0, 2, 3, 1), (0, 0, right, right, down, down))
     starts = [(row * form.dilation[0], column * form.dilation[1]) for row in range(height) for column in range(width)]
@@ -46,9 +49,12 @@ def _by_windows(x: Tensor, weight: Tensor, form: Form) -> Tensor:
         padded[:, row : row + ends[0] : form.stride[0], column : column + ends[1] : form.stride[1]]
         for row, column in starts
     ]
-    windows = torch.stack(each, -1)  # [rows, height, width, channels, places in the window]
-    found = windows.flatten(0, 2).flatten(1) @ weight.flatten(1).T
-    return found.unflatten(0, windows.shape[:3]).permute(0, 3, 1, 2)
+    return torch.stack(each, -1).flatten(3)
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """The weight as a factor of windows; by rows, as the gradient by one by columns takes torch five times as long."""
+    return weight.flatten(1).T.contiguous()
 
 
 def _backward(g: Tensor, x: Tensor, weight: Tensor, form: Form, by_x: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -15,6 +16,24 @@ def standardised(x: Tensor, eps: float) -> Tensor:
     """
     found: Tensor = _Standardised.apply(x, eps)[0]
     return found
+
+
+def standardised_product(
+    rows: Tensor, matrix: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    """``standardised(rows @ matrix, eps) * scale + shift``, which is another product: no pass goes over the first one.
+
+    With C for the covariance of the columns of ``rows``, the variance of the product by a column w is wᵀCw. It is
+    summed in double precision, since its terms may cancel each other.
+    """
+    centred = rows - rows.mean(0)
+    exact, column = centred.double(), matrix.double()
+    variance = (column * (exact.T @ exact @ column)).sum(0) / len(rows)
+    by = (variance + eps).rsqrt().to(matrix.dtype)
+    shift = torch.zeros_like(by) if shift is None else shift
+    # the shift is a row for a column of ones: its gradient, a sum over all rows, then comes with the product
+    factors = torch.cat([matrix * (by if scale is None else by * scale), shift[None]])
+    return torch.cat([centred, torch.ones_like(centred[:, :1])], 1) @ factors
 
 
 class _Standardised(Function):
