@@ -62,13 +62,16 @@ class AdaptingLearner(TwoLevelLearner):
             self.best_steps = None
         if stage == "fit" or self.trainer.ckpt_path is not None:
             self.scaling = None  # what is learned or loaded brings its own
-        if stage != "predict":
-            self._agree_with_the_data()
+        self._agree_with_the_data()
 
     def _agree_with_the_data(self) -> None:
-        """Normalise one as the other: the learner as data that is trained on, else the data as the learner."""
-        data = getattr(trainer_of(self), "datamodule", None)
-        if not isinstance(data, TaskDataModule):
+        """Normalise one as the other: the learner as data that is trained on, else the data as the learner.
+
+        For prediction nothing of the data need be there.
+        """
+        trainer = trainer_of(self)
+        data = getattr(trainer, "datamodule", None)
+        if trainer is None or trainer.predicting or not isinstance(data, TaskDataModule):
             return
         present = data.tasks.scaling()
         if self.scaling is None:
