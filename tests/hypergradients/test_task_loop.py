@@ -2,8 +2,10 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 
 from metalit.compiling.compiled import Compiled
 from metalit.hypergradients import Unrolled, over_tasks
@@ -11,7 +13,7 @@ from metalit.hypergradients.weights import Annealed
 from metalit.inner import SGD
 from metalit.problem import Points, Task
 from metalit.problems import FewShot
-from metalit.tree import flatten
+from metalit.tree import flatten, tree_map
 
 
 class Shifted(nn.Module):
@@ -57,3 +59,34 @@ def test_a_program_with_convolutions_finds_what_all_tasks_at_once_find():
         torch.testing.assert_close(found.inner, expected.inner, rtol=1e-8, atol=1e-10)
         network.scale.fill_(1.5)
         network.shift.data.fill_(0.5)
+
+
+class Counted(Shifted):
+    """A network that tells how often it is called."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = tell
+
+    def forward(self, x):
+        self.tell()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("rows", "evaluations"), [(6, 1), (198, 4)], ids=["small", "large"])
+def test_large_images_come_one_task_after_the_other_without_a_program(rows, evaluations):
+    torch.manual_seed(0)
+    calls = []
+    network = Counted(lambda: calls.append(1)).double()
+    problem, label = FewShot(network), torch.arange(3).repeat(rows // 3).expand(4, -1)
+    support, query = (Points(torch.randn(4, rows, 1, 6, 7, dtype=torch.float64), label) for _ in range(2))
+    tasks = Task(support, query, torch.arange(8).reshape(4, 2))
+    outer = {"problem": {name: value.detach() for name, value in problem.outer().items()}, "optimizer": {}}
+    found = over_tasks(Unrolled(1), problem, SGD(0.1), outer, tasks)
+    assert len(calls) == 2 * evaluations  # of the support set and of the query set
+    dims = Task(Points(0, 0), Points(0, 0), 0)
+    expected = vmap(lambda task: Unrolled(1)(problem, SGD(0.1), outer, task), (dims,))(tasks)
+    torch.testing.assert_close(
+        flatten(found.gradient), flatten(tree_map(lambda leaf: leaf.mean(0), expected.gradient)), rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(found.inner, expected.inner, rtol=1e-10, atol=1e-12)

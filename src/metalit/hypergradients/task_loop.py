@@ -1,4 +1,4 @@
-"""Tasks of images in a program for a CPU: one after the other, in a loop that is compiled once."""
+"""Tasks of images on a CPU: one after the other, in a program in a loop that is compiled once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +14,20 @@ from metalit.compiling.loops import repeated
 from metalit.private_torch import pytree_map, tree_leaves
 from metalit.problem import Problem
 
+_LARGE = 2**13  # numbers in the images of a task, as ten of 28 × 28 pixels have
+
 
 def is_for(problem: Problem, tasks: Any) -> bool:
-    """Whether a loop is faster: a program is traced for a CPU, and the problem holds convolutions of images.
+    """Whether one task after the other is faster: on a CPU, where the problem holds convolutions of images.
 
     What one task needs stays in the processor's cache, where the images of all tasks do not; and a vectorised
-    convolution is a grouped one, of which a CPU has no fast kernel.
+    convolution is a grouped one, of which a CPU has no fast kernel. In a program that is so of all images; without one,
+    where they are large enough for the calls not to count.
     """
-    on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor))
-    return get_proxy_mode() is not None and on_cpu and sees_images(problem.modules())
+    tensors = [leaf for leaf in tree_leaves(tasks) if isinstance(leaf, Tensor)]
+    if not (all(leaf.device.type == "cpu" for leaf in tensors) and sees_images(problem.modules())):
+        return False
+    return get_proxy_mode() is not None or any(leaf[0].numel() >= _LARGE for leaf in tensors)
 
 
 def in_a_loop(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: Problem) -> Any:

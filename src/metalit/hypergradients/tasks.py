@@ -29,8 +29,9 @@ _DRAWS = (
 def for_each_task(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: Problem | None = None) -> Any:
     """Evaluate ``fn(shared, task)`` for every task of a batch at once; results get a leading task dimension.
 
-    In a program for a CPU, tasks of images come in a loop (:mod:`metalit.hypergradients.task_loop`). So all that ``fn``
-    takes must come as an argument, but what is constant, and the parameters and buffers of ``problem``.
+    On a CPU, tasks of images come one after the other, in a program in a loop
+    (:func:`metalit.hypergradients.task_loop.is_for`). So all that ``fn`` takes must come as an argument, but what is
+    constant, and the parameters and buffers of ``problem``.
 
     Where that cannot be, though each task alone can, they are evaluated one after the other: the numbers are the same,
     and it is slower; a warning says so once. From then on all tasks of ``problem`` are evaluated so.
@@ -60,7 +61,8 @@ def _for_each(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: P
     if problem is not None and not problem.vectorised:
         return _one_after_the_other(fn, shared, tasks, problem)
     if problem is not None and is_for(problem, tasks):
-        return in_a_loop(fn, shared, tasks, problem)
+        in_turn = _one_after_the_other if get_proxy_mode() is None else in_a_loop
+        return in_turn(fn, shared, tasks, problem)
     dims = pytree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tasks)
     try:
         return vmap(fn, in_dims=(None, dims))(shared, tasks)
