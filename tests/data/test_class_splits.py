@@ -115,3 +115,17 @@ def test_a_split_without_a_class_is_told():
     told(refused(val=0.01, test=0.1), "10 class(es) cannot be split", "val=0.01 and test=0.1", "change the fractions")
     told(refused(GROUPS, val=0.1, test=0.4), "3 group(s) of classes cannot be split", "lists of names")
     told(refused(val=0.5, test=0.5), "10 class(es) cannot be split")
+
+
+@pytest.mark.parametrize("val", ["val", "Valid", None])
+def test_what_is_split_already_is_not_split_anew(val):
+    groups = tuple(f"{place}/deep" for place in ["train"] * 5 + [val or "train"] * 2 + ["test"] * 3)
+    folders = {"train": ["train"], "val": [val] if val else 0, "test": ["test"]}
+    told(refused(groups), "'train'", "'test'", "split already", f"--data.tasks.val {f'[{val}]' if val else '0'} ")
+    assert held(groups, **folders) == {
+        "train": "01234" if val else "0123456",
+        "val": "56" if val else "",
+        "test": "789",
+    }
+    assert held(groups, val=0, test=1)["test"] == "0123456789"
+    assert len(held(groups, val=["c0"], test=0.3)["val"]) == 1  # what is named is meant

@@ -16,6 +16,7 @@ from metalit.errors import InputError
 from metalit.keys import fold, permutation
 
 _COLUMNS = ("label", "class")  # of the lists of miniImageNet
+_VALIDATION = ("val", "valid", "validation", "dev")  # what the folder of it is called, beside train and test
 _TURN = re.compile(r"/rot\d+$")  # the lists of Omniglot name each quarter turn
 
 
@@ -54,7 +55,8 @@ class ClassPartition(NamedTuple):
         """The numbers of the classes of each split, ascending.
 
         Raises:
-            InputError: names of no class, or in two splits; a split that is wanted and has no class.
+            InputError: names of no class, or in two splits; a split that is wanted and has no class; fractions of what
+                is split already.
         """
         places = _places(classes.names)
         named: dict[Split, list[int]] = {}
@@ -63,6 +65,8 @@ class ClassPartition(NamedTuple):
             if not (held is None or isinstance(held, int | float)):
                 named[split] = _numbers(held, f"data.tasks.{split}", places)
         _check_once(named, classes.names)
+        if not named and self._trains:
+            _check_no_split_of_its_own(classes)
         taken = {number for numbers in named.values() for number in numbers}
         units = _units(classes)
         free = [unit for unit in units if not taken.intersection(unit)]
@@ -88,6 +92,20 @@ class ClassPartition(NamedTuple):
     @property
     def _trains(self) -> bool:
         return not (holds_all(self.val) or holds_all(self.test))
+
+
+def _check_no_split_of_its_own(classes: Classes) -> None:
+    """Refuse to split anew what comes in folders ``train``, ``val`` and ``test``, as published data does."""
+    if classes.groups is None:
+        return
+    outer = {name.split("/")[0].lower(): name.split("/")[0] for name in classes.names}
+    if {"train", "test"} <= outer.keys():
+        val = next((outer[name] for name in _VALIDATION if name in outer), None)
+        raise InputError(
+            f"data.tasks.source: its classes are in {' and '.join(map(repr, outer.values()))}, so they are split "
+            f"already, and fractions would mix them; add --data.tasks.train [{outer['train']}] --data.tasks.val "
+            f"{f'[{val}]' if val else '0'} --data.tasks.test [{outer['test']}], or rename the folders"
+        )
 
 
 def _units(classes: Classes) -> list[list[int]]:
