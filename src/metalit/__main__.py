@@ -44,15 +44,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from metalit.cli.disk import explain
-from metalit.cli.parent import end_with_first
+from metalit.cli.parent import end_with_first, wake_first
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    2 for input that cannot be used, 1 for a loss that is NaN, for what the file system refuses and for want of memory,
-    3 for an error that nothing has foreseen, 130 for Ctrl-C, 143 where a signal stopped training, which is then saved.
-    ``reproduce`` ends with 1 where the weights differ, ``check`` where something is wrong.
+    2 for input that cannot be used, 1 for a loss that is NaN, for what the file system refuses, for want of memory and
+    where another process of the run is gone, 3 for an error that nothing has foreseen, 130 for Ctrl-C, 143 where a
+    signal stopped training, which is then saved. ``reproduce`` ends with 1 where the weights differ, ``check`` where
+    something is wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
     whole = "--traceback" in args
@@ -88,16 +89,22 @@ def main(args: Sequence[str] | None = None) -> int:
         if whole:
             traceback.print_exc()
         status = _unforeseen(error, args)
+    if status:
+        wake_first()
     return status
 
 
 def _unforeseen(error: Exception, args: Sequence[str]) -> int:
     from metalit.cli.memory import explain as explain_memory
     from metalit.cli.memory import lacks_memory
+    from metalit.cli.peers import explain as explain_others
+    from metalit.cli.peers import lost_others
     from metalit.cli.unexpected import explain as explain_unexpected
 
     if lacks_memory(error):
         return _failed(f"error: {explain_memory(error)}", 1)
+    if lost_others(error):
+        return _failed(f"error: {explain_others(error)}", 1)
     return _failed(f"error: {explain_unexpected(error, args)}", 3)
 
 

@@ -5,6 +5,7 @@ Overridden where they belong, and held by the same tests: ``ModelCheckpoint._sav
 ``LightningCLI._parse_ckpt_path`` (:mod:`metalit.cli.command_line`).
 """
 
+import subprocess
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from lightning.pytorch.core.saving import _default_map_location as default_map_l
 from lightning.pytorch.core.saving import _load_state as load_state
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod as restricted_classmethod
 
 if TYPE_CHECKING:  # it is slow to import
@@ -46,6 +48,12 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
     """What starts the processes; a strategy of one device does not hand it out."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def started_processes(strategy: Strategy) -> list[subprocess.Popen[bytes]]:
+    """The processes of other ranks that Lightning has started with this command."""
+    launcher = strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def data_source(loop: Any) -> Any:

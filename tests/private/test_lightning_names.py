@@ -65,6 +65,16 @@ def test_the_environment_that_starts_processes_is_known(tmp_path):
     assert isinstance(private.cluster_environment(trainer(tmp_path)), LightningEnvironment)
 
 
+def test_processes_that_lightning_has_started_are_known(tmp_path):
+    """Elsewhere: the children of this process, as the system lists them."""
+    assert private.started_processes(trainer(tmp_path).strategy) == []
+    several = trainer(tmp_path, devices=2, strategy="ddp").strategy
+    several._configure_launcher()
+    assert private.started_processes(several) == []
+    several.launcher.procs = ["one"]
+    assert private.started_processes(several) == ["one"]
+
+
 def test_where_batches_come_from_is_known_before_any_loader_is_made(tmp_path):
     """Elsewhere: ``trainer.datamodule``, and the loaders that ``trainer.fit`` was given, kept by a hook."""
     seen = []

@@ -24,6 +24,7 @@ from metalit.checks.resuming import restoring_is_told
 from metalit.cli.arguments import check_values, origin, prepared
 from metalit.cli.factories import check_factories
 from metalit.cli.messages import explain, failed_constructor
+from metalit.cli.peers import ending_together
 from metalit.cli.provenance import Stage, named_configs, on_purpose, with_own_config
 from metalit.cli.seeds import set_seeds
 from metalit.cli.short_names import class_names
@@ -191,13 +192,13 @@ class MetalitCLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation tasks; the table is the report's."""
         show(f"validating {self.start.checkpoint}")
-        with self.start.run.opened(self.trainer, trains=False):
+        with ending_together(self.trainer), self.start.run.opened(self.trainer, trains=False):
             self.trainer.validate(**kwargs, weights_only=True, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test tasks; the table is the report's."""
         show(f"testing {self.start.checkpoint}")
-        with self.start.run.opened(self.trainer, trains=False):
+        with ending_together(self.trainer), self.start.run.opened(self.trainer, trains=False):
             self.trainer.test(**kwargs, weights_only=True, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
@@ -214,7 +215,7 @@ class MetalitCLI(LightningCLI):
         if on_purpose("model.eval_steps", self._args):
             self.model.asked_steps = self.model.eval_steps
         show(f"predicting with {self.start.checkpoint}")
-        with self.start.run.opened(self.trainer, trains=False):
+        with ending_together(self.trainer), self.start.run.opened(self.trainer, trains=False):
             self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
 
 

@@ -1,6 +1,7 @@
 """Processes that Lightning starts end with the one that started them, also before they have met."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,13 @@ def end_with_first() -> None:
     first, rank = os.environ.get(_FIRST), os.environ.get("LOCAL_RANK", "0")
     if first is not None and rank != "0":
         threading.Thread(target=_watch, args=(int(first), rank), daemon=True).start()
+
+
+def wake_first() -> None:
+    """In a process of another rank, which fails: wake the first one if it is frozen, so that it notices and ends."""
+    first = os.environ.get(_FIRST)
+    if first is not None and int(first) == os.getppid():
+        os.kill(int(first), signal.SIGCONT)
 
 
 def _watch(first: int, rank: str) -> None:

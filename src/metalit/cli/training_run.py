@@ -8,12 +8,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metalit.callbacks import BestCheckpoint, Ending, LastCheckpoint, ReportWriter
 from metalit.callbacks.signals import ignore_signals, requeue
-from metalit.cli.parent import mark_first
+from metalit.cli.peers import ending_together
 from metalit.cli.starting_point import StartingPoint
 from metalit.errors import StoppedError
 from metalit.modules import BilevelLearner
 from metalit.notices import show
-from metalit.private_lightning import cluster_environment
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
@@ -32,10 +31,8 @@ def train(trainer: Trainer, start: StartingPoint, **kwargs: Any) -> None:
     """
     going_on = f", going on from {start.checkpoint} at step {start.kept['global_step']}" if start.checkpoint else ""
     start.run.greeting = f"training {start.experiment.name} on {trainer.strategy.root_device}{going_on}"
-    if not cluster_environment(trainer).creates_processes_externally:
-        mark_first()
     try:
-        with start.run.opened(trainer, trains=True):
+        with ending_together(trainer), start.run.opened(trainer, trains=True):
             trainer.fit(**kwargs, weights_only=True)
             _say_why_it_ended(trainer, start, **kwargs)
     except SIGTERMException:
