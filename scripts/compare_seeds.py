@@ -3,63 +3,59 @@
     python scripts/compare_seeds.py configs/sgd_digits.yaml configs/sam_digits.yaml --seeds 5
     python scripts/compare_seeds.py configs/bilevel_ridge.yaml
 
-Seed s sets the initial weights, the order of the rows and the split into train, val and test, alike for all configs, so
-that they, and the baselines that a test prints, are compared with the first one pair by pair, by the scores that all
-have. It takes the configs of bilevel and supervised learners. Whatever else is given goes on to ``metalit fit`` and
-``metalit test``.
+Each config is trained by ``metalit fit --seeds``: seed s sets the initial weights, all draws and the splits, alike for
+all configs. Seed by seed, each row of a config is compared with the same row of the first one, and each baseline of a
+config with its learner, after its last number of inner steps. Whatever else is given goes on to ``metalit fit``.
 """
 
 import argparse
-import csv
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
-import yaml
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-SEEDS = {
-    "BatchDataModule": ["seed", "split_seed"],
-    "SplitsDataModule": ["seed", "split_seed"],
-    "MatrixDataModule": ["seed"],
-}
-Scores = dict[str, dict[str, float]]  # by row of the table of a test, then by name
+from metalit.cli.command_line import run
+from metalit.cli.seeds import fit_seeds, scores_of
+from metalit.errors import InputError
+
+LEARNERS = ("learner", "learned")
 
 
-def scores(config: Path, seed: int, options: Sequence[str]) -> Scores:
-    """Train and test one config with one seed; returns its ``test.csv``."""
-    experiment = f"{config.stem}_seed{seed}"
-    data = yaml.safe_load(config.read_text()).get("data", {}).get("class_path", "").rsplit(".", 1)[-1]
-    seeds = [f"--seed_everything={seed}", *(f"--data.{name}={seed}" for name in SEEDS.get(data, ()))]
-    for subcommand in ("fit", "test"):
-        command = [sys.executable, "-m", "metalit", subcommand, "--config", str(config), "--experiment", experiment]
-        printed = _run([*command, *seeds, *options], f"{config.stem}, seed {seed}")
-    tested = next(line for line in printed if line.startswith("testing "))
-    version = Path(tested.removeprefix("testing ")).parent.parent
-    with (version / "test.csv").open() as handle:
-        rows = list(csv.DictReader(handle))
-    return {row.pop("row"): {name: float(value) for name, value in row.items() if value} for row in rows}
+def by_row(tables: Sequence[pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The scores of each row of a test's table: a frame of a column for each score and a line for each seed."""
+    scores = scores_of(tables).astype({"inner_steps": "Int64"} if "inner_steps" in tables[0] else {})
+    labels = scores.drop(columns=["seed", "score", "value"]).to_dict("records")
+    names = [", ".join(_words(name, value) for name, value in row.items() if pd.notna(value)) for row in labels]
+    found = scores.assign(name=names).pivot(index=["name", "seed"], columns="score", values="value")
+    found = found[list(dict.fromkeys(scores["score"]))]
+    return {name: found.loc[name].dropna(axis="columns") for name in dict.fromkeys(names)}
 
 
-def _run(command: Sequence[str], label: str) -> list[str]:
-    """Run a command, and return its lines; how far it is, it tells on stderr as it goes."""
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        for line in running.stdout:
-            lines.append(line.rstrip("\n"))
-            print(f"{label}: {lines[-1]}", file=sys.stderr, flush=True)
-    if running.returncode:
-        sys.exit(f"{label}: {' '.join(command)} ended with status {running.returncode}")
-    return lines
+def _words(name: str, value: object) -> str:
+    return f"{value} inner step{'' if value == 1 else 's'}" if name == "inner_steps" else str(value)
 
 
-def summary(values: Sequence[float]) -> str:
+def differences(found: dict[str, dict[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
+    """Of each row that there is something to compare with, by what is compared: the differences for each seed."""
+    first, rows_of_first = next(iter(found.items()))
+    compared = {}
+    for config, rows in found.items():
+        learner = [name for name in rows if name.startswith(LEARNERS)][-1]
+        for name, scores in rows.items():
+            if config != first and name in rows_of_first:
+                compared[f"{config}, {name} − {first}, {name}"] = scores - rows_of_first[name]
+            elif not name.startswith(LEARNERS):
+                compared[f"{config}, {name} − {learner}"] = scores - rows[learner]
+    return compared
+
+
+def summary(values: pd.Series) -> str:
     """Mean ± standard deviation."""
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"
+    return f"{values.mean():.4f} ± {values.std():.4f}"
 
 
 def main() -> None:
@@ -69,22 +65,23 @@ def main() -> None:
     given, options = parser.parse_known_args()
     if given.seeds < 2:
         parser.error("--seeds must be at least 2")
-    found: dict[str, list[dict[str, float]]] = {}
+    found = {}
     for config in given.configs:
-        runs = [scores(config, seed, options) for seed in range(given.seeds)]
-        for row in runs[0]:
-            found[f"{config.stem}, {row}"] = [run[row] for run in runs]
-    (first, best), *others = found.items()
-    names = [name for name in best[0] if all(name in rows[0] for rows in found.values())]
+        try:
+            found[config.stem] = by_row(fit_seeds(["fit", f"--config={config}", *options], given.seeds, run))
+        except InputError as error:
+            sys.exit(f"{config}: {error}")
+    parts = [{f"{config}, {name}": scores for config, rows in found.items() for name, scores in rows.items()}]
+    parts.append(differences(found))
+    columns = list(dict.fromkeys(name for part in parts for scores in part.values() for name in scores.columns))
     table = Table(title=f"test scores over {given.seeds} seeds, mean ± standard deviation", title_justify="left")
-    for heading in ("", *names):
+    for heading in ("", *columns):
         table.add_column(Text(heading))
-    for label, rows in found.items():
-        table.add_row(Text(label), *(summary([row[name] for row in rows]) for name in names))
-    table.add_section()
-    for label, rows in others:
-        pairs = list(zip(rows, best, strict=True))
-        table.add_row(Text(f"{label} − {first}"), *(summary([a[name] - b[name] for a, b in pairs]) for name in names))
+    for part in parts:
+        table.add_section()
+        for label, scores in part.items():
+            cells = [summary(scores[name]) if name in scores and scores[name].notna().all() else "" for name in columns]
+            table.add_row(Text(label), *cells)
     Console(width=160).print(table)
 
 

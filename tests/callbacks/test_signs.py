@@ -1,9 +1,6 @@
 """Signs of life where there is no terminal."""
 
 import re
-import runpy
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -106,22 +103,3 @@ def test_durations_are_as_a_person_says_them():
         "90 min",
         "24 h 0 min",
     ]
-
-
-def test_a_command_of_the_script_that_compares_seeds_is_followed(capfd):
-    follow = runpy.run_path("scripts/compare_seeds.py")["_run"]
-    assert follow([sys.executable, "-c", "print(1); print(2)"], "ridge, seed 3") == ["1", "2"]
-    assert capfd.readouterr() == ("", "ridge, seed 3: 1\nridge, seed 3: 2\n")
-    with pytest.raises(SystemExit, match=r"seed 3: .* ended with status 5"):
-        follow([sys.executable, "-c", "raise SystemExit(5)"], "ridge, seed 3")
-
-
-@pytest.mark.long
-def test_seeds_are_compared_with_signs(tmp_path):
-    options = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", f"--trainer.default_root_dir={tmp_path}"]
-    command = [sys.executable, "scripts/compare_seeds.py", "configs/sgd_digits.yaml", "--seeds", "2", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "sgd_digits, seed 1: training sgd_digits_seed1" in done.stderr
-    assert "test scores over 2 seeds" in done.stdout
-    assert "seed 1:" not in done.stdout

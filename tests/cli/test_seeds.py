@@ -1,5 +1,8 @@
 """Several seeds of one configuration: each is its own single run, and the table is their mean."""
 
+import runpy
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,6 +50,38 @@ def test_rows_are_matched_by_their_labels():
     assert found["std"].tolist() == pytest.approx([2**0.5, 0.0, 2**0.5])
     assert found["ci95"].tolist() == pytest.approx([12.706204736, 0.0, 12.706204736])
     assert found["inner_steps"].isna().tolist() == [False, False, True]
+
+
+def test_configs_are_compared_seed_by_seed():
+    script = runpy.run_path("scripts/compare_seeds.py")
+    columns = ["predictor", "inner_steps", "loss", "loss_ci95", "tasks"]
+    first = [
+        pd.DataFrame([("learner", k, loss, 9.0, 5) for k, loss in enumerate(seed)], columns=columns)
+        for seed in ((4.0, 1.0), (5.0, 3.0))
+    ]
+    bar = pd.DataFrame([("bar", None, 6.0, 9.0, 5)], columns=columns)
+    second = [pd.concat([frame.assign(loss=frame["loss"] + seed), bar]) for seed, frame in enumerate(first)]
+    found = {"a": script["by_row"](first), "b": script["by_row"](second)}
+    assert [*found["b"]] == ["learner, 0 inner steps", "learner, 1 inner step", "bar"]
+    compared = script["differences"](found)
+    assert {label: scores["loss"].tolist() for label, scores in compared.items()} == {
+        "b, learner, 0 inner steps − a, learner, 0 inner steps": [0.0, 1.0],
+        "b, learner, 1 inner step − a, learner, 1 inner step": [0.0, 1.0],
+        "b, bar − learner, 1 inner step": [5.0, 2.0],
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "configs", [[MAML], ["configs/sgd_digits.yaml", "configs/sam_digits.yaml"], OTHERS[:1], OTHERS[2:]]
+)
+def test_each_learner_is_compared(configs, monkeypatch, capsys, tmp_path):
+    options = ["--trainer.max_steps=200", "--trainer.val_check_interval=100", f"--trainer.default_root_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["compare_seeds.py", *configs, "--seeds=2", *options])
+    runpy.run_path("scripts/compare_seeds.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "test scores over 2 seeds" in printed
+    assert " − " in printed.split("test scores over")[1]
 
 
 def test_what_is_no_number_of_seeds():

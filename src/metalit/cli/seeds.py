@@ -15,6 +15,7 @@ from metalit.errors import InputError
 from metalit.notices import say
 
 _SEEDS = ("seed", "split_seed")
+_LABELS = ("row", "predictor", "inner_steps")
 _COUNTS = ("tasks", "diverged", "draws", "inner_steps")  # columns of a test's table that are no scores
 Run = Callable[[Sequence[str], int | None], Path | None]
 
@@ -54,10 +55,13 @@ def taken_out(args: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(given.seeds), parser.parse_known_args(list(args))[1]
 
 
-def fit_seeds(args: Sequence[str], seeds: int, run: Run) -> None:
+def fit_seeds(args: Sequence[str], seeds: int, run: Run) -> list[pd.DataFrame]:
     """Train and test with the seeds 0, 1, …, one after the other; prints and writes the mean of each test score.
 
     Each is the run that ``fit`` would make alone, in a folder of its own; the table is ``seeds.csv`` beside them.
+
+    Returns:
+        The table of each seed's test.
 
     Raises:
         InputError: what a run raises; one that leaves no checkpoint to test.
@@ -79,9 +83,7 @@ def fit_seeds(args: Sequence[str], seeds: int, run: Run) -> None:
     rows = [[*_cells(row, labels), f"{row['mean']:.4g} ± {row['ci95']:.2g}"] for row in scores.to_dict("records")]
     headings = [*(name.replace("_", " ") for name in labels), f"mean of {seeds} seeds ± 95 % interval"]
     show([table(headings, rows), f"seeds: {file}"])
-
-
-_LABELS = ("row", "predictor", "inner_steps")
+    return tables
 
 
 def summary(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -90,17 +92,23 @@ def summary(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     mean ± t · s / √n, s the standard deviation over n seeds and t the 97.5 % quantile of Student's distribution with
     n − 1 degrees of freedom.
     """
-    labels = [name for name in tables[0].columns if name in _LABELS]
-    numbers = tables[0].select_dtypes("number").columns
-    scores = [name for name in numbers if name not in (*labels, *_COUNTS) and not name.endswith("_ci95")]
-    each = pd.concat([frame.assign(seed=seed) for seed, frame in enumerate(tables)])
-    long = each.melt([*labels, "seed"], scores, "score", "value").dropna(subset="value")
+    long = scores_of(tables)
+    labels = [name for name in long.columns if name in _LABELS]
     groups = long.groupby([*labels, "score"], sort=False, dropna=False)["value"]
     found = groups.agg(["mean", "std", "count"]).reset_index()
     quantile = stats.t.ppf(0.975, found["count"] - 1)
     found["ci95"] = quantile * found["std"] / found["count"] ** 0.5
     found = found.astype({"inner_steps": "Int64"} if "inner_steps" in labels else {})
     return found.rename(columns={"count": "seeds"})[[*labels, "score", "mean", "ci95", "std", "seeds"]]
+
+
+def scores_of(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Each score of each row of the tables, one for each seed: the row's labels, ``seed``, ``score`` and ``value``."""
+    labels = [name for name in tables[0].columns if name in _LABELS]
+    numbers = tables[0].select_dtypes("number").columns
+    scores = [name for name in numbers if name not in (*labels, *_COUNTS) and not name.endswith("_ci95")]
+    each = pd.concat([frame.assign(seed=seed) for seed, frame in enumerate(tables)])
+    return each.melt([*labels, "seed"], scores, "score", "value").dropna(subset="value")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
