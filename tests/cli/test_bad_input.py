@@ -13,6 +13,7 @@ from metalit.errors import InputError
 
 MAML = "configs/sine_maml.yaml"
 RIDGE = "configs/bilevel_ridge.yaml"
+ALONE = {"trainer.devices": 1, "trainer.num_nodes": 1, "seed_everything": 0, "threads": None}
 
 OPTIONS = [
     (MAML, ["--data.train=5"], ["data.train=5 must be a group of settings"]),
@@ -26,6 +27,13 @@ OPTIONS = [
     (MAML, ["--trainer.devices=4000", "--trainer.accelerator=cpu"], ["trainer.devices=4000: ", "too many"]),
     (MAML, ["--trainer.accelerator=tpu"], ["trainer: ", "torch_xla"]),
     (MAML, ["--trainer.num_nodes=2"], ["trainer.num_nodes=2", "torchrun", "MASTER_ADDR"]),
+    (MAML, ["--trainer.num_nodes=2147483647"], ["trainer.num_nodes=2147483647: no cluster"]),
+    (
+        MAML,
+        ["--model.optimizer=data/gapminder.csv"],
+        ["model.optimizer=data/gapminder.csv: this file holds no setting"],
+    ),
+    (MAML, ["--data.tasks", "README.md"], ["data.tasks=README.md: this file holds no settings; name a class"]),
     (MAML, ["--trainer.precision=12"], ["trainer.precision: '12' is none of", "bf16-mixed"]),
     (MAML, ["--trainer.max_time=never"], ["trainer: ", "'never'", "DD:HH:MM:SS"]),
     (MAML, ["--seed_everything=-1"], ["seed_everything=-1", "from 0 to 4294967295"]),
@@ -65,6 +73,7 @@ LONG = {
     *("--trainer=-5", "--last_checkpoint=[1]", "--trainer.devices=null", "--trainer.devices=[0,0]", "--threads=0"),
     *("--trainer.devices=4000", "--seed_everything=4294967296", "--seed_everything=many", "--trainer.logger=Nope"),
     *("--model.eval_steps=99999999999999999999", "--model.eval_steps=few", "--model.optimizer.differentiable=null"),
+    *("--trainer.num_nodes=2147483647", "--data.tasks"),
     *("--model.inner_optimizer.lr=null", "--ckpt_path=" + "a" * 5000, "--model.scheduler.T_max=many"),
 }
 
@@ -210,7 +219,7 @@ def test_so_many_seeds_are_none(seeds):
 
 @pytest.mark.parametrize("key", ["model.problem.network.sizes", "data.train.tasks", "data.tasks.source.faces"])
 def test_very_many_are_warned_of(key):
-    config = Namespace({key: [2, 10**6], "trainer.devices": 1, "seed_everything": 0, "threads": None})
+    config = Namespace({key: [2, 10**6], **ALONE})
     with pytest.warns(UserWarning, match=f"{key}=1000000 is a very large number"):
         check_values(config)
 
@@ -218,7 +227,7 @@ def test_very_many_are_warned_of(key):
 @pytest.mark.parametrize("key", ["model.eval_steps", "model.hypergradient.steps", "data.val.shots"])
 def test_more_than_any_machine_can_take_is_refused_before_it_is_begun(key):
     def config(number):
-        return Namespace({key: number, "trainer.devices": 1, "seed_everything": 0, "threads": None})
+        return Namespace({key: number, **ALONE})
 
     with pytest.raises(InputError, match=f"{key}=2147483648 is more than any machine can take"):
         check_values(config(2147483648))
@@ -227,5 +236,4 @@ def test_more_than_any_machine_can_take_is_refused_before_it_is_begun(key):
 
 
 def test_a_seed_and_the_steps_of_training_may_be_any_number():
-    check_values(Namespace({"data.seed": 2**40, "trainer.max_steps": 2**40, "trainer.devices": 1,
-                            "seed_everything": 0, "threads": None}))  # fmt: skip
+    check_values(Namespace({"data.seed": 2**40, "trainer.max_steps": 2**40, **ALONE}))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import isclass, signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -20,6 +21,7 @@ from metalit.notices import warn
 _NULL = "${oc.decode:null}"
 _THREADS = 256  # more may end the process where a machine has few CPUs
 _PROCESSES = 16  # each takes half a gigabyte
+_NODES = 10_000  # more than any cluster has
 _MOST = 2**31  # of anything that is counted but for steps of training: no memory or lifetime holds more
 _SEEDS = ("seed", "split_seed")
 # beyond these a run may be meant, and is likely to take for ever
@@ -110,6 +112,21 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def file_without_settings(key: str, args: Sequence[str]) -> str | None:
+    """The file that was typed for a dotted key, if it is one, and none that holds settings.
+
+    >>> file_without_settings("model.problem", ["fit", "--model.problem=nowhere.csv"])
+    """
+    words = [word for argument in args for word in argument.split("=", maxsplit=1)]
+    for name, value in pairwise(words):
+        if name == f"--{key}" and _is_file(Path(value)):
+            try:
+                read_config(Path(value))
+            except InputError:
+                return value
+    return None
+
+
 def origin(key: str, args: Sequence[str]) -> str:
     """Where a dotted key was last set, for the end of a message; empty for one that was typed."""
     if any(argument.split("=")[0].rstrip("+").startswith(f"--{key}") for argument in args):
@@ -134,7 +151,7 @@ def check_values(config: Namespace) -> None:
     """Check what the parser lets pass: numbers that no tensor or machine takes, and null for any type.
 
     Raises:
-        InputError: a seed out of range, far more threads or processes than the machine has CPUs, a number of more than
+        InputError: a seed out of range, far more threads, processes or nodes than there can be, a number of more than
             64 bits or of more than any machine can take, null where there must be a value.
     """
     for section in ("model", "data", "trainer"):
@@ -147,6 +164,8 @@ def check_values(config: Namespace) -> None:
     devices = str(config.trainer.devices)
     if devices.isdecimal() and int(devices) > max(_PROCESSES, 4 * cpus):
         raise InputError(f"trainer.devices={devices}: so many processes are too many for the {cpus} CPU(s) here")
+    if config.trainer.num_nodes > _NODES:
+        raise InputError(f"trainer.num_nodes={config.trainer.num_nodes}: no cluster has so many machines")
 
 
 def _check(key: str, value: Any) -> None:

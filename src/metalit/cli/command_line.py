@@ -21,7 +21,7 @@ from metalit.callbacks.record import RunRecord, SaveConfig
 from metalit.callbacks.signals import set_handlers
 from metalit.checks.ranks import check_nodes
 from metalit.checks.resuming import restoring_is_told
-from metalit.cli.arguments import check_values, origin, prepared
+from metalit.cli.arguments import check_values, file_without_settings, origin, prepared
 from metalit.cli.factories import check_factories
 from metalit.cli.messages import explain, failed_constructor
 from metalit.cli.peers import ending_together
@@ -113,6 +113,10 @@ class MetalitCLI(LightningCLI):
         except ArgumentError as cause:
             known = {key for sub in subcommand_parsers(self).values() for key in sub.get_defaults().keys()}  # noqa: SIM118
             explanation = explain(str(cause), known, class_names())
+            if file := file_without_settings(explanation.key, given):
+                raise InputError(
+                    f"{explanation.key}={file}: this file holds no settings; name a class, or a YAML file of settings"
+                ) from None
             raise InputError(f"{explanation}{origin(explanation.key, given) if explanation.key else ''}") from None
         config = self.config[self.config.subcommand]
         check_values(config)
