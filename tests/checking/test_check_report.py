@@ -15,6 +15,7 @@ from metalit.checking.curvature import lanczos
 from metalit.checking.estimators import advice, candidates
 from metalit.checking.peak import peak_of
 from metalit.checking.subject import subject_of
+from metalit.cli.checked import run_check
 from metalit.data import SplitsDataModule
 from metalit.errors import InputError
 from metalit.hypergradients import Direct, FirstOrder, Implicit, Truncated
@@ -86,8 +87,8 @@ def test_it_is_one_json_object(report):
 
 def test_the_advice_names_what_is_cheaper_and_aligned():
     class Told:
-        def __init__(self, name, seconds, cosine, peak=100):
-            self.name, self.seconds, self.cosine, self.peak = name, seconds, cosine, peak
+        def __init__(self, name, seconds, cosine, peak=100, error=0.0):
+            self.name, self.seconds, self.cosine, self.peak, self.error = name, seconds, cosine, peak, error
             self.adapts, self.invalid, self.told = True, "", []
 
     own = Told("Unrolled", 2.1, 1.0)
@@ -95,6 +96,9 @@ def test_the_advice_names_what_is_cheaper_and_aligned():
     assert advice([own, Told("FirstOrder", 1.0, 0.2)]).startswith("Unrolled is a good choice")
     assert advice([own, Told("Recomputed", 4.2, 1.0, 20)]).startswith("Recomputed is as exact in 0.20 times the memory")
     assert advice([Told("FirstOrder", 1.0, 0.4), own]).startswith("Unrolled is exact and takes 2.1 times as long")
+    # a gradient of length 3 at a cosine of 0.9 from one of length 1: √(9 + 1 − 2 · 3 · 0.9)
+    long = advice([Told("JTg", 1.0, 0.9, error=4.6**0.5), own])
+    assert long.endswith("; its gradient is 3 times as long as the exact one: choose the learning rate for it")
 
 
 def test_memory_of_the_batch_is_extrapolated_from_few_tasks():
@@ -152,6 +156,21 @@ def test_a_truncated_gradient_may_be_less_than_exact():
     assert metalit.check(learner(hypergradient=Truncated(3, 1)), tasks()).ok
 
 
+def test_what_there_is_no_time_for_is_told():
+    found = metalit.check(learner(), tasks(), seconds=1e-9)
+    assert found.ok
+    assert {parameter.status for parameter in found.parameters} == {"unknown"}
+    lines = [line for line in found.remarks if line.startswith("left out for want of time: ")]
+    assert f"{len(found.parameters)} parameters, each by itself" in lines[0]
+    assert "Recomputed" in lines[1]
+
+
+def test_without_an_inner_step_nothing_is_left_to_solve():
+    found = metalit.check(learner(hypergradient=Direct()), tasks())
+    assert found.ok
+    assert "inner gradient left" not in str(found)
+
+
 def test_single_precision_where_the_network_takes_no_other():
     found = metalit.check(learner(OnlySingle()), tasks())
     assert found.ok
@@ -203,3 +222,10 @@ def test_the_command_line_prints_json_fails_where_something_is_wrong_and_makes_n
     assert "needs a stationary inner point" in found["problems"][0]
     assert found["memory"]["tasks"] == 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_help_is_its_own(capsys):
+    assert run_check(["--json", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: metalit check ")
+    assert "--json" in printed

@@ -190,7 +190,12 @@ def advice(rows: Sequence[EstimatorRow]) -> str:
             f"{best.name} is as exact in {best.peak / own.peak:.2f} times the memory, and takes "
             f"{best.seconds / own.seconds:.1f} times as long"
         )
-    return f"{own.name} is a good choice: none of the others is both {_FASTER:g} times as fast and aligned"
+    said = f"{own.name} is a good choice: none of the others is both {_FASTER:g} times as fast and aligned"
+    if own.cosine >= _ALIGNED and own.error > 1:
+        # ‖g − e‖² = ‖g‖² + ‖e‖² − 2 cos ‖g‖ ‖e‖
+        longer = own.cosine + (own.error**2 - 1 + own.cosine**2) ** 0.5
+        said += f"; its gradient is {longer:.2g} times as long as the exact one: choose the learning rate for it"
+    return said
 
 
 def second_order_in_name_alone(subject: Subject, own: Tensor, exact: Tensor) -> list[str]:

@@ -24,7 +24,7 @@ from metalit.tree import tree_map
 DENSE = 400  # entries of an inner variable whose Hessian is solved with as a matrix
 _ROUNDS = 40  # outer steps whose warm start is taken, at most, where the inner problem must be solved
 _FEW_ROUNDS = 2  # likewise, where it need not be
-_SOLVED = 1e-6  # the share of the inner gradient that is as good as none
+SOLVED = 1e-6  # the share of the inner gradient that is as good as none
 _NEWTON = 3  # steps of Newton's method, which doubles the right digits in each
 
 
@@ -167,6 +167,6 @@ def warmed(subject: Subject, inner_gradient: Callable[[Subject], float]) -> Subj
         with torch.no_grad():
             inner = for_each_task(one, subject.outer, (subject.tasks, subject.start), subject.problem)
         subject = replace(subject, start=inner)
-        if inner_gradient(subject) <= _SOLVED * first:
+        if inner_gradient(subject) <= SOLVED * first:
             break
     return subject

@@ -12,6 +12,16 @@ from metalit.modules.base import OuterLearner
 from metalit.notices import show
 
 _JSON = "--json"
+_HELP = """usage: metalit check --config configs/NAME.yaml [options of fit] [--json]
+
+Builds what fit would train, and trains nothing: compares the outer gradient with finite differences, says how near each
+hypergradient is to the exact one and what it costs, what memory a step takes, and what is wrong, by name.
+
+  --json             print one JSON object in place of the report
+  --ckpt_path FILE   check there, and not at the initial weights; last and best are those of the experiment
+
+All other options are those of metalit fit: see metalit fit --help. The exit status is 0 where nothing is wrong, 1 where
+something is, and 2 for input that cannot be used."""
 
 
 class CheckCLI(MetalitCLI):
@@ -43,6 +53,9 @@ def run_check(args: Sequence[str]) -> int:
     Raises:
         InputError: see :func:`metalit.cli.command_line.built`.
     """
+    if {"-h", "--help"} & set(args):
+        show(_HELP)
+        return 0
     as_json = _JSON in args
     with redirect_stdout(sys.stderr) if as_json else nullcontext(), _own_name():
         cli = built(["fit", *(arg for arg in args if arg != _JSON)], cli=CheckCLI)
