@@ -1,7 +1,9 @@
-"""Disks that fill up, or can no longer be written: one line, the last checkpoint whole, and then the run goes on."""
+"""Disks that fill up, cannot be written, or are gone: one line, the last checkpoint whole, and then the run goes on."""
 
 import os
 import random
+import re
+import shutil
 import subprocess
 import time
 from collections import Counter
@@ -18,6 +20,12 @@ from metalit.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.trust
 TIMES = int(os.environ.get("METALIT_DISKS", "5"))
+# a folder that cannot be made is named with what the system says, too
+WORDS = {
+    "full": "no space left on device",
+    "read-only": "read-only file system",
+    "gone": "(the folder of the run was removed|no such file or directory)",
+}
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -51,29 +59,33 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=False)
 
 
-@pytest.mark.parametrize("kind", ["full", "read-only"])
+@pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("name", ["meta", "bilevel", "supervised", "matrix"])
 def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
     case, draw, done = BY_NAME[name], random.Random(f"{name} {kind}"), Disks()
     expected, seconds = undisturbed(case, tmp_path / "whole")
     size = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
-    log = tmp_path / "log"
+    log, runs, away = tmp_path / "log", disk / "lightning_logs", disk / "away"
     for _ in range(TIMES):
         if kind == "full":
             _mount("-o", f"remount,size={4096 * (1 + draw.randrange(size // 4096))}", str(disk))
         ranks = start_ranks(1, log, main, case.command(disk))
-        if kind == "read-only":
+        if kind != "full":
             time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        if kind == "read-only":
             _mount("-o", "remount,ro", str(disk))
+        if kind == "gone" and runs.exists():
+            runs.rename(away)
         (status,) = ended(ranks, 120)
+        if away.exists():
+            shutil.rmtree(runs, ignore_errors=True)
+            away.rename(runs)
         told = [line for line in log.read_text().splitlines() if line.startswith("metalit: error: ")]
         _mount("-o", "remount,rw,size=64M", str(disk))
         if status:
             done.failed[kind] += 1
-            words = "No space left on device" if kind == "full" else "Read-only file system"
             fine = status in (1, 2) and len(told) == 1 and "Traceback" not in log.read_text()
-            # a folder that cannot be made is named with what the system says, too
-            if not (fine and (words in told[0] or words.lower() in told[0].lower())):
+            if not (fine and re.search(WORDS[kind], told[0].lower())):
                 done.faults.append(f"{name}, {kind}: status {status}: {log.read_text()[-1500:]}")
         log.unlink()
         for saved in disk.rglob("*.ckpt"):

@@ -20,6 +20,7 @@ from metalit.checking.memory import Memory, size
 
 _WIDTH = 80
 _MOST_NAMES = 8
+_ROUNDING = 1e-14  # the share of the largest curvature that the smallest one may be off in double precision
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ class CheckReport:
             lines.append(f"residual of the solver: {self.metrics['solver_residual']:.2g}")
         for each in self.curvature:
             about = "" if each.products >= each.entries else "about "
+            least = 0.0 if abs(each.smallest) < _ROUNDING * abs(each.largest) else each.smallest
             lines.append(
-                f"curvature at the {each.place}: {about}{each.smallest:.3g} to {each.largest:.3g}; "
+                f"curvature at the {each.place}: {about}{least:.3g} to {each.largest:.3g}; "
                 f"inner loss {each.inner_loss:.4g}"
             )
         return lines
