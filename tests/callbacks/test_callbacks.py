@@ -119,6 +119,25 @@ class TestCheckpoints:
         assert torch.load(path, weights_only=True) == {"step": 3}
         assert list(path.parent.iterdir()) == [path]
 
+    def test_what_a_disk_refuses_is_told_where_torch_tells_what_follows(self, tmp_path, monkeypatch):
+        """Torch ends its archive after a write that failed, too, and then finds that it is not whole."""
+
+        def full(checkpoint, file):
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 1536 vs 1430") from None
+
+        def broken(checkpoint, file):
+            raise RuntimeError("cannot be saved")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*last\.ckpt"):
+            AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        monkeypatch.setattr(torch, "save", broken)
+        with pytest.raises(RuntimeError, match="cannot be saved"):
+            AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+
     def test_what_is_no_local_file_is_saved_as_lightning_does(self):
         AtomicCheckpointIO().save_checkpoint({"step": 1}, "memory://runs/last.ckpt")
         with fsspec.open("memory://runs/last.ckpt") as file:

@@ -87,6 +87,8 @@ def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
             fine = status in (1, 2) and len(told) == 1 and "Traceback" not in log.read_text()
             if not (fine and re.search(WORDS[kind], told[0].lower())):
                 done.faults.append(f"{name}, {kind}: status {status}: {log.read_text()[-1500:]}")
+        else:  # it has ended, and begins anew
+            shutil.rmtree(runs)
         log.unlink()
         for saved in disk.rglob("*.ckpt"):
             read_checkpoint(saved)

@@ -31,7 +31,12 @@ class AtomicCheckpointIO(CheckedCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             begun.replace(path)
-        except OSError as error:  # which may not say where
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        except (OSError, RuntimeError) as error:
+            # torch ends its archive after a write that failed, too, and may then raise that the archive is not whole
+            refused = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(refused, OSError):
+                raise
+            # which may not say where
+            raise OSError(refused.errno, refused.strerror or str(refused), str(path)) from error
         finally:
             begun.unlink(missing_ok=True)
