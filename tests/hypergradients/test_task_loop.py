@@ -27,8 +27,6 @@ class Shifted(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(3, 4, 3, padding=1, bias=False),
-            nn.BatchNorm2d(4, track_running_stats=False),
-            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(36, 3),
         )

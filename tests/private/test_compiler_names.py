@@ -41,6 +41,18 @@ def test_nothing_in_a_graph_writes_and_nothing_is_of_no_use():
     assert torch.equal(graph(torch.ones(3))[0], writes(torch.ones(3))[0])
 
 
+def test_nothing_in_a_graph_is_twice_nor_in_a_loop_of_it():
+    """Where ``fx_graph_cse`` goes: leave it out; programs are compiled a third longer, and do some work again."""
+
+    def twice(x):
+        return [repeated(lambda k, x, a: a.sin() * x + a.sin() * k, torch.tensor(3), x.cos(), x), x.cos() + x]
+
+    graph = traced(twice, torch.ones(2))
+    found = [node.target for part in graph.modules() for node in part.graph.nodes]
+    assert found.count(torch.ops.aten.sin.default) == found.count(torch.ops.aten.cos.default) == 1
+    torch.testing.assert_close(graph(torch.ones(2)), twice(torch.ones(2)))
+
+
 def test_the_check_of_a_matrix_is_left_out():
     """Where ``_linalg_check_errors`` has another name: give that one to the table in ``compiler.trace``."""
     graph = traced(lambda a: [torch.linalg.solve(a, a)], torch.eye(2))

@@ -35,21 +35,21 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def few_in_a_window(weight: Tensor, form: Form) -> bool:
-    """Whether a convolution is faster as a product of all its windows, ``windows_of(x) @ matrix_of(weight)``."""
+    """Whether a convolution is faster as a product of all its windows, ``windows.flatten(1).T @ matrix_of(weight)``."""
     return form.groups == 1 and weight[0].numel() <= _FEW
 
 
 def windows_of(x: Tensor, weight: Tensor, form: Form) -> Tensor:
-    """All windows, ``[rows, height, width, numbers in one]``; of what does not change, such as images, made once."""
+    """All windows, ``[numbers in one, rows, height, width]``; of what does not change, such as images, made once."""
     (height, width), (down, right) = weight.shape[2:], form.padding
-    padded = pad(x.permute(0, 2, 3, 1), (0, 0, right, right, down, down))
+    padded = pad(x.transpose(0, 1), (right, right, down, down))
     starts = [(row * form.dilation[0], column * form.dilation[1]) for row in range(height) for column in range(width)]
-    ends = (padded.shape[1] - starts[-1][0], padded.shape[2] - starts[-1][1])
+    ends = (padded.shape[2] - starts[-1][0], padded.shape[3] - starts[-1][1])
     each = [
-        padded[:, row : row + ends[0] : form.stride[0], column : column + ends[1] : form.stride[1]]
+        padded[:, :, row : row + ends[0] : form.stride[0], column : column + ends[1] : form.stride[1]]
         for row, column in starts
     ]
-    return torch.stack(each, -1).flatten(3)
+    return torch.stack(each, 1).flatten(0, 1)
 
 
 def matrix_of(weight: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def _conv2d(
     form, product = Form(_pair(stride), _pair(padding), _pair(dilation), groups), None
     if few_in_a_window(weight, form):
         product = _Product(windows_of(input, weight, form), matrix_of(weight))
-        found = _as_images(product.windows.flatten(0, 2) @ product.matrix, product.windows)
+        found = _as_images(product.windows.flatten(1).T @ product.matrix, product.windows)
     else:
         found = convolution(input, weight, form)
     return _Layer(found if bias is None else found + bias[:, None, None], product)
@@ -104,13 +104,11 @@ def _batch_norm(
     if input.dim() != 4 or not training or running_mean is not None or input.numel() == input.shape[1]:
         return None
     if isinstance(source, _Product):  # whose bias the norm takes away again
-        found = standardised_product(source.windows.flatten(0, 2), source.matrix, weight, bias, eps)
+        found = standardised_product(source.windows.flatten(1), source.matrix, weight, bias, eps)
         return _Layer(_as_images(found, source.windows))
-    last = input.permute(0, 2, 3, 1)
-    found = standardised(last.flatten(0, 2), eps)
-    found = found if weight is None else found * weight
-    found = found if bias is None else found + bias
-    return _Layer(_as_images(found, last))
+    found = standardised(input, eps)
+    found = found if weight is None else found * weight[:, None, None]
+    return _Layer(found if bias is None else found + bias[:, None, None])
 
 
 def _relu(source: Any, input: Tensor, inplace: bool = False) -> _Layer | None:
@@ -147,9 +145,9 @@ _FORMULAS: dict[Callable[..., Any], Callable[..., _Layer | None]] = {
 }
 
 
-def _as_images(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows as images of the first three sizes of another tensor, with the channels last in memory."""
-    return rows.unflatten(0, like.shape[:3]).permute(0, 3, 1, 2)
+def _as_images(rows: Tensor, windows: Tensor) -> Tensor:
+    """What was found of each window as images, with the channels last in memory."""
+    return rows.unflatten(0, windows.shape[1:]).permute(0, 3, 1, 2)
 
 
 def _pair(value: Any) -> tuple[int, int]:

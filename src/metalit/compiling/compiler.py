@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch.func import functionalize
@@ -91,7 +92,8 @@ def vectors_probed() -> Iterator[None]:
 def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
     """What ``fn`` does to tensors of these forms, as a graph of the operations that the compiler knows.
 
-    Invariant: nothing in the graph writes to a tensor, and what does not lead to a result is not in it.
+    Invariant: nothing in the graph writes to a tensor, what does not lead to a result is not in it, and nothing is
+    in it twice, as what each inner step makes of the same rows.
     """
     known = import_module("torch._inductor.decomposition").select_decomp_table()
     # a singular matrix gives what is not finite, which stops the run; the check that raises would order the calls
@@ -107,7 +109,9 @@ def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.f
     graph = traced(fn)
     if any(_writes(node) for part in _parts(graph) for node in part.graph.nodes):
         graph = traced(functionalize(graph, remove="mutations"))
-    graph.graph.eliminate_dead_code()
+    for part in _parts(graph):
+        part.graph.eliminate_dead_code()
+        part.graph = fx_graph_cse(part.graph)
     return graph
 
 
