@@ -73,7 +73,13 @@ def test_configs_are_compared_seed_by_seed():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "configs", [[MAML], ["configs/sgd_digits.yaml", "configs/sam_digits.yaml"], OTHERS[:1], OTHERS[2:]]
+    "configs",
+    [
+        [MAML],
+        ["configs/sgd_digits.yaml", "configs/sam_digits.yaml"],
+        ["configs/bilevel_ridge.yaml"],
+        ["configs/low_rank.yaml", "configs/low_rank_exact.yaml"],
+    ],
 )
 def test_each_learner_is_compared(configs, monkeypatch, capsys, tmp_path):
     options = ["--trainer.max_steps=200", "--trainer.val_check_interval=100", f"--trainer.default_root_dir={tmp_path}"]
