@@ -34,7 +34,7 @@ class _Max(Function):
         most, *others = _places(x, window)
         chosen = torch.zeros_like(most)  # of the values' type, to whose width the compiler's vectors are cut
         for place, value in enumerate(others, start=1):
-            better = (value > most) | value.ne(value)  # isnan: what the compiler makes of that is ten times as slow
+            better = (value > most) | value.ne(value)  # isnan, which is compiled to one number at a time
             most = torch.where(better, value, most)
             chosen = torch.where(better, torch.full_like(chosen, place), chosen)
         return most, chosen
