@@ -108,7 +108,7 @@ def test_all_may_be_held_out():
         assert held(groups, val=1.0, test=0)["val"] == "0123456789"
     told(refused(val=0.2, test=1.0), "data.tasks.test=1.0 is of all classes", "data.tasks.val=0.2; set that to 0")
     told(refused(val=1, test=["c1"]), "data.tasks.val=1 is of all classes", "data.tasks.test=['c1']; set that to 0")
-    told(refused(val=0, test=1, train=["c1"]), "hold out all classes, so data.tasks.train must be left out")
+    told(refused(val=0, test=1, train=["c1"]), "data.tasks.train=['c1'] names some; add --data.tasks.train null")
 
 
 def test_a_split_without_a_class_is_told():

@@ -93,6 +93,15 @@ def test_folds_that_are_none_are_told(tmp_path, folds, fold):
     told(lambda: held(tmp_path, folds=folds, fold=fold), f"data.tasks.folds={folds}", f"data.tasks.fold={fold}")
 
 
+@pytest.mark.parametrize("alone", ["val", "test"])
+def test_folds_of_what_is_all_held_out_are_refused(tmp_path, alone):
+    told(
+        lambda: held(tmp_path, folds=4, **{"val": 0, "test": 0, alone: 1}),
+        f"data.tasks.folds=4 tests on a part of the tasks, and data.tasks.{alone}=1 is of all",
+        "--data.tasks.folds null",
+    )
+
+
 def data_of(folder, **options):
     curves = curves_of(folder, ragged_rows([5] * 10), **options)
     data = TaskDataModule(curves, Episodes(4, 2), Episodes(200, 2), Episodes("all", 2))

@@ -87,7 +87,12 @@ class Partition(NamedTuple):
             InputError: a fraction beyond its range, no such file, a fold that is none.
         """
         check_fractions(self.val, self.test, "tasks")
-        folds = self.folds
+        folds, alone = self.folds, next((split for split in ("val", "test") if holds_all(getattr(self, split))), None)
+        if folds is not None and alone:
+            raise InputError(
+                f"data.tasks.folds={folds} tests on a part of the tasks, and data.tasks.{alone}={getattr(self, alone)} "
+                "is of all; add --data.tasks.folds null"
+            )
         if folds is not None and not (folds >= 2 and 0 <= self.fold < folds):
             raise InputError(
                 f"data.tasks.folds={folds} must be at least 2, and data.tasks.fold={self.fold} from 0 to "

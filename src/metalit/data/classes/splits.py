@@ -43,8 +43,8 @@ class ClassPartition(NamedTuple):
         check_fractions(self.val, self.test, "classes")
         if self.train is not None and not self._trains:
             raise InputError(
-                f"data.tasks: val={self.val} and test={self.test} hold out all classes, so data.tasks.train must be "
-                "left out"
+                f"data.tasks: val={self.val} and test={self.test} hold out all classes, and "
+                f"data.tasks.train={self.train} names some; add --data.tasks.train null"
             )
         if isinstance(self.train, int | float):
             raise InputError(
