@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
@@ -51,6 +52,11 @@ def is_batched(value: Tensor) -> bool:
             return True
         value = _functorch.get_unwrapped(value)
     return False
+
+
+def is_traced(value: Tensor) -> bool:
+    """Whether a tensor has no value yet, since what is done to it is written down."""
+    return isinstance(bottom(value), FakeTensor)
 
 
 def bottom(value: Tensor) -> Tensor:

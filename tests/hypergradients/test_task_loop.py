@@ -17,7 +17,7 @@ from metalit.tree import flatten, tree_map
 
 
 class Shifted(nn.Module):
-    """A network that holds a buffer and a frozen parameter, which a program must read anew."""
+    """A network that holds a buffer and a frozen parameter, which a program must read anew, and drops by the key."""
 
     def __init__(self):
         super().__init__()
@@ -26,6 +26,7 @@ class Shifted(nn.Module):
             nn.BatchNorm2d(3, track_running_stats=False),
             nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.Dropout(0.3),
             nn.Conv2d(3, 4, 3, padding=1, bias=False),
             nn.Flatten(),
             nn.Linear(36, 3),
@@ -42,7 +43,7 @@ def test_a_program_with_convolutions_finds_what_all_tasks_at_once_find():
     network = Shifted().double()
     problem, label = FewShot(network), torch.arange(3).repeat(2).expand(4, -1)
     support, query = (Points(torch.randn(4, 6, 1, 6, 7, dtype=torch.float64), label) for _ in range(2))
-    tasks = Task(support, query, torch.arange(8).reshape(4, 2))
+    tasks = Task(support, query, torch.arange(4))
     estimator = Unrolled(2, weights=Annealed([0.5, 0.5], [0.0, 1.0], over=10))
     step = partial(over_tasks, estimator, problem, SGD(0.1))
     told = []
@@ -78,7 +79,7 @@ def test_large_images_come_one_task_after_the_other_without_a_program(rows, eval
     network = Counted(lambda: calls.append(1)).double()
     problem, label = FewShot(network), torch.arange(3).repeat(rows // 3).expand(4, -1)
     support, query = (Points(torch.randn(4, rows, 1, 6, 7, dtype=torch.float64), label) for _ in range(2))
-    tasks = Task(support, query, torch.arange(8).reshape(4, 2))
+    tasks = Task(support, query, torch.arange(4))
     outer = {"problem": {name: value.detach() for name, value in problem.outer().items()}, "optimizer": {}}
     found = over_tasks(Unrolled(1), problem, SGD(0.1), outer, tasks)
     assert len(calls) == 2 * evaluations  # of the support set and of the query set

@@ -53,6 +53,12 @@ def test_nothing_in_a_graph_is_twice_nor_in_a_loop_of_it():
     torch.testing.assert_close(graph(torch.ones(2)), twice(torch.ones(2)))
 
 
+def test_what_draws_is_not_traced_also_in_a_loop():
+    """Where the tag has another name: have ``_draws`` ask for that one."""
+    with pytest.raises(ValueError, match="draws random numbers that do not follow a key"):
+        traced(lambda x: [repeated(lambda k, x, a: x + torch.rand_like(a), torch.tensor(3), x.cos(), x)], torch.ones(2))
+
+
 def test_the_check_of_a_matrix_is_left_out():
     """Where ``_linalg_check_errors`` has another name: give that one to the table in ``compiler.trace``."""
     graph = traced(lambda a: [torch.linalg.solve(a, a)], torch.eye(2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import weight_norm
 from torch.nn.utils.parametrizations import weight_norm as parametrized_weight_norm
 from torch.overrides import TorchFunctionMode
@@ -83,6 +84,19 @@ def test_what_transforms_wrap_is_told_and_unwrapped():
     assert all(torch.equal(value, plain) for _, value in seen)
     assert not private.is_batched(plain)
     assert private.bottom(plain) is plain
+
+
+def test_what_is_traced_has_no_value():
+    """Elsewhere: catch what ``int(value)`` raises of a tensor that is traced; there is no public question for it."""
+    seen = []
+
+    def note(value):
+        seen.append(private.is_traced(value))
+        return value.sum()
+
+    make_fx(grad(note), tracing_mode="fake")(torch.arange(3.0))
+    grad(note)(torch.arange(3.0))
+    assert seen == [True, False]
 
 
 def test_views_share_memory_and_empty_tensors_do_not():

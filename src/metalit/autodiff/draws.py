@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from metalit.autodiff.watch import ModuleFacts
 from metalit.keys import fold, folded, uniform
-from metalit.private_torch import Dropout, draws_its_windows, is_batched, parameters_of
+from metalit.private_torch import Dropout, draws_its_windows, is_batched, is_traced, parameters_of
 
 
 def draws(module: nn.Module) -> bool:
@@ -46,7 +46,8 @@ def drawing_by(key: Tensor | None, module: object, rows: range | None = None, ag
 
     Without a key, it draws freely. Dropout takes its masks from the key. Other random numbers come from the generators
     of torch, of Python, of numpy, and those that the module holds: they are seeded by the key, and put back afterwards.
-    Under ``vmap``, where a key stands for many, they cannot be seeded, and torch refuses to draw from them.
+    Under ``vmap``, where a key stands for many, and in a program, where it has no value yet, they cannot be seeded:
+    torch refuses to draw from them, and :func:`metalit.compiling.compiler.trace` refuses what draws.
 
     With ``again``, dropout is replaced only in modules that drew before: to watch for it costs more than a small
     network.
@@ -57,7 +58,7 @@ def drawing_by(key: Tensor | None, module: object, rows: range | None = None, ag
     if key is None:
         yield
         return
-    if is_batched(key):
+    if is_batched(key) or is_traced(key):
         with KeyedDropout(key, rows):
             yield
         return

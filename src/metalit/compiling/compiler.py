@@ -94,6 +94,9 @@ def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.f
 
     Invariant: nothing in the graph writes to a tensor, what does not lead to a result is not in it, and nothing is
     in it twice, as what each inner step makes of the same rows.
+
+    Raises:
+        ValueError: it draws from a generator of torch.
     """
     known = import_module("torch._inductor.decomposition").select_decomp_table()
     # a singular matrix gives what is not finite, which stops the run; the check that raises would order the calls
@@ -107,6 +110,9 @@ def trace(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> torch.f
         return make_fx(fn, known, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
 
     graph = traced(fn)
+    drawn = [node.target for part in _parts(graph) for node in part.graph.nodes if _draws(node)]
+    if drawn:
+        raise ValueError(f"{drawn[0]} draws random numbers that do not follow a key")
     if any(_writes(node) for part in _parts(graph) for node in part.graph.nodes):
         graph = traced(functionalize(graph, remove="mutations"))
     for part in _parts(graph):
@@ -174,3 +180,7 @@ def _parts(graph: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
 
 def _writes(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
