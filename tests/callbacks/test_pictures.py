@@ -1,6 +1,7 @@
 """Pictures and tables show names of the user's as they are written, and never end a run."""
 
 import csv
+import gc
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from fits import blobs, events, regression, told_once, trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import meta
 
 from metalit.callbacks import FitFigures, PredictionWriter, ReportWriter, SampleGradientNorms
 from metalit.callbacks.drawing import literal, pixels
@@ -368,3 +370,16 @@ class TestErrors:
 
     def test_of_one_task(self):
         pixels(draw_errors(self.chart(torch.tensor([[4.0, 2.0]]), torch.tensor([[3.0]]))))
+
+
+def test_no_figure_is_left_in_memory(tmp_path):
+    def figures():
+        return sum(type(thing) is Figure for thing in gc.get_objects())
+
+    gc.collect()
+    before = figures()
+    data = TaskDataModule(Sine(), Episodes(2, 3, 3), Episodes(2, 3, 3), Episodes(2, 3, 3))
+    run = trainer(tmp_path, callbacks=[FitFigures(1)])
+    run.fit(meta(), data)
+    assert (tmp_path / "run/version_0/figures/val.png").exists()
+    assert figures() == before

@@ -1,9 +1,11 @@
 """Pictures of the fits: the truth, the support points, and the fit after some inner steps."""
 
+import gc
 from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -71,18 +73,23 @@ class FitFigures(Callback):
             return
         with self._sketching():
             classes = data.tasks.class_names(split)
-            count = min(self.tasks, data.tasks.count(split) or self.tasks)
-            names = [data.tasks.name(split, index) for index in range(count)]
-            if classes is not None:
-                figure = draw_episode(learner, data.pictured(split, 1), classes)
-            else:
-                figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
-            if figure is None:
+            picture, kind = self._drawn(learner, data, split), "fits" if classes is None else "episode"
+            gc.collect()  # a figure is made of cycles: 2 MB that would wait for the next collection of everything
+            if picture is None:
                 return
-            picture, kind = pixels(figure), "fits" if classes is None else "episode"
             save_picture(picture, folder / "figures" / f"{split}.png")
             for logger in tensorboards(trainer):
                 logger.experiment.add_image(f"pictures/{kind}_{split}", picture, learner.outer_step, dataformats="HWC")
+
+    def _drawn(self, learner: MetaLearner, data: TaskDataModule, split: Split) -> np.ndarray | None:
+        classes = data.tasks.class_names(split)
+        if classes is not None:
+            figure = draw_episode(learner, data.pictured(split, 1), classes)
+        else:
+            count = min(self.tasks, data.tasks.count(split) or self.tasks)
+            names = [data.tasks.name(split, index) for index in range(count)]
+            figure = draw_fits(learner, data.pictured(split, count), data.tasks, self.steps, names)
+        return None if figure is None else pixels(figure)
 
 
 class _Fits(NamedTuple):
