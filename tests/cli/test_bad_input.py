@@ -6,6 +6,7 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
+from metalit.__main__ import main
 from metalit.cli.arguments import check_values
 from metalit.cli.messages import explain
 from metalit.cli.seeds import taken_out
@@ -209,6 +210,12 @@ def test_what_the_trainer_offers_goes_with_what_we_add(options, metalit, tmp_pat
 )
 def test_what_is_no_class_is_told(message, told):
     assert str(explain(f'Parser key "model":\n  {message}', ["model"], ["SGD", "Adam"])) == f"model: {told}"
+
+
+@pytest.mark.parametrize("key", ["data.tasks.file", "model.eval_steps"])
+def test_without_a_config_there_is_nothing_to_set(key, capfd):
+    assert main(["fit", f"--{key}=1"]) == 2
+    assert f"error: {key}: there is no config yet in which to set it; add --config" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", ["²", "9" * 5000, "2147483648", "1", ""])

@@ -18,6 +18,10 @@ _UNKNOWN = re.compile(
     r"|Option '(?P<option>[^']+)' is not accepted(?:\. Got value: Namespace\(class_path='(?P<callable>[^']+)')?"
 )
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_NESTED = re.compile(r"Given value: NestedArg\(key='(?P<key>[^']+)'")
+_BASE = re.compile(
+    r"OuterLearner is abstract|given class_path '[\w.]*LightningDataModule'"
+)  # of what no config has named
 _KEY = re.compile(r"Parser key \"([^\"]+)\":?")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _DENIED = re.compile(r"Importing '(?P<name>[^']+)' is not allowed, denied by")
@@ -63,6 +67,10 @@ def explain(message: str, keys: Iterable[str], classes: Iterable[str]) -> Explan
     """
     message = message.replace("${oc.decode:null}", "null")  # what null was turned into (metalit.cli.arguments)
     where = _path(message)
+    nested = _NESTED.search(message)
+    if nested and _BASE.search(message):
+        key = f"{where}.{nested['key']}"
+        return Explanation(key, f"{key}: there is no config yet in which to set it; add --config configs/NAME.yaml")
     unknown = _UNKNOWN.search(message)
     owner = unknown and (unknown["callable"] or (_CLASS.findall(message) or [None])[-1])
     if unknown and owner and _has_arguments(owner):
