@@ -32,13 +32,19 @@ def repeated(step: Callable[..., Any], count: Tensor, carry: Any, context: Any) 
     def body(number: Tensor, *row: Tensor) -> tuple[Tensor, ...]:
         before, known = row[: len(moving)], row[len(moving) + 1 :]
         after = step(number, _filled(carried, before, spec), _filled(beside, known, form))
-        return number + 1, *[leaf for leaf in tree_flatten(after)[0] if isinstance(leaf, Tensor)]
+        found = [leaf for leaf in tree_flatten(after)[0] if isinstance(leaf, Tensor)]
+        return number + 1, *[_with_strides_of(was, leaf) for was, leaf in zip(before, found, strict=True)]
 
     def goes_on(number: Tensor, *row: Tensor) -> Tensor:
         return number < row[len(moving)]
 
     _, *end = while_loop(goes_on, body, (torch.zeros_like(count), *moving), (count, *fixed))
     return _filled(carried, end, spec)
+
+
+def _with_strides_of(before: Tensor, after: Tensor) -> Tensor:
+    """``after`` in the layout that torch's loop asks for, also along dimensions of size 1, where it says nothing."""
+    return after if after.stride() == before.stride() else after.clone(memory_format=torch.contiguous_format)
 
 
 def _filled(leaves: list[Any], tensors: Any, spec: Any) -> Any:

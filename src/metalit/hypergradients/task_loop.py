@@ -53,7 +53,7 @@ def in_a_loop(fn: Callable[[Any, Any], Any], shared: Any, tasks: Any, problem: P
             if not isinstance(leaf, Tensor):
                 return leaf
             # not rows[number] = …: a loop's body must not write into its arguments
-            return torch.where(here.reshape(-1, *[1] * leaf.dim()), leaf, rows).contiguous()
+            return torch.where(here.reshape(-1, *[1] * leaf.dim()), leaf, rows)
 
         return pytree_map(put, found, of_one(number, *given))
 
