@@ -33,7 +33,7 @@ def test_marks_what_is_taken_for_another_class_and_says_for_which(shape):
     answers = learner.query_predictions(tasks)[0, 1].argmax(-1)
     called = [NAMES[number] for number in tasks.classes[0]]
     wrong = [
-        f"✗ {last_part(called[own], called)}"[:4]
+        f"✗{last_part(called[own], called)}"[:4]
         for own, true in zip(answers, tasks.query.y[0], strict=True)
         if own != true
     ]

@@ -113,7 +113,7 @@ def _draw(axes: "Axes", tile: Tile, left: float, top: float, size: float, limits
     )
     style = _FRAMES[tile.wrong]
     axes.add_patch(Rectangle((left, top), wide, tall, fill=False, clip_on=False, **style))
-    mark = "✗ " if tile.wrong else ""
+    mark = "✗" if tile.wrong else ""
     if tile.caption or mark:
         # as many letters as there is room for
         text = literal(f"{mark}{tile.caption}", max(int(size / 0.065), 4))
