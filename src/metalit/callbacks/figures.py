@@ -1,6 +1,5 @@
 """Pictures of the fits: the truth, the support points, and the fit after some inner steps."""
 
-import gc
 from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from metalit.callbacks.drawing import COLOURS, Sketching, labelled, literal, panels, pixels, save_picture
+from metalit.callbacks.drawing import COLOURS, Sketching, labelled, literal, nothing_left, panels, pixels, save_picture
 from metalit.callbacks.episodes import draw_episode
 from metalit.callbacks.tensorboard import tensorboards
 from metalit.data.base import Split, TaskDistribution
@@ -73,8 +72,8 @@ class FitFigures(Callback):
             return
         with self._sketching():
             classes = data.tasks.class_names(split)
-            picture, kind = self._drawn(learner, data, split), "fits" if classes is None else "episode"
-            gc.collect()  # a figure is made of cycles: 2 MB that would wait for the next collection of everything
+            with nothing_left():
+                picture, kind = self._drawn(learner, data, split), "fits" if classes is None else "episode"
             if picture is None:
                 return
             save_picture(picture, folder / "figures" / f"{split}.png")
