@@ -6,14 +6,13 @@ import re
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from forks import ended, start_ranks
 from kills import CASES, left_by, undisturbed
+from tally import Tally
 
 from metalit.__main__ import main
 from metalit.checkpoints import read_checkpoint
@@ -29,19 +28,12 @@ WORDS = {
 BY_NAME = {case.name: case for case in CASES}
 
 
-@dataclass
-class Disks:
+class Disks(Tally):
     """How often a disk failed, and what was lost."""
 
-    failed: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def __add__(self, other: "Disks") -> "Disks":
-        return Disks(self.failed + other.failed, [*self.faults, *other.faults])
-
     def __str__(self) -> str:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.failed.items()))
-        return f"{self.failed.total()} failures of the disk ({kinds}); {len(self.faults)} lost, differing or not told"
+        lost = f"{len(self.faults)} lost, differing or not told"
+        return f"{self.done.total()} failures of the disk ({self.by_kind}); {lost}"
 
 
 def _mount(*arguments: str) -> bool:
@@ -83,7 +75,7 @@ def test_nothing_is_lost(name, kind, tmp_path, disk, trust):
         told = [line for line in log.read_text().splitlines() if line.startswith("metalit: error: ")]
         _mount("-o", "remount,rw,size=64M", str(disk))
         if status:
-            done.failed[kind] += 1
+            done.done[kind] += 1
             fine = status in (1, 2) and len(told) == 1 and "Traceback" not in log.read_text()
             if not (fine and re.search(WORDS[kind], told[0].lower())):
                 done.faults.append(f"{name}, {kind}: status {status}: {log.read_text()[-1500:]}")

@@ -8,13 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from kills import META
 from repository import ROOT
 from struck import PLACES
+from tally import Tally
 
 from metalit.checkpoints import read_checkpoint
 
@@ -30,19 +30,12 @@ RUN = (
 )
 
 
-@dataclass
-class Struck:
+class Struck(Tally):
     """How often a rank died or froze, and what was wrong then."""
 
-    struck: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def __add__(self, other: "Struck") -> "Struck":
-        return Struck(self.struck + other.struck, [*self.faults, *other.faults])
-
     def __str__(self) -> str:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.struck.items()))
-        return f"{self.struck.total()} ranks of two ({kinds}); {len(self.faults)} jobs that went on, or left a process"
+        wrong = f"{len(self.faults)} jobs that went on, or left a process"
+        return f"{self.done.total()} ranks of two ({self.by_kind}); {wrong}"
 
 
 def _alive(session: int) -> Iterator[str]:
