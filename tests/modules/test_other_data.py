@@ -108,6 +108,21 @@ def test_inputs_of_another_shape_are_refused(trained, tmp_path):
         bare(tmp_path, precision="64-true").test(trained, data, verbose=False)
 
 
+class Pictures(Sine):
+    """Tasks of the user's own, of another shape than their columns say."""
+
+    def input_shape(self):
+        return [1, 1, 1]
+
+
+def test_tasks_of_the_users_own_shape_are_tested_as_ever(tmp_path):
+    sizes = [Episodes(4, 2, 3)] * 3
+    module, run = learner(), trainer(tmp_path, precision="64-true")
+    run.fit(module, TaskDataModule(Pictures(), *sizes))
+    run.test(module, TaskDataModule(Pictures(), *sizes), verbose=False)
+    run.test(learner(), TaskDataModule(Pictures(), *sizes), last(tmp_path), verbose=False)
+
+
 @HELD
 def test_nothing_can_be_trained_on_what_is_all_held_out(split, tmp_path):
     data = curves(table(tmp_path, 30), **{"val": int(split == "val"), "test": int(split == "test")})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalit.data.cells import Categories, input_names
-from metalit.data.scaling import Scaling
+from metalit.data.scaling import Scaling, known
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import fold
@@ -146,7 +146,16 @@ class TaskDistribution(ABC):
 
     def take_scaling(self, scaling: Scaling) -> None:
         """Normalise as the data did that a learner was trained on; called where there is no :meth:`scaling`."""
-        raise NotImplementedError(f"{type(self).__name__} has no scaling, and takes none")
+        self.__dict__["_taken"] = scaling
+
+    @property
+    def used_scaling(self) -> Scaling:
+        """That by which tasks are normalised: their own, else the one that was taken.
+
+        Raises:
+            InputError: there is neither.
+        """
+        return known(self.scaling() or self.__dict__.get("_taken"))
 
     def baselines(self, tasks: Task) -> dict[str, Tensor]:
         """Predictions without meta-learning at the query points: ``[tasks, queries, outputs]`` by name."""

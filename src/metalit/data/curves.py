@@ -13,7 +13,7 @@ from metalit.data.base import Episodes, Split, TaskDistribution, check_no_ways, 
 from metalit.data.cells import Categories, inputs, numbers
 from metalit.data.curve_baselines import Polynomials
 from metalit.data.held_out import HeldOut, Partition
-from metalit.data.scaling import Scaling, known
+from metalit.data.scaling import Scaling
 from metalit.data.table import Columns, check_columns, check_named, read_table
 from metalit.errors import InputError
 from metalit.keys import fold, permutation, uniform
@@ -186,7 +186,7 @@ class Curves(TaskDistribution):
     @cached_property
     def splits(self) -> dict[Split, _Curves]:
         """The normalised curves of each split."""
-        scaling = known(self._own_scaling or self.__dict__.get("_taken"))
+        scaling = self.used_scaling
         return {
             split: curves._replace(x=scaling.normalise_x(curves.x), y=scaling.normalise_y(curves.y))
             for split, curves in self._raw.items()
@@ -197,8 +197,8 @@ class Curves(TaskDistribution):
         return self._own_scaling
 
     def take_scaling(self, scaling: Scaling) -> None:
-        """Normalise so."""
-        self.__dict__["_taken"] = scaling
+        """Normalise so, from now on."""
+        super().take_scaling(scaling)
         self.__dict__.pop("splits", None)
 
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:

@@ -77,7 +77,8 @@ class AdaptingLearner(TwoLevelLearner):
         if self.scaling is None:
             self.scaling = present
             return
-        shape, trained = list(data.tasks.input_shape()), [*self.scaling.x_shape] or [len(self.scaling.x_mean)]
+        trained = _shape_of(self.scaling)
+        shape = _shape_of(present) if present else list(data.tasks.input_shape())
         if shape != trained:
             raise InputError(
                 f"data.tasks: the learner was trained on inputs of shape {trained}, and those of the present data are "
@@ -272,6 +273,10 @@ class AdaptingLearner(TwoLevelLearner):
         if present is not None and self.scaling is None:
             raise InputError("ckpt_path: the checkpoint was trained on data without units; give tasks of that kind")
         self._agree_with_the_data()
+
+
+def _shape_of(scaling: Scaling) -> list[int]:
+    return [*scaling.x_shape] or [len(scaling.x_mean)]
 
 
 def _check_scaling(present: Scaling, kept: Scaling) -> None:

@@ -15,7 +15,7 @@ from metalit.data.classes.baselines import class_baselines
 from metalit.data.classes.scaling import class_scaling
 from metalit.data.classes.splits import ClassPartition
 from metalit.data.held_out import HeldOut
-from metalit.data.scaling import Scaling, known
+from metalit.data.scaling import Scaling
 from metalit.data.table import Columns
 from metalit.errors import InputError
 from metalit.keys import distinct, fold
@@ -134,10 +134,6 @@ class ClassTasks(TaskDistribution):
         """The scaling of the training classes, None without any."""
         return self._own_scaling
 
-    def take_scaling(self, scaling: Scaling) -> None:
-        """Normalise so."""
-        self.__dict__["_taken"] = scaling
-
     def sample(self, split: Split, index: Tensor, key: Tensor, shots: int, queries: int | None) -> Task:
         """Return 5-way tasks of this size; see :meth:`of_size`."""
         return self.of_size(split, index, key, Episodes(shots=shots, queries="all" if queries is None else queries))
@@ -162,7 +158,7 @@ class ClassTasks(TaskDistribution):
 
     def load(self, tasks: Task, device: torch.device) -> Task:
         """Gather the values of examples, move them as they are, and normalise them there."""
-        scaling = known(self._own_scaling or self.__dict__.get("_taken"))
+        scaling = self.used_scaling
         support, query = (
             Points(scaling.normalise_x(self.values(points.x).to(device)), points.y.to(device))
             for points in (tasks.support, tasks.query)
